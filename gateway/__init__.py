@@ -1,0 +1,1 @@
+"""The gateway: public API, tokenisation, continuous batching, streaming."""

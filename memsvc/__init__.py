@@ -1,0 +1,1 @@
+"""The memory service: block pools, block tables, the prefix cache, leases."""

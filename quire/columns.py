@@ -1,0 +1,49 @@
+"""Packed columns: little-endian u32 in `bytes`, as the internal protocols carry them."""
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.errors import InvalidRequestError
+
+U32 = np.dtype("<u4")
+_U32_BYTES = 4
+
+Column: TypeAlias = npt.NDArray[np.uint32]
+
+
+def pack(values: Sequence[int] | Iterable[int] | Column) -> bytes:
+    """Returns `values` (each 0 .. 2^32 - 1) as a u32 column."""
+    if isinstance(values, np.ndarray):
+        return values.astype(U32, copy=False).tobytes()
+    return np.fromiter(values, dtype=U32).tobytes()
+
+
+def unpack(data: bytes, field: str, *, row_length: int = 1, row_count: int | None = None) -> Column:
+    """Returns the u32 column `data` without a copy.
+
+    Args:
+        data: packed little-endian u32.
+        field: name for the error message.
+        row_length: the number of values must be a multiple of this.
+        row_count: the number of rows must be exactly this, if given.
+
+    Raises:
+        InvalidRequestError: the length does not fit.
+    """
+    row_bytes = _U32_BYTES * row_length
+    if len(data) % row_bytes:
+        message = f"{field}: {len(data)} bytes is not a multiple of {row_bytes} (rows of {row_length} u32)"
+        raise InvalidRequestError(message, field=field)
+    if row_count is not None and len(data) != row_count * row_bytes:
+        message = f"{field}: {len(data) // row_bytes} rows, expected {row_count} as in the columns beside it"
+        raise InvalidRequestError(message, field=field)
+    return np.frombuffer(data, dtype=U32)
+
+
+def unpack_list(data: bytes, field: str, *, row_length: int = 1, row_count: int | None = None) -> list[int]:
+    """Returns the u32 column `data` as a list of ints; raises as `unpack`."""
+    values: list[int] = unpack(data, field, row_length=row_length, row_count=row_count).tolist()
+    return values

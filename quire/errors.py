@@ -1,0 +1,218 @@
+"""Every error that Quire expects.
+
+    QuireError
+    +-- InvalidRequestError            INVALID_ARGUMENT     INVALID_REQUEST (or INVALID_<FIELD>)
+    |   +-- PromptTooLongError         INVALID_ARGUMENT     PROMPT_TOO_LONG
+    |   +-- ConfigError                INVALID_ARGUMENT     INVALID_CONFIG
+    +-- SequenceNotFoundError          NOT_FOUND            SEQUENCE_NOT_FOUND
+    +-- SequenceExistsError            ALREADY_EXISTS       SEQUENCE_EXISTS
+    +-- PoolNotFoundError              NOT_FOUND            POOL_NOT_FOUND
+    +-- BlockNotFoundError             OUT_OF_RANGE         BLOCK_NOT_FOUND
+    +-- ModelNotFoundError             NOT_FOUND            MODEL_NOT_FOUND
+    +-- RequestExistsError             ALREADY_EXISTS       REQUEST_EXISTS
+    +-- BlockPoolExhaustedError        RESOURCE_EXHAUSTED   BLOCK_POOL_EXHAUSTED
+    +-- AdmissionError                 RESOURCE_EXHAUSTED   QUEUE_FULL (or QUEUE_TIMEOUT)
+    +-- StaleEpochError                ABORTED              STALE_EPOCH
+    +-- NotReadyError                  UNAVAILABLE          NOT_READY (or DRAINING)
+    +-- ExecutorUnavailableError       UNAVAILABLE          EXECUTOR_UNAVAILABLE
+    +-- MemoryUnavailableError         UNAVAILABLE          MEMORY_UNAVAILABLE
+    +-- StoreUnavailableError          UNAVAILABLE          STORE_UNAVAILABLE
+    +-- DeadlineError                  DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
+    +-- RequestCancelledError          CANCELLED            CANCELLED
+    +-- UnsupportedError               UNIMPLEMENTED        UNSUPPORTED
+    +-- ModelFormatError               FAILED_PRECONDITION  MODEL_FORMAT
+    +-- CorruptionError                DATA_LOSS            CORRUPTION
+    +-- InvariantError                 INTERNAL             INVARIANT_VIOLATED
+
+An error says what was found and what is allowed. `reason` is stable and for programs, the message is for people.
+`InvariantError` means a defect: the service that raises it stops, and what it held is rebuilt.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import grpc
+
+
+class QuireError(Exception):
+    """An expected failure, with everything that a gRPC status carries.
+
+    Args:
+        message: one sentence for people.
+        reason: stable name of the cause, `[A-Z][A-Z0-9_]+`; the class's own if not given.
+        field: name of the request field or setting at fault.
+        metadata: figures for programs, for example `needed_block_count`.
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    default_reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        field: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """Keeps the arguments; metadata values become strings."""
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or self.default_reason
+        self.field = field
+        self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
+        self.retry_after = retry_after
+
+
+class InvalidRequestError(QuireError):
+    """A field of a request is missing, malformed or out of range."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    default_reason = "INVALID_REQUEST"
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The prompt can never fit, in the model's context or in the whole pool."""
+
+    default_reason = "PROMPT_TOO_LONG"
+
+
+class ConfigError(InvalidRequestError):
+    """A setting is unknown or out of range."""
+
+    default_reason = "INVALID_CONFIG"
+
+
+class SequenceNotFoundError(QuireError):
+    """No such sequence or block table, or it is closed."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    default_reason = "SEQUENCE_NOT_FOUND"
+
+
+class SequenceExistsError(QuireError):
+    """The sequence already has a block table."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    default_reason = "SEQUENCE_EXISTS"
+
+
+class PoolNotFoundError(QuireError):
+    """No such pool."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    default_reason = "POOL_NOT_FOUND"
+
+
+class BlockNotFoundError(QuireError):
+    """The pool has no block of this id."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+    default_reason = "BLOCK_NOT_FOUND"
+
+
+class ModelNotFoundError(QuireError):
+    """The model is not served here."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    default_reason = "MODEL_NOT_FOUND"
+
+
+class RequestExistsError(QuireError):
+    """A live request has this id."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    default_reason = "REQUEST_EXISTS"
+
+
+class BlockPoolExhaustedError(QuireError):
+    """The pool is short of blocks now; nothing was taken. The gateway waits or preempts; users never see it."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "BLOCK_POOL_EXHAUSTED"
+
+
+class AdmissionError(QuireError):
+    """The server is too busy: the queue is full, or the request waited too long in it."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "QUEUE_FULL"
+
+
+class StaleEpochError(QuireError):
+    """The message belongs to an epoch, incarnation or step that is over."""
+
+    code = grpc.StatusCode.ABORTED
+    default_reason = "STALE_EPOCH"
+
+
+class NotReadyError(QuireError):
+    """The service is still loading, or already draining."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    default_reason = "NOT_READY"
+
+
+class ExecutorUnavailableError(QuireError):
+    """The executor does not answer."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    default_reason = "EXECUTOR_UNAVAILABLE"
+
+
+class MemoryUnavailableError(QuireError):
+    """The memory service does not answer."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    default_reason = "MEMORY_UNAVAILABLE"
+
+
+class StoreUnavailableError(QuireError):
+    """The metadata store (Redis) does not answer."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    default_reason = "STORE_UNAVAILABLE"
+
+
+class DeadlineError(QuireError):
+    """The deadline of the call passed."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    default_reason = "DEADLINE_EXCEEDED"
+
+
+class RequestCancelledError(QuireError):
+    """The request was cancelled."""
+
+    code = grpc.StatusCode.CANCELLED
+    default_reason = "CANCELLED"
+
+
+class UnsupportedError(QuireError):
+    """Valid, but not offered."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    default_reason = "UNSUPPORTED"
+
+
+class ModelFormatError(QuireError):
+    """The model's files are not what they should be: missing, truncated, of an unknown or a refused format."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    default_reason = "MODEL_FORMAT"
+
+
+class CorruptionError(QuireError):
+    """A checksum does not match."""
+
+    code = grpc.StatusCode.DATA_LOSS
+    default_reason = "CORRUPTION"
+
+
+class InvariantError(QuireError):
+    """A state that cannot be. The service stops."""
+
+    code = grpc.StatusCode.INTERNAL
+    default_reason = "INVARIANT_VIOLATED"

@@ -1,0 +1,34 @@
+"""`python -m quire.healthcheck HOST:PORT [TIMEOUT_SECONDS]`: exit status 0 if and only if the service is SERVING.
+
+For container health checks: starts fast, prints one line.
+"""
+
+import sys
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+
+def check(address: str, timeout: float = 2.0) -> str:
+    """Returns the health of the service at `address`: "SERVING", "NOT_SERVING", or the status code of the failure."""
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            response = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            assert isinstance(error, grpc.Call)
+            return error.code().name
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+
+def main() -> None:
+    """Runs the command."""
+    if len(sys.argv) not in {2, 3}:
+        sys.exit(__doc__)
+    state = check(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 2.0)  # noqa: PLR2004
+    sys.stdout.write(state + "\n")
+    sys.exit(0 if state == "SERVING" else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What a gateway knows of the memory service: one protocol, implemented in this process and over gRPC.
+
+    Admission is a transaction. Growth is a lease. Free and commit are a journal.
+
+`memsvc.local.LocalMemory` is the core itself, `gateway.clients.memory.RemoteMemory` the same behind a stream; both pass
+the same tests. All calls come from one asyncio event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import enum
+from typing import Protocol
+
+EPOCH_SHIFT = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """Geometry of a pool; see `quire.memsvc.v1.PoolSpec`."""
+
+    block_count: int
+    block_size: int
+    bytes_per_block: int
+    model_id: str
+    kv_dtype: str
+    max_model_len: int
+
+    @property
+    def usable_block_count(self) -> int:
+        """Blocks that can be granted: all but the null block."""
+        return self.block_count - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """A pool as last heard of."""
+
+    pool_id: str
+    epoch: int
+    ready: bool
+    spec: PoolSpec
+    executor_address: str
+    executor_incarnation: int
+
+
+class CloseReason(enum.IntEnum):
+    """Why a table was closed; the numbers are those of the wire."""
+
+    FINISHED = 1
+    CANCELLED = 2
+    PREEMPTED = 3
+    FAILED = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdmitRequest:
+    """Asks for a table; see `quire.memsvc.v1.AdmitRequest`."""
+
+    pool_id: str
+    epoch: int
+    request_id: str
+    sample_index: int
+    token_ids: bytes
+    """Tokens known so far, packed little-endian u32; at least one."""
+    tenant: str = ""
+    cache_salt: str = ""
+    adapter: str = ""
+    skip_cache_read: bool = False
+    skip_cache_write: bool = False
+    max_new_tokens: int = 0
+    resumed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Admission:
+    """An open table."""
+
+    epoch: int
+    table: int
+    """Counter of the table within the epoch."""
+    block_ids: list[int]
+    cached_token_count: int
+    """Leading tokens that need not be computed; less than the tokens given."""
+    copies: list[tuple[int, int]]
+    """(source, destination): blocks that the executor copies before the first write."""
+
+
+@dataclasses.dataclass(slots=True)
+class JournalEntry:
+    """What happened to the tables of one pool since the last entry; see `quire.memsvc.v1.Journal`.
+
+    The first five lists are rows of equal length, `token_ids` their tokens one after the other. `appended` holds
+    (table, index, block) flat, three values a row.
+    """
+
+    pool_id: str
+    epoch: int
+    tables: list[int] = dataclasses.field(default_factory=list)
+    token_starts: list[int] = dataclasses.field(default_factory=list)
+    token_counts: list[int] = dataclasses.field(default_factory=list)
+    written_counts: list[int] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    appended: list[int] = dataclasses.field(default_factory=list)
+    closed: list[int] = dataclasses.field(default_factory=list)
+    close_reasons: list[CloseReason] = dataclasses.field(default_factory=list)
+    returned: list[int] = dataclasses.field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to say."""
+        return bool(self.tables or self.appended or self.closed or self.returned)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolUpdated:
+    """A pool appeared, changed its epoch, or was lost (`pool.ready` is false): older tables are void."""
+
+    pool: PoolInfo
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlocksRecalled:
+    """memsvc wants `block_count` unused leased blocks back."""
+
+    pool_id: str
+    epoch: int
+    block_count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryLost:
+    """The connection is gone: every table and grant is void. `PoolUpdated` follows when there is a new one."""
+
+    reason: str
+
+
+MemoryEvent = PoolUpdated | BlocksRecalled | MemoryLost
+MemoryListener = Callable[[MemoryEvent], None]
+
+
+class Memory(Protocol):
+    """The memory service, as one gateway uses it."""
+
+    @property
+    def gateway_incarnation(self) -> int:
+        """Incarnation of the current connection; executors are told it, so that memsvc can fence this gateway."""
+        ...
+
+    async def start(self, listener: MemoryListener) -> None:
+        """Connects and goes on reconnecting in the background; `listener` hears every event, the pools first."""
+        ...
+
+    async def close(self) -> None:
+        """Disconnects. Grants fall back after the lease TTL, or at once when nothing was granted."""
+        ...
+
+    async def admit(self, request: AdmitRequest) -> Admission:
+        """Opens a table: all of it or nothing.
+
+        Raises:
+            BlockPoolExhaustedError: short of blocks now; metadata has needed_block_count and available_block_count.
+            PromptTooLongError: more blocks than the whole pool has.
+            PoolNotFoundError, StaleEpochError, MemoryUnavailableError.
+        """
+        ...
+
+    async def lease(self, pool_id: str, epoch: int, granted_total: int) -> list[int]:
+        """Brings the blocks ever granted in this epoch up to `granted_total`; returns the new ones, maybe too few.
+
+        Raises:
+            PoolNotFoundError, StaleEpochError, MemoryUnavailableError.
+        """
+        ...
+
+    def journal(self, entry: JournalEntry) -> None:
+        """Records what happened; never waits. Applied in order."""
+        ...
