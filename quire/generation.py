@@ -1,0 +1,391 @@
+"""What a client asks for and gets back: frozen dataclasses, and their translation from and to the wire."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import datetime as dt
+import difflib
+import enum
+from typing import Any, TypeAlias, TypedDict
+import uuid
+
+from google.protobuf import duration_pb2
+
+from protos.gateway.v1 import gateway_pb2
+from quire.errors import InvalidRequestError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+    """What was said."""
+
+
+Messages: TypeAlias = Sequence[Message | Mapping[str, str]]
+Prompt: TypeAlias = str | Sequence[int]
+"""Text, or token ids that are taken as they are."""
+
+
+class Options(TypedDict, total=False):
+    """How to generate; everything may be left out, then the server's default holds."""
+
+    model: str
+    """Name of the model; not needed when only one is served."""
+    request_id: str
+    """Up to 128 characters of `[A-Za-z0-9._:-]`; drawn at random if not given. Repeating a live one is refused."""
+    max_tokens: int
+    """Tokens to generate at most."""
+    temperature: float
+    """0 is greedy; 0 .. 100; default 1."""
+    top_k: int
+    """Keep this many most likely tokens; 0 keeps all."""
+    top_p: float
+    """Keep the most likely tokens whose probabilities reach this sum; 0 < p <= 1."""
+    min_p: float
+    """Drop tokens less likely than this times the most likely one; 0 .. 1."""
+    seed: int
+    """Same seed, same text, whatever else runs."""
+    n: int
+    """Samples of the same prompt; 1 .. 64."""
+    stop: Sequence[str]
+    """Strings that end a sample; not part of its text."""
+    stop_token_ids: Sequence[int]
+    """Token ids that end a sample."""
+    ignore_eos: bool
+    """Go on after the model's end-of-sequence token."""
+    max_queue_time: float
+    """Seconds in the server's queue after which the request fails with QUEUE_TIMEOUT."""
+    cache_salt: str
+    """Requests with different salts share no cached block."""
+    skip_cache_read: bool
+    """Compute the whole prompt even if it is cached."""
+    skip_cache_write: bool
+    """Leave nothing of this request in the cache."""
+
+
+class FinishReason(enum.Enum):
+    """Why a sample ended."""
+
+    EOS = "eos"
+    """The model's end-of-sequence token."""
+    STOP = "stop"
+    """A stop string or stop token of the request."""
+    LENGTH = "length"
+    """`max_tokens` reached."""
+    CONTEXT = "context"
+    """The longest sequence that the model takes."""
+    CANCELLED = "cancelled"
+    """Another call cancelled the request."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost. Times in seconds, from arrival at the gateway."""
+
+    prompt_token_count: int
+    cached_token_count: int
+    """Prompt tokens that were found in the prefix cache."""
+    completion_token_count: int
+    """Tokens generated, all samples together."""
+    preemption_count: int
+    """Times that a sample lost its blocks and was computed again."""
+    peak_block_count: int
+    """Most blocks that the request's tables named at one time."""
+    queue_seconds: float
+    time_to_first_token_seconds: float
+    total_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Admitted:
+    """First event of a stream: the request has left the queue."""
+
+    request_id: str
+    prompt_token_count: int
+    cached_token_count: int
+    queue_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one sample."""
+
+    index: int
+    """Which sample, 0 .. n - 1."""
+    text: str
+    """Whole characters; may be empty on the last delta."""
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    """Set on the last delta of the sample."""
+    stop: str | int | None = None
+    """Stop string or stop token that matched."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished:
+    """Last event of a stream."""
+
+    usage: Usage
+
+
+Event: TypeAlias = Admitted | Delta | Finished
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completion:
+    """One whole sample."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop: str | int | None = None
+    """Stop string or stop token that matched."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """The whole answer to a request. `text`, `token_ids` and `finish_reason` are those of its first sample."""
+
+    request_id: str
+    completions: tuple[Completion, ...]
+    """The samples, by index; at least one."""
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """Text of the first sample."""
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Token ids of the first sample."""
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first sample ended."""
+        return self.completions[0].finish_reason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenCount:
+    """A prompt in tokens."""
+
+    token_count: int
+    token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Model:
+    """A model that is served."""
+
+    name: str
+    architecture: str
+    max_model_len: int
+    """Longest sequence in tokens, prompt and completion together."""
+    vocab_size: int
+    executor_ids: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cancellation:
+    """What became of requests that were to be cancelled."""
+
+    cancelled: tuple[str, ...]
+    """Were live; their blocks are back in the pool."""
+    unknown: tuple[str, ...]
+    """Were not live."""
+
+
+def _check_names(options: Mapping[str, object]) -> None:
+    """Raises TypeError for a keyword that is no option, with the nearest one that is."""
+    for name in options:
+        if name not in Options.__annotations__:
+            near = difflib.get_close_matches(name, Options.__annotations__, n=1)
+            advice = f"; did you mean {near[0]!r}?" if near else ""
+            message = f"{name!r} is not an option of a request{advice}"
+            raise TypeError(message)
+
+
+def _chat(messages: Messages) -> gateway_pb2.Chat:
+    """Returns a conversation for the wire."""
+    turns = []
+    for index, message in enumerate(messages):
+        if isinstance(message, Message):
+            turns.append(gateway_pb2.ChatMessage(role=message.role, content=message.content))
+        elif set(message) == {"role", "content"}:
+            turns.append(gateway_pb2.ChatMessage(role=message["role"], content=message["content"]))
+        else:
+            text = f"messages[{index}]: {message!r} is neither a Message nor a mapping with role and content"
+            raise InvalidRequestError(text, field="messages")
+    return gateway_pb2.Chat(messages=turns)
+
+
+def new_request_id() -> str:
+    """Returns a fresh name for a request."""
+    return uuid.uuid4().hex
+
+
+def specification(
+    prompt: Prompt | None, messages: Messages | None, options: Mapping[str, Any]
+) -> gateway_pb2.GenerationSpec:
+    """Returns the request for `prompt` or `messages`, whichever is given.
+
+    Ranges are the server's to check; only what cannot be put on the wire is refused here.
+
+    Raises:
+        InvalidRequestError: a value does not fit its field.
+        TypeError: an unknown option.
+    """
+    _check_names(options)
+    spec = gateway_pb2.GenerationSpec()
+    try:
+        if messages is not None:
+            spec.chat.CopyFrom(_chat(messages))
+        elif isinstance(prompt, str):
+            spec.text = prompt
+        else:
+            spec.token_ids.SetInParent()
+            spec.token_ids.ids.extend(prompt or ())
+        spec.request_id = options.get("request_id") or new_request_id()
+        spec.model = options.get("model", "")
+        _set(spec.sampling, options, ("temperature", "top_k", "top_p", "min_p", "seed", "n"))
+        _set(spec.stopping, options, ("max_tokens", "ignore_eos"))
+        spec.stopping.stop.extend(_texts(options.get("stop", ())))
+        spec.stopping.stop_token_ids.extend(options.get("stop_token_ids", ()))
+        if options.get("max_queue_time") is not None:
+            spec.scheduling.max_queue_time.FromTimedelta(dt.timedelta(seconds=options["max_queue_time"]))
+        spec.caching.salt = options.get("cache_salt", "")
+        spec.caching.skip_read = options.get("skip_cache_read", False)
+        spec.caching.skip_write = options.get("skip_cache_write", False)
+    except (TypeError, ValueError, OverflowError) as error:
+        message = f"a value does not fit its field: {error}"
+        raise InvalidRequestError(message) from error
+    return spec
+
+
+def _set(target: Any, options: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Sets the fields of `target` that `options` has a value for."""
+    for name in names:
+        value = options.get(name)
+        if value is not None:
+            try:
+                setattr(target, name, value)
+            except (TypeError, ValueError) as error:
+                message = f"{name}: {value!r} does not fit: {error}"
+                raise InvalidRequestError(message, field=name) from error
+
+
+def _texts(stop: str | Sequence[str]) -> Sequence[str]:
+    """Returns stop strings; a lone string is one of them, not its characters."""
+    return [stop] if isinstance(stop, str) else stop
+
+
+def count_request(prompt: str | Messages, model: str) -> gateway_pb2.CountTokensRequest:
+    """Returns the request that counts the tokens of a text or a conversation."""
+    if isinstance(prompt, str):
+        return gateway_pb2.CountTokensRequest(model=model, text=prompt)
+    return gateway_pb2.CountTokensRequest(model=model, chat=_chat(prompt))
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+def usage_from(wire: gateway_pb2.Usage) -> Usage:
+    """Returns what a request cost."""
+    return Usage(
+        prompt_token_count=wire.prompt_token_count,
+        cached_token_count=wire.cached_token_count,
+        completion_token_count=wire.completion_token_count,
+        preemption_count=wire.preemption_count,
+        peak_block_count=wire.peak_block_count,
+        queue_seconds=_seconds(wire.queue_time),
+        time_to_first_token_seconds=_seconds(wire.time_to_first_token),
+        total_seconds=_seconds(wire.total_time),
+    )
+
+
+def _ending(wire: gateway_pb2.Ending) -> tuple[FinishReason, str | int | None]:
+    """Returns why a sample ended and what matched."""
+    name = gateway_pb2.FinishReason.Name(wire.reason).removeprefix("FINISH_REASON_")
+    matched = wire.WhichOneof("matched")
+    return FinishReason[name], None if matched is None else getattr(wire, matched)
+
+
+def events_from(response: gateway_pb2.GenerateStreamResponse) -> list[Event]:
+    """Returns the events of one message of a stream."""
+    match response.WhichOneof("event"):
+        case "admitted":
+            wire = response.admitted
+            return [
+                Admitted(wire.request_id, wire.prompt_token_count, wire.cached_token_count, _seconds(wire.queue_time))
+            ]
+        case "delta":
+            return [_delta(sample) for sample in response.delta.samples]
+        case "finished":
+            return [Finished(usage_from(response.finished.usage))]
+        case _:
+            # A newer server may send events that this client does not know.
+            return []
+
+
+def _delta(sample: gateway_pb2.SampleDelta) -> Delta:
+    reason, stop = _ending(sample.ending) if sample.HasField("ending") else (None, None)
+    return Delta(sample.index, sample.text, tuple(sample.token_ids), reason, stop)
+
+
+def generation_from(response: gateway_pb2.GenerateResponse) -> Generation:
+    """Returns the whole answer to a request."""
+    completions = [
+        Completion(wire.index, wire.text, tuple(wire.token_ids), *_ending(wire.ending))
+        for wire in sorted(response.completions, key=lambda wire: wire.index)
+    ]
+    return Generation(response.request_id, tuple(completions), usage_from(response.usage))
+
+
+def models_from(response: gateway_pb2.ListModelsResponse) -> tuple[Model, ...]:
+    """Returns the models that are served."""
+    return tuple(
+        Model(wire.name, wire.architecture, wire.max_model_len, wire.vocab_size, tuple(wire.executor_ids))
+        for wire in response.models
+    )
+
+
+class Transcript:
+    """Puts the events of one stream together again."""
+
+    def __init__(self, request_id: str) -> None:
+        """Starts with nothing said."""
+        self.request_id = request_id
+        self.admitted: Admitted | None = None
+        self.usage: Usage | None = None
+        self._texts: dict[int, list[str]] = {}
+        self._token_ids: dict[int, list[int]] = {}
+        self._endings: dict[int, tuple[FinishReason, str | int | None]] = {}
+
+    def add(self, event: Event) -> None:
+        """Notes one event."""
+        if isinstance(event, Admitted):
+            self.admitted = event
+        elif isinstance(event, Finished):
+            self.usage = event.usage
+        else:
+            self._texts.setdefault(event.index, []).append(event.text)
+            self._token_ids.setdefault(event.index, []).extend(event.token_ids)
+            if event.finish_reason is not None:
+                self._endings[event.index] = (event.finish_reason, event.stop)
+
+    def generation(self) -> Generation | None:
+        """Returns the whole answer, or None while the stream has not finished."""
+        if self.usage is None:
+            return None
+        completions = [
+            Completion(index, "".join(self._texts[index]), tuple(self._token_ids[index]), *self._endings[index])
+            for index in sorted(self._endings)
+        ]
+        return Generation(self.request_id, tuple(completions), self.usage)
