@@ -235,7 +235,7 @@ class GenerationSpec(_message.Message):
     model: _builtins.str
     """Model; empty for the only one served. NOT_FOUND: not served here."""
     text: _builtins.str
-    """Text; the tokenizer's special tokens in it are not parsed."""
+    """Text. Special tokens written in it are recognised, as the tokenizer defines them."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, taken as they are."""

@@ -1,0 +1,31 @@
+"""Settings of the gateway."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from quire.config import ServiceConfig, setting
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatewayConfig(ServiceConfig):
+    """The public API: tokenises, batches continuously, streams."""
+
+    port: int = setting(50051, "Port to listen on; 0 lets the system choose.", minimum=0, maximum=65535)
+    memsvc: str = setting("127.0.0.1:50061", "HOST:PORT of the memory service.")
+    gateway_id: str = setting("", "Name of this gateway, unique and stable over restarts; empty for HOSTNAME:PORT.")
+    max_num_seqs: int = setting(256, "Most sequences that run at once on one executor.", minimum=1, maximum=65536)
+    max_num_batched_tokens: int | None = setting(
+        None, "Most tokens that one step computes; none for what the executor allows.", minimum=1
+    )
+    max_queue_size: int = setting(1024, "Most requests that wait; more are refused.", minimum=1)
+    max_queue_time: float = setting(120.0, "Seconds after which a waiting request is refused.", minimum=0.001)
+    max_tokens_default: int = setting(4096, "Completion tokens of a request that does not say.", minimum=1)
+    enable_prefix_caching: bool = setting(True, "Reuse keys and values of equal prefixes.")
+    pipeline_depth: int = setting(
+        2, "Steps sent to the executor before the first result is back.", minimum=1, maximum=4
+    )
+    max_preemptions: int = setting(
+        8, "After this many preemptions a sequence is preempted only if nothing else can be.", minimum=0
+    )
+    in_process: bool = setting(False, "Run memsvc and the executor inside this process; see QUIRE_EXECSVC_*.")

@@ -1,0 +1,1 @@
+"""The scheduler: pure state, no I/O, no clock."""

@@ -1,0 +1,309 @@
+"""The scheduler of one executor: computed tokens chase total tokens.
+
+A step is a token budget, spent first on sequences that need one token (decodes), then on chunks of longer remainders
+(prefill, and what a preempted sequence recomputes). Nothing here waits: a sequence that needs a block which the growth
+lease does not have sits the step out; if the pool has none to give, another sequence is preempted.
+
+A table that ends (finished, cancelled, preempted) is named in the next step's `removed`; only when that step's result
+confirms it (`fenced`) is it closed in the journal. A preempted sequence keeps its tokens, its samples in flight
+included, and goes back to the head of the queue then.
+
+Pure: no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from gateway.core.lease import GrowthLease
+from gateway.core.preemption import choose_victim
+from gateway.core.sequence import Sequence, SequenceState
+from gateway.core.step import StepDraft, StepOutcome
+from quire.errors import InvariantError
+from quire.memory import Admission, CloseReason, JournalEntry, PoolInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclasses.dataclass(slots=True)
+class Update:
+    """What a result changed."""
+
+    journal: JournalEntry
+    tokens: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)
+    """New tokens, in order; the caller decides whether each ends its sequence (`finish`)."""
+    requeued: list[Sequence] = dataclasses.field(default_factory=list)
+    """Preempted sequences whose tables are fenced; they go to the head of the queue."""
+    prefilled: list[Sequence] = dataclasses.field(default_factory=list)
+    """Sequences whose prompt is now computed for the first time."""
+    released: list[Sequence] = dataclasses.field(default_factory=list)
+    """Sequences that hold nothing any more."""
+    failed: list[tuple[Sequence, str, str]] = dataclasses.field(default_factory=list)
+    """(sequence, reason, message) of those the executor gave up."""
+
+
+@dataclasses.dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start, in tokens and steps."""
+
+    step_count: int = 0
+    scheduled_token_count: int = 0
+    preemption_count: int = 0
+    stalled_count: int = 0
+    """Times a sequence sat a step out for want of a block."""
+
+
+class Scheduler:
+    """Plans the steps of one executor and keeps its sequences.
+
+    Args:
+        pool: the pool it schedules; a new epoch needs a new scheduler.
+        max_num_seqs: most sequences with a table.
+        max_num_batched_tokens: token budget of a step.
+        max_preemptions: see `choose_victim`.
+    """
+
+    def __init__(self, pool: PoolInfo, max_num_seqs: int, max_num_batched_tokens: int, max_preemptions: int) -> None:
+        self.pool = pool
+        self.lease = GrowthLease(pool.spec.usable_block_count)
+        self.stats = SchedulerStats()
+        self._block_size = pool.spec.block_size
+        self._max_num_seqs = max_num_seqs
+        self._budget = max_num_batched_tokens
+        self._max_preemptions = max_preemptions
+        self._running: dict[int, Sequence] = {}
+        self._closing: dict[int, tuple[Sequence, CloseReason]] = {}
+        self._to_add: list[Sequence] = []
+        self._to_copy: list[int] = []
+        self._to_remove: list[int] = []
+        self._admission_no = 0
+        self._unmet = 0
+
+    @property
+    def running_count(self) -> int:
+        """Sequences that are scheduled."""
+        return len(self._running)
+
+    @property
+    def open_count(self) -> int:
+        """Sequences that hold a table, closing ones included."""
+        return len(self._running) + len(self._closing)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Yields every sequence that holds a table, in order of admission."""
+        held = [*self._running.values(), *(sequence for sequence, _ in self._closing.values())]
+        yield from sorted(held, key=lambda sequence: sequence.admission_no)
+
+    def can_admit(self) -> bool:
+        """Whether a new sequence may be admitted: there is room, and nobody waits for blocks or is being preempted."""
+        return (
+            self.open_count < self._max_num_seqs
+            and self._unmet == 0
+            and not any(reason is CloseReason.PREEMPTED for _, reason in self._closing.values())
+        )
+
+    def start(self, sequence: Sequence, admission: Admission) -> None:
+        """Takes in an admitted sequence; it is part of the next step."""
+        if admission.table in self._running or admission.table in self._closing:
+            raise InvariantError(f"table {admission.table} was granted twice in epoch {admission.epoch}")
+        self._admission_no += 1
+        sequence.admission_no = self._admission_no
+        sequence.state = SequenceState.RUNNING
+        sequence.table, sequence.epoch = admission.table, admission.epoch
+        sequence.blocks = list(admission.block_ids)
+        sequence.cached_token_count = admission.cached_token_count
+        sequence.scheduled = sequence.computed = admission.cached_token_count
+        sequence.reported = len(sequence.tokens)
+        sequence.pending = 0
+        self._running[admission.table] = sequence
+        self._to_add.append(sequence)
+        for source, destination in admission.copies:
+            self._to_copy += (source, destination)
+
+    def schedule(self) -> StepDraft:
+        """Returns the next step; it is empty when there is nothing to do."""
+        # What is preempted below may be part of this very step, so it is removed by the next one.
+        draft = StepDraft(removed=self._to_remove, added=self._to_add, copies=self._to_copy)
+        self._to_remove, self._to_add, self._to_copy = [], [], []
+        budget, unmet, prefills = self._budget, 0, []
+        for sequence in self._running.values():
+            remaining = sequence.remaining
+            if remaining > 1:
+                prefills.append(sequence)
+            elif remaining == 1 and budget > 0:
+                if not self._grow(sequence, draft):
+                    unmet += 1
+                    continue
+                self._plan(sequence, 1, draft)
+                budget -= 1
+        for sequence in prefills:
+            if budget == 0:
+                break
+            count = min(sequence.remaining, budget)
+            self._plan(sequence, count, draft)
+            budget -= count
+        self._unmet = unmet
+        self.lease.note_demand(unmet)
+        self.stats.stalled_count += unmet
+        if unmet and self.lease.exhausted:
+            self._make_room(unmet)
+        if not draft:
+            draft.removed, self._to_remove = self._to_remove, []
+        if draft:
+            self.stats.step_count += 1
+            self.stats.scheduled_token_count += self._budget - budget
+        return draft
+
+    def _grow(self, sequence: Sequence, draft: StepDraft) -> bool:
+        """Makes sure that the next token has a slot; returns whether it has."""
+        index = sequence.scheduled // self._block_size
+        if index < len(sequence.blocks):
+            return True
+        block = self.lease.take()
+        if block is None:
+            return False
+        sequence.blocks.append(block)
+        draft.appended += (sequence.table, index, block)
+        return True
+
+    @staticmethod
+    def _plan(sequence: Sequence, count: int, draft: StepDraft) -> None:
+        """Adds `count` tokens of a sequence to the step."""
+        draft.scheduled_tables.append(sequence.table)
+        draft.scheduled_counts.append(count)
+        sequence.scheduled += count
+        if sequence.scheduled == sequence.total:
+            sequence.pending += 1
+
+    def _make_room(self, needed: int) -> None:
+        """Preempts until `needed` blocks are on their way back, or nobody but the earliest sequence is left.
+
+        Blocks of tables that are closing already count: forgetting them preempts everyone, one after the other.
+        """
+        coming = sum(len(sequence.blocks) for sequence, _ in self._closing.values())
+        while coming < needed and len(self._running) > 1:
+            victim = choose_victim(self._running.values(), self._max_preemptions)
+            if victim is None:
+                return
+            coming += len(victim.blocks)
+            victim.preemption_count += 1
+            self.stats.preemption_count += 1
+            self._close(victim, CloseReason.PREEMPTED)
+
+    def _close(self, sequence: Sequence, reason: CloseReason) -> None:
+        """Stops scheduling a sequence and has its table fenced by the next step."""
+        del self._running[sequence.table]
+        sequence.state = SequenceState.CLOSING
+        self._closing[sequence.table] = (sequence, reason)
+        self._to_remove.append(sequence.table)
+        if sequence in self._to_add:
+            # The executor has not heard of it: it acknowledges the removal of a table that it does not know.
+            self._to_add.remove(sequence)
+
+    def finish(self, sequence: Sequence, reason: CloseReason) -> None:
+        """Ends a sequence; a no-op for one that has no table here or is ending already.
+
+        A sequence that ends while it is being preempted is not queued again.
+        """
+        if self._find(sequence.table) is not sequence:
+            return
+        if sequence.state is SequenceState.RUNNING:
+            self._close(sequence, reason)
+        elif sequence.state is SequenceState.CLOSING and self._closing[sequence.table][1] is CloseReason.PREEMPTED:
+            self._closing[sequence.table] = (sequence, reason)
+
+    def update(self, outcome: StepOutcome) -> Update:
+        """Takes in the result of a step."""
+        journal = JournalEntry(self.pool.pool_id, self.pool.epoch)
+        update = Update(journal)
+        for table, token in zip(outcome.sampled_tables, outcome.sampled_tokens, strict=True):
+            sequence = self._find(table)
+            if sequence is None or sequence.ended:
+                continue
+            sequence.tokens.append(token)
+            sequence.pending -= 1
+            update.tokens.append((sequence, token))
+        for table, count in zip(outcome.written_tables, outcome.written_counts, strict=True):
+            sequence = self._find(table)
+            if sequence is not None:
+                if sequence.computed < sequence.prompt_length <= count:
+                    update.prefilled.append(sequence)
+                sequence.computed = count
+                self._report(sequence, journal)
+        for table, reason, message in outcome.errors:
+            self._fail(table, reason, message, update)
+        for table in outcome.fenced:
+            self._fenced(table, update)
+        return update
+
+    def _find(self, table: int) -> Sequence | None:
+        """Returns the sequence of a table, closing ones included."""
+        sequence = self._running.get(table)
+        if sequence is None and table in self._closing:
+            sequence = self._closing[table][0]
+        return sequence
+
+    @staticmethod
+    def _report(sequence: Sequence, journal: JournalEntry) -> None:
+        """Tells memsvc the tokens and the written count of a sequence."""
+        known = len(sequence.tokens)
+        journal.tables.append(sequence.table)
+        journal.token_starts.append(sequence.reported)
+        journal.token_counts.append(known - sequence.reported)
+        journal.token_ids.extend(sequence.tokens[sequence.reported :])
+        journal.written_counts.append(min(sequence.computed, known))
+        sequence.reported = known
+
+    def _fail(self, table: int, reason: str, message: str, update: Update) -> None:
+        """The executor has dropped a sequence; that is a fence."""
+        sequence = self._find(table)
+        if sequence is None:
+            return
+        if table in self._running:
+            self._close(sequence, CloseReason.FAILED)
+            self._to_remove.remove(table)
+        else:
+            self._closing[table] = (sequence, CloseReason.FAILED)
+        self._fenced(table, update)
+        update.failed.append((sequence, reason, message))
+
+    def _fenced(self, table: int, update: Update) -> None:
+        """Nothing writes to a table any more: it can be closed."""
+        sequence, reason = self._closing.pop(table, (None, CloseReason.FINISHED))
+        if sequence is None:
+            return
+        update.journal.closed.append(table)
+        update.journal.close_reasons.append(reason)
+        self.lease.exhausted = False
+        sequence.clear_table()
+        if reason is CloseReason.PREEMPTED:
+            sequence.state = SequenceState.WAITING
+            update.requeued.append(sequence)
+        else:
+            sequence.state = SequenceState.FINISHED
+            update.released.append(sequence)
+
+    def abandon(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Gives up every table, which are void or will be fenced by someone else.
+
+        Returns:
+            Sequences to queue again, in order of admission, and those that only waited for their fence.
+        """
+        requeued, released = [], []
+        for sequence in self.sequences():
+            closing = self._closing.get(sequence.table)
+            if sequence.ended or (closing is not None and closing[1] is not CloseReason.PREEMPTED):
+                sequence.state = SequenceState.FINISHED
+                released.append(sequence)
+            else:
+                sequence.state = SequenceState.WAITING
+                if closing is None:
+                    sequence.preemption_count += 1
+                requeued.append(sequence)
+            sequence.clear_table()
+        self._running.clear()
+        self._closing.clear()
+        self._to_add, self._to_copy, self._to_remove = [], [], []
+        return requeued, released

@@ -1,0 +1,107 @@
+"""A sequence: one token series being decoded, and how far it has come.
+
+    0 ....... computed ....... scheduled ....... total
+    |  KV confirmed  |  in flight  |  still to plan  |
+
+`total` is the tokens known plus those that steps in flight will sample (`pending`). A step raises `scheduled`; its
+result raises `computed`. When `scheduled` reaches `total` the step samples one more token, so `total` rises by one: the
+computed tokens chase the total.
+"""
+
+from __future__ import annotations
+
+from array import array
+import enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateway.core.request import Request
+
+
+class SequenceState(enum.Enum):
+    """Life: NEW -> WAITING -> RUNNING -> CLOSING -> FINISHED; a preempted one goes from CLOSING to WAITING."""
+
+    NEW = enum.auto()
+    """Not queued yet: a further sample of a request waits for the first one's prompt."""
+    WAITING = enum.auto()
+    """In the queue, or being admitted; holds no table."""
+    RUNNING = enum.auto()
+    """Has a table and is scheduled."""
+    CLOSING = enum.auto()
+    """No longer scheduled; its table is held until the executor has fenced it."""
+    FINISHED = enum.auto()
+    """Holds nothing."""
+
+
+class Sequence:
+    """One sample of a request. Mutated by the scheduler only."""
+
+    __slots__ = (
+        "admission_no",
+        "blocks",
+        "cached_token_count",
+        "computed",
+        "ended",
+        "epoch",
+        "index",
+        "pending",
+        "preemption_count",
+        "prompt_length",
+        "reported",
+        "request",
+        "scheduled",
+        "state",
+        "table",
+        "tokens",
+        "total_limit",
+    )
+
+    def __init__(self, request: Request, index: int, prompt: array[int], total_limit: int) -> None:
+        """Starts a sequence.
+
+        Args:
+            request: whose sample it is.
+            index: which sample, from 0.
+            prompt: token ids, copied.
+            total_limit: most tokens it may have, prompt included.
+        """
+        self.request = request
+        self.index = index
+        self.tokens = array("I", prompt)
+        self.prompt_length = len(prompt)
+        self.total_limit = total_limit
+        self.state = SequenceState.NEW
+        self.ended = False
+        self.preemption_count = 0
+        self.admission_no = 0
+        self.cached_token_count = 0
+        self.table = 0
+        self.epoch = 0
+        self.blocks: list[int] = []
+        self.clear_table()
+
+    def clear_table(self) -> None:
+        """Forgets the table: everything is to be computed again."""
+        self.table = 0
+        self.epoch = 0
+        self.blocks = []
+        self.scheduled = 0
+        self.computed = 0
+        self.pending = 0
+        self.reported = 0
+
+    @property
+    def total(self) -> int:
+        """Tokens known and tokens being sampled."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that still have to be planned; 0 when the last token it may have is known or in flight."""
+        total = self.total
+        return 0 if total >= self.total_limit else total - self.scheduled
+
+    @property
+    def completion_length(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_length

@@ -1,0 +1,23 @@
+"""The models that the connected executors serve."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gateway.tokenize import ModelTokenizer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as requests see it."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    """Longest sequence in tokens, prompt and completion together."""
+    pool_token_count: int
+    """Token slots of the whole pool of the executor that holds most."""
+    eos_token_ids: frozenset[int]
+    tokenizer: ModelTokenizer
+    executor_ids: tuple[str, ...]

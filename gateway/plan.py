@@ -1,0 +1,67 @@
+"""Steps as they travel: drafts to StepPlan, StepResult to outcomes."""
+
+from __future__ import annotations
+
+from gateway.core.sequence import Sequence
+from gateway.core.step import StepDraft, StepOutcome
+from protos.execsvc.v1 import execsvc_pb2 as pb
+from quire import columns
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Odd, so that the samples of one request draw from different streams (the increment of SplitMix64)."""
+_SEED_MASK = 2**64 - 1
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Returns the seed of sample `index` of a request; sample 0 has the request's own."""
+    return (seed + index * _SEED_STRIDE) & _SEED_MASK
+
+
+def _sequence_start(sequence: Sequence) -> pb.SequenceStart:
+    """Returns what the executor needs to begin with a sequence."""
+    sampling = sequence.request.settings.sampling
+    return pb.SequenceStart(
+        table=sequence.table,
+        token_ids=columns.pack(sequence.tokens),
+        block_ids=columns.pack(sequence.blocks),
+        computed_token_count=sequence.cached_token_count,
+        sampling=pb.SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sample_seed(sampling.seed, sequence.index),
+        ),
+    )
+
+
+def to_plan(draft: StepDraft, step: int, epoch: int) -> pb.StepPlan:
+    """Returns a draft as step number `step`."""
+    return pb.StepPlan(
+        step=step,
+        epoch=epoch,
+        removed=columns.pack(draft.removed),
+        added=[_sequence_start(sequence) for sequence in draft.added],
+        appended=columns.pack(draft.appended),
+        copies=columns.pack(draft.copies),
+        scheduled_tables=columns.pack(draft.scheduled_tables),
+        scheduled_counts=columns.pack(draft.scheduled_counts),
+    )
+
+
+def to_outcome(result: pb.StepResult) -> StepOutcome:
+    """Returns what a result says.
+
+    Raises:
+        InvalidRequestError: its columns do not fit together.
+    """
+    written = columns.unpack_list(result.written_tables, "written_tables")
+    sampled = columns.unpack_list(result.sampled_tables, "sampled_tables")
+    return StepOutcome(
+        written_tables=written,
+        written_counts=columns.unpack_list(result.written_counts, "written_counts", row_count=len(written)),
+        sampled_tables=sampled,
+        sampled_tokens=columns.unpack_list(result.sampled_tokens, "sampled_tokens", row_count=len(sampled)),
+        fenced=columns.unpack_list(result.fenced, "fenced"),
+        errors=[(error.table, error.reason, error.message) for error in result.errors],
+    )

@@ -1,0 +1,112 @@
+"""GenerationService: messages to calls and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+
+from gateway.validation import check_request_id, check_spec, encode_prompt
+from protos.gateway.v1 import gateway_pb2 as pb
+from protos.gateway.v1 import gateway_pb2_grpc
+from quire.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from gateway.config import GatewayConfig
+    from gateway.engine import Engine
+    from gateway.streams import RequestStream
+
+_MAX_CANCELS = 1_000
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
+    """The public API on an engine."""
+
+    def __init__(self, engine: Engine, config: GatewayConfig) -> None:
+        self._engine = engine
+        self._config = config
+
+    async def _submit(self, spec: pb.GenerationSpec) -> RequestStream:
+        """Checks and queues a request; raises QuireError."""
+        model = self._engine.find_model(spec.model)
+        self._engine.check_request_id(check_request_id(spec.request_id))
+        settings = await check_spec(
+            spec,
+            model,
+            max_tokens_default=self._config.max_tokens_default,
+            max_queue_time=self._config.max_queue_time,
+            caching=self._config.enable_prefix_caching,
+        )
+        return self._engine.submit(settings)
+
+    async def GenerateStream(
+        self, request: pb.GenerateStreamRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        """Streams a completion."""
+        stream = await self._submit(request.spec)
+        try:
+            async for event in stream.events():
+                yield event
+        finally:
+            # Reached on every ending: the end, an error, a cancelled call, a deadline, a client that is gone.
+            self._engine.abandon(stream)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        """Returns a whole completion."""
+        stream = await self._submit(request.spec)
+        count = stream.request.settings.sample_count
+        completions = [pb.Completion(index=index) for index in range(count)]
+        texts: list[list[str]] = [[] for _ in range(count)]
+        response = pb.GenerateResponse(request_id=stream.request.settings.request_id)
+        try:
+            async for event in stream.events():
+                for sample in event.delta.samples:
+                    texts[sample.index].append(sample.text)
+                    completions[sample.index].token_ids.extend(sample.token_ids)
+                    if sample.HasField("ending"):
+                        completions[sample.index].ending.CopyFrom(sample.ending)
+                if event.HasField("finished"):
+                    response.usage.CopyFrom(event.finished.usage)
+        finally:
+            self._engine.abandon(stream)
+        for completion, parts in zip(completions, texts, strict=True):
+            completion.text = "".join(parts)
+        response.completions.extend(completions)
+        return response
+
+    async def CancelRequests(self, request: pb.CancelRequestsRequest, context: Context) -> pb.CancelRequestsResponse:
+        """Cancels requests and answers when their blocks are on their way back to the pool."""
+        count = len(request.request_ids)
+        if not 1 <= count <= _MAX_CANCELS:
+            message = f"request_ids: found {count} ids, allowed are 1 .. {_MAX_CANCELS}"
+            raise InvalidRequestError(message, field="request_ids")
+        ids = list(dict.fromkeys(request.request_ids))
+        found = await asyncio.gather(*(self._engine.cancel(request_id) for request_id in ids))
+        return pb.CancelRequestsResponse(
+            cancelled_request_ids=[request_id for request_id, live in zip(ids, found, strict=True) if live],
+            unknown_request_ids=[request_id for request_id, live in zip(ids, found, strict=True) if not live],
+        )
+
+    async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
+        """Counts the tokens of a prompt."""
+        tokens = await encode_prompt(request, self._engine.find_model(request.model))
+        return pb.CountTokensResponse(token_count=len(tokens), token_ids=tokens)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """Lists the models."""
+        return pb.ListModelsResponse(
+            models=[
+                pb.Model(
+                    name=model.name,
+                    architecture=model.architecture,
+                    max_model_len=model.max_model_len,
+                    vocab_size=model.vocab_size,
+                    executor_ids=model.executor_ids,
+                )
+                for model in self._engine.models()
+            ]
+        )

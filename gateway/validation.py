@@ -1,0 +1,199 @@
+"""From a GenerationSpec to checked settings: every field named, what was found, what is allowed."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+import math
+import re
+import secrets
+from typing import Final
+
+from gateway.core.request import RequestSettings, SamplingSettings
+from gateway.models import ServedModel
+from protos.gateway.v1 import gateway_pb2 as pb
+from quire.errors import InvalidRequestError, PromptTooLongError
+
+MAX_TEMPERATURE: Final = 100.0
+MAX_SAMPLES: Final = 64
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_CHARACTERS: Final = 256
+MAX_STOP_TOKENS: Final = 64
+MAX_CHAT_MESSAGES: Final = 4_096
+MAX_SALT_CHARACTERS: Final = 256
+_ROLES: Final = ("system", "user", "assistant")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def _refuse(field: str, found: object, allowed: str) -> InvalidRequestError:
+    """Returns the error for a field out of range."""
+    reason = "INVALID_" + re.sub(r"[^A-Z0-9]+", "_", field.rpartition(".")[2].upper())
+    return InvalidRequestError(f"{field}: found {found}, allowed is {allowed}", field=field, reason=reason)
+
+
+def check_request_id(request_id: str) -> str:
+    """Returns the request's id, drawn at random if empty.
+
+    Raises:
+        InvalidRequestError: too long, or a character that is not allowed.
+    """
+    if not request_id:
+        return secrets.token_hex(8)
+    if _REQUEST_ID.fullmatch(request_id) is None:
+        raise _refuse("request_id", repr(request_id[:140]), "1 .. 128 characters of A-Z a-z 0-9 . _ : -")
+    return request_id
+
+
+def check_sampling(sampling: pb.Sampling) -> tuple[SamplingSettings, int]:
+    """Returns the sampling settings and the number of samples.
+
+    Raises:
+        InvalidRequestError: a value out of range, NaN or infinite.
+    """
+    temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
+    if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
+        raise _refuse("sampling.temperature", temperature, f"0 (greedy) .. {MAX_TEMPERATURE:g}")
+    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
+    if not (math.isfinite(top_p) and 0 < top_p <= 1):
+        raise _refuse("sampling.top_p", top_p, "greater than 0, at most 1")
+    min_p = sampling.min_p if sampling.HasField("min_p") else 0.0
+    if not (math.isfinite(min_p) and 0 <= min_p <= 1):
+        raise _refuse("sampling.min_p", min_p, "0 .. 1")
+    sample_count = sampling.n if sampling.HasField("n") else 1
+    if not 1 <= sample_count <= MAX_SAMPLES:
+        raise _refuse("sampling.n", sample_count, f"1 .. {MAX_SAMPLES}")
+    seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
+    settings = SamplingSettings(temperature=temperature, top_k=sampling.top_k, top_p=top_p, min_p=min_p, seed=seed)
+    return settings, sample_count
+
+
+def _check_stopping(stopping: pb.Stopping, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Returns stop strings and stop tokens; raises InvalidRequestError."""
+    if len(stopping.stop) > MAX_STOP_STRINGS:
+        raise _refuse("stopping.stop", f"{len(stopping.stop)} strings", f"at most {MAX_STOP_STRINGS}")
+    for index, text in enumerate(stopping.stop):
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise _refuse(f"stopping.stop[{index}]", f"{len(text)} characters", f"1 .. {MAX_STOP_CHARACTERS}")
+    if len(stopping.stop_token_ids) > MAX_STOP_TOKENS:
+        raise _refuse("stopping.stop_token_ids", f"{len(stopping.stop_token_ids)} ids", f"at most {MAX_STOP_TOKENS}")
+    for index, token in enumerate(stopping.stop_token_ids):
+        if token >= vocab_size:
+            raise _refuse(f"stopping.stop_token_ids[{index}]", token, f"0 .. {vocab_size - 1}")
+    return tuple(stopping.stop), frozenset(stopping.stop_token_ids)
+
+
+def chat_messages(chat: pb.Chat) -> list[Mapping[str, str]]:
+    """Returns the messages of a conversation.
+
+    Raises:
+        InvalidRequestError: no message, too many, or an unknown role.
+    """
+    if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
+        raise _refuse("chat.messages", f"{len(chat.messages)} messages", f"1 .. {MAX_CHAT_MESSAGES}")
+    for index, message in enumerate(chat.messages):
+        if message.role not in _ROLES:
+            raise _refuse(f"chat.messages[{index}].role", repr(message.role[:64]), ", ".join(_ROLES))
+    return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+async def encode_prompt(spec: pb.GenerationSpec | pb.CountTokensRequest, model: ServedModel) -> array[int]:
+    """Returns the tokens of the prompt.
+
+    Raises:
+        InvalidRequestError: no prompt, an empty one, or a token outside the vocabulary.
+        PromptTooLongError: more characters or tokens than could ever fit.
+    """
+    kind = spec.WhichOneof("prompt")
+    # No token of any vocabulary is longer than this; far longer text is refused before it is tokenised.
+    character_limit = model.max_model_len * 256
+    if kind == "text":
+        if len(spec.text) > character_limit:
+            message = (
+                f"text: {len(spec.text)} characters, the model's context of {model.max_model_len} tokens cannot hold it"
+            )
+            raise PromptTooLongError(message, field="text")
+        tokens = await model.tokenizer.encode_text(spec.text) if spec.text else array("I")
+    elif kind == "chat":
+        messages = chat_messages(spec.chat)
+        if sum(len(message["content"]) for message in messages) > character_limit:
+            message = f"chat: the model's context of {model.max_model_len} tokens cannot hold the conversation"
+            raise PromptTooLongError(message, field="chat")
+        tokens = await model.tokenizer.encode_chat(messages)
+    elif kind == "token_ids" and isinstance(spec, pb.GenerationSpec):
+        tokens = array("I", spec.token_ids.ids)
+        if tokens and max(tokens) >= model.vocab_size:
+            raise _refuse("token_ids.ids", max(tokens), f"0 .. {model.vocab_size - 1}")
+    else:
+        raise InvalidRequestError(
+            "prompt: none given; set text, token_ids or chat", field="prompt", reason="EMPTY_PROMPT"
+        )
+    if not tokens:
+        raise InvalidRequestError(f"{kind}: the prompt is empty", field=kind, reason="EMPTY_PROMPT")
+    return tokens
+
+
+def _check_lengths(prompt: array[int], stopping: pb.Stopping, model: ServedModel, default_max_tokens: int) -> int:
+    """Returns max_tokens; raises PromptTooLongError or InvalidRequestError."""
+    length, context, pool = len(prompt), model.max_model_len, model.pool_token_count
+    figures = {"prompt_token_count": length, "max_model_len": context, "pool_token_count": pool}
+    if length >= context:
+        message = (
+            f"prompt: {length} tokens, allowed are at most {context - 1} (max_model_len {context} less one to generate)"
+        )
+        raise PromptTooLongError(message, field="prompt", metadata=figures)
+    if length >= pool:
+        message = f"prompt: {length} tokens, the whole pool holds {pool}: it can never run here"
+        raise PromptTooLongError(message, field="prompt", metadata=figures)
+    room = min(context, pool) - length
+    if not stopping.HasField("max_tokens"):
+        return min(room, default_max_tokens)
+    if not 1 <= stopping.max_tokens <= room:
+        allowed = f"1 .. {room} (prompt {length} tokens, max_model_len {context}, pool {pool})"
+        raise _refuse("stopping.max_tokens", stopping.max_tokens, allowed)
+    return stopping.max_tokens
+
+
+async def check_spec(
+    spec: pb.GenerationSpec, model: ServedModel, *, max_tokens_default: int, max_queue_time: float, caching: bool
+) -> RequestSettings:
+    """Returns the settings of a request.
+
+    Args:
+        spec: what the client sent.
+        model: the model that it names.
+        max_tokens_default: completion tokens if the request does not say.
+        max_queue_time: most seconds in the queue, also if the request asks for more.
+        caching: whether the prefix cache is on.
+
+    Raises:
+        InvalidRequestError: the first field that is wrong.
+        PromptTooLongError: the prompt can never run.
+    """
+    request_id = check_request_id(spec.request_id)
+    sampling, sample_count = check_sampling(spec.sampling)
+    stop, stop_token_ids = _check_stopping(spec.stopping, model.vocab_size)
+    if len(spec.caching.salt) > MAX_SALT_CHARACTERS:
+        found = f"{len(spec.caching.salt)} characters"
+        raise _refuse("caching.salt", found, f"at most {MAX_SALT_CHARACTERS}")
+    queue_time = max_queue_time
+    if spec.scheduling.HasField("max_queue_time"):
+        asked = spec.scheduling.max_queue_time.ToNanoseconds() / 1e9
+        if asked <= 0:
+            raise _refuse("scheduling.max_queue_time", f"{asked} s", "more than 0")
+        queue_time = min(queue_time, asked)
+    prompt = await encode_prompt(spec, model)
+    return RequestSettings(
+        request_id=request_id,
+        model=model.name,
+        prompt=prompt,
+        max_tokens=_check_lengths(prompt, spec.stopping, model, max_tokens_default),
+        sampling=sampling,
+        sample_count=sample_count,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=spec.stopping.ignore_eos,
+        cache_salt=spec.caching.salt,
+        skip_cache_read=spec.caching.skip_read or not caching,
+        skip_cache_write=spec.caching.skip_write or not caching,
+        max_queue_time=queue_time,
+    )
