@@ -1,0 +1,1 @@
+"""Runs the container stack for real: see __main__.py."""
