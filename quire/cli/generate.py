@@ -1,0 +1,223 @@
+"""`quire generate` and `quire chat`: text from a running gateway."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Annotated, TypeAlias
+
+from rich.text import Text
+import typer
+
+from quire.cli import options
+from quire.cli.output import notices, print_error, print_json, print_text
+from quire.client import DEFAULT_TIMEOUT, Client, Stream
+from quire.errors import InvalidRequestError, PromptTooLongError, QuireError
+from quire.generation import Delta, Generation, Message, Options
+
+Temperature: TypeAlias = Annotated[
+    float | None, typer.Option(help="0 is greedy, higher is more varied, at most 100. [default: 1]", show_default=False)
+]
+TopP: TypeAlias = Annotated[
+    float | None, typer.Option(help="Keep the likeliest tokens that together reach this probability.")
+]
+TopK: TypeAlias = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
+MinP: TypeAlias = Annotated[
+    float | None, typer.Option(help="Drop tokens less likely than this times the likeliest one.")
+]
+Seed: TypeAlias = Annotated[int | None, typer.Option(help="Same seed, same text. Drawn at random if not given.")]
+MaxTokens: TypeAlias = Annotated[
+    int | None, typer.Option(help="Tokens to generate at most. [default: as many as fit]", show_default=False)
+]
+Stop: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="End at this string, which is not printed; may be repeated.")
+]
+ModelName: TypeAlias = Annotated[str, typer.Option("--model", help="Name of the model, if several are served.")]
+Timeout: TypeAlias = Annotated[float, typer.Option(min=0.001, help="Seconds that the answer may take.")]
+
+
+def _given(**values: object) -> Options:
+    """Returns the options that have a value."""
+    given: Options = {}
+    given.update({name: value for name, value in values.items() if value is not None})  # type: ignore[typeddict-item]
+    return given
+
+
+def _prompt(text: str) -> str:
+    """Returns the prompt; "-" stands for what stdin has."""
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        message = f"standard input is not UTF-8: {error}"
+        raise InvalidRequestError(message, field="text") from error
+
+
+def generate(
+    *,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help='What to continue; "-" reads it from standard input.')],
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples of the same prompt, 1 .. 64.")] = 1,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    model: ModelName = "",
+    timeout: Timeout = DEFAULT_TIMEOUT,
+    address: options.Address = options.GATEWAY_ADDRESS,
+    json: options.Json = False,
+) -> None:
+    """Continue a text; it is printed as it comes.
+
+    For example:
+
+        quire generate "The capital of France is" --max-tokens 32
+
+        quire generate "Once upon a time" --n 3 --temperature 0.8 --seed 7
+
+        quire generate - --json < prompt.txt | jq -r '.completions[0].text'
+    """
+    wanted = _given(
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=stop,
+        model=model,
+    )
+    prompt = _prompt(text)
+    with Client(address, timeout=timeout) as client, client.stream(prompt, **wanted) as stream:
+        if json:
+            print_json(stream.result())
+        elif n == 1:
+            _print_stream(stream)
+        else:
+            _print_samples(stream)
+
+
+def _print_stream(stream: Stream) -> Generation:
+    """Prints the text of a single sample as it comes, ends the line, and returns the whole."""
+    ended_line = True
+    for piece in stream.text():
+        print_text(piece)
+        ended_line = piece.endswith("\n")
+    if not ended_line:
+        print_text("\n")
+    return stream.result()
+
+
+def _print_samples(stream: Stream) -> None:
+    """Prints each of several samples once it is whole."""
+    pieces: dict[int, list[str]] = {}
+    for event in stream:
+        if not isinstance(event, Delta):
+            continue
+        pieces.setdefault(event.index, []).append(event.text)
+        if event.finish_reason is not None:
+            text = "".join(pieces[event.index])
+            print_text(f"--- {event.index} ({event.finish_reason.value})\n{text}\n")
+
+
+def chat(
+    *,
+    system: Annotated[str, typer.Option(help="System prompt: who the model should be.")] = "",
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    model: ModelName = "",
+    timeout: Timeout = DEFAULT_TIMEOUT,
+    address: options.Address = options.GATEWAY_ADDRESS,
+) -> None:
+    """Talk with the model; each line is a turn, and the conversation so far is sent along (and found in the cache).
+
+    `/clear` forgets the conversation, `/exit` or Ctrl-D ends, Ctrl-C interrupts an answer.
+
+    For example:
+
+        quire chat --temperature 0
+
+        quire chat --system "You answer in one sentence."
+
+        echo "What is a quire?" | quire chat
+    """
+    wanted = _given(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=stop,
+        model=model,
+    )
+    with Client(address, timeout=timeout) as client:
+        _Conversation(client, system, wanted).run()
+
+
+class _Conversation:
+    """A conversation at the terminal, or over a pipe."""
+
+    def __init__(self, client: Client, system: str, wanted: Options) -> None:
+        """Starts with the system prompt alone."""
+        self._client = client
+        self._wanted = wanted
+        self._start = [Message("system", system)] if system else []
+        self._messages = list(self._start)
+        self._at_terminal = sys.stdin.isatty()
+
+    def run(self) -> None:
+        """Answers turn after turn until the input ends. Over a pipe the first failure ends it."""
+        if self._at_terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401, PLC0415 - gives input() history and editing
+            notices().print(Text("/clear forgets the conversation, /exit or Ctrl-D ends", "dim"))
+        while (turn := self._read()) is not None:
+            match turn.strip():
+                case "":
+                    continue
+                case "/exit":
+                    return
+                case "/clear":
+                    self._messages = list(self._start)
+                case command if command.startswith("/"):
+                    print_error(f"{command.split()[0]} is not a command", "there are /clear and /exit")
+                case said:
+                    self._answer(said)
+
+    def _read(self) -> str | None:
+        """Returns the next line, None at the end of the input."""
+        try:
+            return input("you> " if self._at_terminal else "")
+        except EOFError:
+            if self._at_terminal:
+                print_text("\n")
+            return None
+
+    def _answer(self, said: str) -> None:
+        """Prints the answer to one turn. A turn that failed or was interrupted is forgotten."""
+        messages = [*self._messages, Message("user", said)]
+        try:
+            with self._client.stream_chat(messages, **self._wanted) as stream:
+                answer = _print_stream(stream)
+        except KeyboardInterrupt:
+            if not self._at_terminal:
+                raise
+            print_text("\n")
+            notices().print(Text("interrupted; that turn is forgotten", "dim"))
+        except QuireError as error:
+            if not self._at_terminal:
+                raise
+            hint = "/clear starts a new conversation" if isinstance(error, PromptTooLongError) else ""
+            print_error(error.message, hint)
+        else:
+            self._messages = [*messages, Message("assistant", answer.text)]

@@ -1,0 +1,192 @@
+"""`quire pools`, `sequences`, `blocks`, `block` and `health`: looks into running services."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from rich.text import Text
+import typer
+
+from protos.memsvc.v1 import admin_pb2
+from quire.cli import options
+from quire.cli.admin import AdminClient
+from quire.cli.drawing import draw_block_table
+from quire.cli.output import console, enum_name, format_seconds, print_json, print_table
+from quire.errors import QuireError
+from quire.healthcheck import check
+from quire.serve.plan import EXECSVC_PORT, LOOPBACK
+from quire.units import format_bytes
+
+
+def _state(message: admin_pb2.Pool | admin_pb2.SequenceSummary | admin_pb2.GetBlockResponse) -> str:
+    return enum_name(message.DESCRIPTOR.fields_by_name["state"], message.state)
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.1f} %"
+
+
+def pools(*, memsvc: options.Memsvc = options.MEMSVC_ADDRESS, json: options.Json = False) -> None:
+    """Show every KV block pool: where its blocks are and how well they are used.
+
+    For example:
+
+        quire pools
+
+        quire pools --json | jq '.[0].free_block_count'
+    """
+    with AdminClient(memsvc) as admin:
+        found = admin.pools()
+    if json:
+        print_json(found)
+        return
+    columns = [
+        *(("POOL", False), ("STATE", False), ("MODEL", False), ("BLOCKS", True), ("USED", True), ("CACHED", True)),
+        *(("LEASED", True), ("PENDING", True), ("FREE", True), ("SLOTS USED", True), ("SEQUENCES", True)),
+        *(("PREFIX HITS", True), ("BYTES", True)),
+    ]
+    print_table(columns, [_pool_row(pool) for pool in found])
+
+
+def _pool_row(pool: admin_pb2.Pool) -> list[object]:
+    queries = pool.prefix_query_token_count
+    return [
+        *(pool.pool_id, _state(pool), pool.spec.model_id, pool.spec.block_count - 1, pool.used_block_count),
+        *(pool.cached_block_count, pool.leased_block_count, pool.pending_free_block_count, pool.free_block_count),
+        *(_percent(pool.used_slot_utilization) if pool.used_block_count else "-", pool.sequence_count),
+        _percent(pool.prefix_hit_token_count / queries) if queries else "-",
+        format_bytes(pool.spec.block_count * pool.spec.bytes_per_block),
+    ]
+
+
+def sequences(
+    *,
+    memsvc: options.Memsvc = options.MEMSVC_ADDRESS,
+    pool: Annotated[str, typer.Option(help="Only this pool.")] = "",
+    json: options.Json = False,
+) -> None:
+    """List the sequences that hold blocks, oldest first.
+
+    For example:
+
+        quire sequences
+
+        quire sequences --pool executor-0 --json
+    """
+    with AdminClient(memsvc) as admin:
+        found = admin.sequences(pool)
+    if json:
+        print_json(found)
+        return
+    columns = [
+        *(("SEQUENCE", False), ("POOL", False), ("STATE", False), ("TOKENS", True), ("WRITTEN", True)),
+        *(("CACHED", True), ("BLOCKS", True), ("AGE", True), ("GATEWAY", False)),
+    ]
+    rows = [
+        (
+            *(one.sequence_id, one.pool_id, _state(one), one.token_count, one.written_token_count),
+            *(one.cached_token_count, one.block_count, format_seconds(one.age), one.gateway_id),
+        )
+        for one in found
+    ]
+    print_table(columns, rows)
+
+
+def blocks(
+    *,
+    sequence: Annotated[
+        str, typer.Argument(metavar="SEQUENCE", help="Id of the sequence, or a unique beginning of it.")
+    ],
+    memsvc: options.Memsvc = options.MEMSVC_ADDRESS,
+    json: options.Json = False,
+) -> None:
+    """Draw the block table of a sequence.
+
+    Each block is drawn with its id and how full it is; a dot marks what other prompts can match, xn what n tables
+    share.
+
+    For example:
+
+        quire blocks 3f2a
+
+        quire blocks 3f2a9c/0 --json
+    """
+    with AdminClient(memsvc) as admin:
+        table = admin.block_table(sequence)
+    if json:
+        print_json(table)
+        return
+    printer = console()
+    printer.print(draw_block_table(table, printer.width), soft_wrap=True)
+
+
+def block(
+    *,
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Id of the pool, as `quire pools` shows it.")],
+    block_id: Annotated[int, typer.Argument(min=0, max=2**32 - 1, metavar="ID", help="Number of the block.")],
+    memsvc: options.Memsvc = options.MEMSVC_ADDRESS,
+    json: options.Json = False,
+) -> None:
+    """Show one block: where it is, who holds it, and why.
+
+    For example:
+
+        quire block executor-0 17
+    """
+    with AdminClient(memsvc) as admin:
+        found = admin.block(pool, block_id)
+    if json:
+        print_json(found)
+        return
+    facts = {
+        "block": found.block_id,
+        "state": f"{_state(found)} for {format_seconds(found.since)}",
+        "why": found.explanation,
+        "references": found.ref_count,
+        "sequences": ", ".join(found.sequence_ids) or "-",
+        "leased to": found.leased_to or "-",
+        "generation": found.generation,
+        "identity": found.identity.hex() or "-",
+    }
+    for name, value in facts.items():
+        console().print(Text.assemble((f"{name:<12}", "bold"), str(value)), soft_wrap=True)
+
+
+def _executor_addresses(memsvc: str) -> list[str]:
+    """Returns where memsvc knows executors, or the default address."""
+    try:
+        with AdminClient(memsvc) as admin:
+            found = [pool.executor_address for pool in admin.pools()]
+    except QuireError:
+        found = []
+    return found or [f"{LOOPBACK}:{EXECSVC_PORT}"]
+
+
+def health(
+    *,
+    address: options.Address = options.GATEWAY_ADDRESS,
+    memsvc: options.Memsvc = options.MEMSVC_ADDRESS,
+    execsvc: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="Executor; those that memsvc knows if not given.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Ask every service whether it serves; exit status 0 only if all do.
+
+    For example:
+
+        quire health
+
+        quire health --address 10.0.0.5:50051 --memsvc 10.0.0.5:50061
+    """
+    wanted = [("gateway", address), ("memsvc", memsvc)]
+    wanted += [("execsvc", one) for one in execsvc or _executor_addresses(memsvc)]
+    states = [(name, where, check(where)) for name, where in wanted]
+    if json:
+        print_json([{"service": name, "address": where, "state": state} for name, where, state in states])
+    else:
+        style = {"SERVING": "green"}
+        rows = [(name, where, Text(state, style.get(state, "red"))) for name, where, state in states]
+        print_table([("SERVICE", False), ("ADDRESS", False), ("STATE", False)], rows)
+    if any(state != "SERVING" for _, _, state in states):
+        raise typer.Exit(1)
