@@ -1,6 +1,7 @@
 """Runs the container stack for real: build, up, stream an answer, read a block table, down.
 
     python -m scripts.compose_test [--cache DIRECTORY] [--keep]
+    python -m scripts.compose_test --print-config gpu|cpu      # what Compose reads in the files; needs no engine
 
 Uses the container engine that answers. Where none does and this is root on a Debian-like machine, it installs and
 starts one for the time of the run, makes its base images from Debian packages if no registry answers, and afterwards
@@ -23,10 +24,10 @@ import time
 from types import FrameType
 
 from . import checks
-from .console import CheckFailedError, EngineUnavailableError, say
+from .console import CheckFailedError, EngineUnavailableError, run, say
 from .engine import Engine, reachable_engine
 from .images import provide_images
-from .stack import Stack, find_compose, free_port
+from .stack import FILES, Stack, find_compose, free_port
 from .wheels import provide_wheels, served
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parent.parent.parent
@@ -44,6 +45,7 @@ def _parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--cache", type=Path, default=home / "quire" / "compose-test", help="where images are kept")
+    parser.add_argument("--print-config", choices=("gpu", "cpu"), help="print the resolved compose files as JSON")
     parser.add_argument("--keep", action="store_true", help="leave the stack up until Enter is pressed")
     return parser.parse_args()
 
@@ -98,6 +100,16 @@ def _test(engine: Engine, cache: Path, *, keep: bool) -> None:
         engine.docker("image", "prune", "--force", timeout=120)
 
 
+def _resolved_config(cache: Path, kind: str) -> str:
+    """Returns what Compose makes of the files for machines with or without a GPU, as JSON and with default settings."""
+    command = find_compose(cache, {})
+    files = FILES if kind == "cpu" else FILES[:1]
+    words = [word for name in files for word in ("--file", name)]
+    own = {name: "" for name in os.environ if name.startswith("QUIRE_COMPOSE_")}
+    words += ["--env-file", "/dev/null", "config", "--format", "json"]
+    return run([*command, *words], timeout=60, env=own, cwd=PROJECT_DIRECTORY)
+
+
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     """Turns SIGTERM and SIGHUP into the exception that Ctrl-C raises, so that everything is taken down."""
     raise KeyboardInterrupt(signal.Signals(number).name)
@@ -111,6 +123,9 @@ def main() -> int:
         signal.signal(number, _interrupt)
     options.cache.mkdir(parents=True, exist_ok=True)
     try:
+        if options.print_config:
+            sys.stdout.write(_resolved_config(options.cache, options.print_config))
+            return 0
         with _alone(options.cache), reachable_engine(options.cache) as engine:
             _test(engine, options.cache, keep=options.keep)
     except EngineUnavailableError as error:

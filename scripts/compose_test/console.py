@@ -19,9 +19,9 @@ class EngineUnavailableError(Exception):
 
 
 def say(message: str) -> None:
-    """Prints a line with the seconds since the start."""
-    sys.stdout.write(f"[{time.monotonic() - _STARTED:6.1f} s] {message}\n")
-    sys.stdout.flush()
+    """Prints a line of progress, with the seconds since the start, to standard error."""
+    sys.stderr.write(f"[{time.monotonic() - _STARTED:6.1f} s] {message}\n")
+    sys.stderr.flush()
 
 
 def run(

