@@ -1,8 +1,8 @@
-"""Identity of KV blocks: one definition for every process and version.
+r"""Identity of KV blocks: one definition for every process and version.
 
 The identity of a full block is a chained digest over everything that determines its keys and values:
 
-    root        = H("quire/prefix/1\\0" || len(field) as u32 LE || field ... for the fields of `PrefixRoot`)
+    root        = H("quire/prefix/1\0" || len(field) as u32 LE || field ... for the fields of `PrefixRoot`)
     identity[0] = H(root        || tokens[0 : block_size] as u32 LE)
     identity[i] = H(identity[i - 1] || tokens[i * block_size : (i + 1) * block_size] as u32 LE)
 
@@ -53,7 +53,7 @@ class PrefixRoot:
 
 
 def tenant_salt(secret: bytes, tenant: str) -> bytes:
-    """Returns the 16-byte salt of a tenant, keyed with the server's secret (16 .. 64 bytes), which clients never see."""
+    """Returns the 16-byte salt of a tenant, keyed with the server's secret (16 .. 64 bytes) that no client sees."""
     return hashlib.blake2b(tenant.encode(), digest_size=DIGEST_BYTES, key=secret, person=b"quire-tenant").digest()
 
 

@@ -9,6 +9,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
+def status_code(error: grpc.RpcError) -> grpc.StatusCode:
+    """Returns the status code of a failed call; what grpc raises is always the call itself."""
+    assert isinstance(error, grpc.Call)
+    code: grpc.StatusCode = error.code()
+    return code
+
+
 def check(address: str, timeout: float = 2.0) -> str:
     """Returns the health of the service at `address`: "SERVING", "NOT_SERVING", or the status code of the failure."""
     with grpc.insecure_channel(address) as channel:
@@ -16,8 +23,7 @@ def check(address: str, timeout: float = 2.0) -> str:
         try:
             response = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)
-            return error.code().name
+            return status_code(error).name
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 

@@ -1,8 +1,8 @@
 """What every gRPC server and channel of Quire shares: options, error mapping, malformed messages, request ids.
 
 A handler raises QuireError and the caller gets its status with details. A message that does not parse is
-INVALID_ARGUMENT (grpcio alone answers UNKNOWN with Python text). Anything else that a handler raises is INTERNAL with no
-inner text, and is logged.
+INVALID_ARGUMENT (grpcio alone answers UNKNOWN with Python text). Anything else that a handler raises is INTERNAL with
+no inner text, and is logged.
 
 Streaming handlers are async generators; request streams are async iterators.
 """
