@@ -8,6 +8,7 @@ from collections.abc import Callable
 import contextlib
 import json
 from pathlib import Path
+import re
 import signal
 from typing import Final
 
@@ -23,6 +24,9 @@ _STOP_MARGIN_SECONDS: Final = 5.0
 # Exit statuses of a service: it cannot work, its settings are wrong.
 EXIT_FAILURE: Final = 1
 EXIT_CONFIG: Final = 2
+
+# How a service says in one line why it ends; argparse adds the "error: ".
+_FINAL_WORDS: Final = re.compile(r"(?:quire \w+: error|quire \w+|error): (?P<reason>.+)")
 
 LineListener = Callable[[str, str], None]
 
@@ -158,13 +162,12 @@ def event_of(line: str) -> dict[str, object] | None:
 def last_error(lines: list[str]) -> str:
     """Returns what the last lines of a log say went wrong, in one line; empty if they say nothing.
 
-    A line of the form `error: ...` is best, then an event of level error, then the last plain line (the end of a
-    traceback).
+    A line of the form `quire execsvc: ...` or `error: ...` is best, then an event of level error, then the last plain
+    line (the end of a traceback).
     """
     for line in reversed(lines):
-        head, found, text = line.partition("error: ")
-        if found and len(head.split()) <= 2:  # noqa: PLR2004 - "error: ..." or "quire execsvc: error: ..."
-            return text.strip()
+        if match := _FINAL_WORDS.match(line):
+            return match["reason"].strip()
     for line in reversed(lines):
         event = event_of(line)
         if event is not None and event.get("level") in {"error", "critical"}:
