@@ -62,7 +62,7 @@ class GrowthLease:
         self.exhausted = asked > 0 and not blocks
 
     def surrender(self, count: int | None = None) -> list[int]:
-        """Gives up `count` blocks of the stock (all by default) and returns them."""
-        keep = 0 if count is None else max(0, len(self._stock) - count)
-        given, self._stock = self._stock[keep:], self._stock[:keep]
+        """Gives up `count` blocks (all by default), those last in line, and returns them."""
+        cut = len(self._stock) if count is None else min(count, len(self._stock))
+        given, self._stock = self._stock[:cut], self._stock[cut:]
         return given

@@ -1,0 +1,221 @@
+"""An executor that knows what every slot must hold.
+
+Instead of keys and values a slot holds the digest of all tokens up to it. Before a position is computed every earlier
+slot of the table is compared with what it must be, so a block that was shared wrongly, freed early, copied late or
+published before it was written is found at the first read. The next token is a function of the digest and the seed:
+what a request must produce is known beforehand (`expected_tokens`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+import json
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from gateway.tokenize import TokenizerFiles
+from protos.execsvc.v1 import execsvc_pb2 as pb
+from quire import columns
+from quire.errors import ExecutorUnavailableError
+from quire.memory import PoolInfo, PoolSpec
+
+VOCAB_SIZE = 256
+EOS_TOKEN = 0
+
+
+def digest_of(parent: bytes, token: int) -> bytes:
+    """Returns what the slot of `token` after `parent` holds."""
+    return hashlib.blake2b(parent + token.to_bytes(4, "little"), digest_size=8).digest()
+
+
+def next_token(digest: bytes, seed: int) -> int:
+    """Returns the token that follows; about one in 256 is the end of the sequence."""
+    drawn = hashlib.blake2b(digest + seed.to_bytes(8, "little"), digest_size=4).digest()
+    return int.from_bytes(drawn, "little") % VOCAB_SIZE
+
+
+def expected_tokens(prompt: Sequence[int], seed: int, max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
+    """Returns what a request must produce."""
+    digest = b""
+    for token in prompt:
+        digest = digest_of(digest, token)
+    produced: list[int] = []
+    while len(produced) < max_tokens:
+        token = next_token(digest, seed)
+        produced.append(token)
+        if token == EOS_TOKEN and not ignore_eos:
+            break
+        digest = digest_of(digest, token)
+    return produced
+
+
+def tokenizer_files() -> TokenizerFiles:
+    """Returns a byte-level tokenizer without merges: token = byte, for the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    data = tokenizer.to_str().encode()
+    assert json.loads(data)["decoder"]["type"] == "ByteLevel"
+    return TokenizerFiles(data, hashlib.sha256(data).digest(), "", "", "")
+
+
+@dataclasses.dataclass
+class _Row:
+    """A sequence as the executor keeps it."""
+
+    tokens: list[int]
+    blocks: list[int]
+    computed: int
+    seed: int
+
+
+class WrongContentError(AssertionError):
+    """A slot held something else than the tokens before it."""
+
+
+class OracleExecutor:
+    """`gateway.clients.executor.ExecutorLink` on digests; see the module.
+
+    Args:
+        pool_spec: geometry.
+        delay: seconds that a step takes, asked for every step.
+        max_num_batched_tokens: token budget of a step.
+    """
+
+    def __init__(self, pool_spec: PoolSpec, delay: Callable[[], float], max_num_batched_tokens: int = 64) -> None:
+        self.spec = pool_spec
+        self.incarnation = 1
+        self.epoch = 0
+        self.step_count = 0
+        self.computed_token_count = 0
+        self.largest_step = 0
+        self.fail_at_step: int | None = None
+        self._delay = delay
+        self._budget = max_num_batched_tokens
+        self._slots: dict[tuple[int, int], bytes] = {}
+        self.rows: dict[int, _Row] = {}
+        self._turn = asyncio.Lock()
+        self._last_step = 0
+        self._open = False
+
+    def pool_info(self, epoch: int = 1) -> PoolInfo:
+        """Returns the pool as memsvc is told."""
+        return PoolInfo("oracle", epoch, True, self.spec, "oracle:0", self.incarnation)
+
+    async def describe(self) -> pb.DescribeResponse:
+        """See ExecutorLink."""
+        model = pb.ModelInfo(
+            name=self.spec.model_id,
+            architecture="Oracle",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=self.spec.max_model_len,
+            eos_token_ids=[EOS_TOKEN],
+        )
+        return pb.DescribeResponse(
+            executor_id="oracle",
+            executor_incarnation=self.incarnation,
+            ready=True,
+            model=model,
+            max_num_batched_tokens=self._budget,
+            max_num_seqs=64,
+        )
+
+    async def tokenizer(self) -> TokenizerFiles:
+        """See ExecutorLink."""
+        return tokenizer_files()
+
+    async def open(self, request: pb.Open) -> pb.Opened:
+        """See ExecutorLink: what an earlier session held is dropped."""
+        async with self._turn:
+            self.rows.clear()
+            self.epoch = request.epoch
+            self._last_step = 0
+            self._open = True
+        return pb.Opened(epoch=request.epoch)
+
+    async def run(self, plan: pb.StepPlan) -> pb.StepResult:
+        """See ExecutorLink."""
+        async with self._turn:
+            await asyncio.sleep(self._delay())
+            if not self._open:
+                raise ExecutorUnavailableError("the session is over")
+            assert plan.epoch == self.epoch
+            assert plan.step == self._last_step + 1
+            self._last_step = plan.step
+            self.step_count += 1
+            if self.step_count == self.fail_at_step:
+                self._open = False
+                raise ExecutorUnavailableError("injected failure")
+            return self._apply(plan)
+
+    async def close(self) -> None:
+        """See ExecutorLink."""
+        self._open = False
+
+    def _apply(self, plan: pb.StepPlan) -> pb.StepResult:
+        removed = columns.unpack_list(plan.removed, "removed")
+        for table in removed:
+            self.rows.pop(table, None)
+        for start in plan.added:
+            assert start.table not in self.rows, "added twice"
+            tokens = columns.unpack_list(start.token_ids, "token_ids")
+            blocks = columns.unpack_list(start.block_ids, "block_ids")
+            assert 0 not in blocks
+            assert start.computed_token_count < len(tokens)
+            self.rows[start.table] = _Row(tokens, blocks, start.computed_token_count, start.sampling.seed)
+        appended = columns.unpack_list(plan.appended, "appended", row_length=3)
+        for table, index, block in zip(appended[::3], appended[1::3], appended[2::3], strict=True):
+            assert index == len(self.rows[table].blocks)
+            self.rows[table].blocks.append(block)
+        copies = columns.unpack_list(plan.copies, "copies", row_length=2)
+        for source, destination in zip(copies[::2], copies[1::2], strict=True):
+            for offset in range(self.spec.block_size):
+                self._slots[destination, offset] = self._slots.get((source, offset), b"")
+        return self._compute(plan, removed)
+
+    def _compute(self, plan: pb.StepPlan, removed: list[int]) -> pb.StepResult:
+        tables = columns.unpack_list(plan.scheduled_tables, "scheduled_tables")
+        counts = columns.unpack_list(plan.scheduled_counts, "scheduled_counts", row_count=len(tables))
+        assert len(set(tables)) == len(tables)
+        assert sum(counts) <= self._budget
+        self.largest_step = max(self.largest_step, sum(counts))
+        self.computed_token_count += sum(counts)
+        # All writes of a step happen before its reads end: two rows that share a block must not write to it.
+        written: dict[tuple[int, int], int] = {}
+        sampled_tables, sampled_tokens, written_counts = [], [], []
+        for table, count in zip(tables, counts, strict=True):
+            row = self.rows[table]
+            digest = self._check(row, table)
+            for position in range(row.computed, row.computed + count):
+                digest = digest_of(digest, row.tokens[position])
+                slot = (row.blocks[position // self.spec.block_size], position % self.spec.block_size)
+                assert written.setdefault(slot, table) == table, "two sequences write one slot"
+                self._slots[slot] = digest
+            row.computed += count
+            written_counts.append(row.computed)
+            if row.computed == len(row.tokens):
+                row.tokens.append(next_token(digest, row.seed))
+                sampled_tables.append(table)
+                sampled_tokens.append(row.tokens[-1])
+        return pb.StepResult(
+            step=plan.step,
+            written_tables=columns.pack(tables),
+            written_counts=columns.pack(written_counts),
+            sampled_tables=columns.pack(sampled_tables),
+            sampled_tokens=columns.pack(sampled_tokens),
+            fenced=columns.pack(removed),
+        )
+
+    def _check(self, row: _Row, table: int) -> bytes:
+        """Returns the digest before the next position; raises WrongContentError if any earlier slot is wrong."""
+        digest = b""
+        for position in range(row.computed):
+            digest = digest_of(digest, row.tokens[position])
+            slot = (row.blocks[position // self.spec.block_size], position % self.spec.block_size)
+            if self._slots.get(slot) != digest:
+                raise WrongContentError(f"table {table} position {position}: slot {slot} holds foreign content")
+        return digest

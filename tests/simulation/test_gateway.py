@@ -1,0 +1,273 @@
+"""The whole gateway on the real memory core and the oracle executor, under seeded load."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+import contextlib
+import random
+
+import pytest
+
+from gateway.config import GatewayConfig
+from gateway.engine import Engine
+from gateway.plan import sample_seed
+from gateway.streams import RequestStream
+from gateway.validation import check_spec
+from memsvc.local import LocalMemory
+from protos.gateway.v1 import gateway_pb2 as pb
+from quire.errors import AdmissionError, PromptTooLongError
+from quire.memory import PoolSpec
+from tests.simulation.oracle_executor import OracleExecutor, expected_tokens
+
+DEADLINE_SECONDS = 60.0
+
+
+class World:
+    """A gateway, a memory core and an executor in one event loop."""
+
+    def __init__(
+        self, block_count: int, *, budget: int = 64, max_model_len: int = 512, queue_size: int = 64, seed: int = 0
+    ) -> None:
+        """Lays out the pool; `start` connects."""
+        self.random = random.Random(seed)
+        spec = PoolSpec(block_count, 16, 1024, "oracle-model", "float32", max_model_len)
+        self.executor = OracleExecutor(spec, lambda: self.random.choice((0, 0, 0.001)), budget)
+        self.memory = LocalMemory()
+        self.memory.register(self.executor.pool_info())
+        self.config = GatewayConfig(gateway_id="test", max_queue_size=queue_size)
+        self.ready = asyncio.Event()
+        self.defects: list[str] = []
+        self.engine = Engine(self.memory, lambda _: self.executor, self.config, self._readiness, self.defects.append)
+
+    def _readiness(self, ready: bool) -> None:
+        if ready:
+            self.ready.set()
+
+    async def submit(self, **fields: object) -> RequestStream:
+        """Checks and submits a GenerationSpec with these fields."""
+        spec = pb.GenerationSpec(**fields)
+        model = self.engine.find_model("")
+        settings = await check_spec(spec, model, max_tokens_default=64, max_queue_time=50.0, caching=True)
+        return self.engine.submit(settings)
+
+    async def collect(self, stream: RequestStream) -> tuple[list[list[int]], pb.Usage]:
+        """Reads a stream to its end: the tokens of each sample, and the usage."""
+        tokens: list[list[int]] = [[] for _ in range(stream.request.settings.sample_count)]
+        async for event in stream.events():
+            for sample in event.delta.samples:
+                tokens[sample.index].extend(sample.token_ids)
+            if event.HasField("finished"):
+                return tokens, event.finished.usage
+        pytest.fail("the stream ended without `finished`")
+
+    async def settle(self) -> None:
+        """Waits until nothing lives, then checks that nothing is held."""
+        await self.engine.drain()
+        for _ in range(200):
+            pool = self.memory.pool_counts("oracle")
+            if pool.used == pool.leased == pool.pending_free == 0:
+                break
+            await asyncio.sleep(0.005)
+        assert (pool.used, pool.leased, pool.pending_free, pool.sequences) == (0, 0, 0, 0)
+        assert pool.cached + pool.free == self.executor.spec.usable_block_count
+        assert not self.executor.rows
+        assert not self.defects
+        self.memory.check_invariants()
+
+
+@contextlib.asynccontextmanager
+async def running(world: World) -> AsyncIterator[World]:
+    """Starts a world and, after the test, stops it."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await world.engine.start()
+        await world.ready.wait()
+        try:
+            yield world
+        finally:
+            await world.engine.close()
+
+
+def _ids(tokens: list[int]) -> pb.TokenIds:
+    return pb.TokenIds(ids=tokens)
+
+
+async def test_a_request_produces_exactly_its_tokens() -> None:
+    """The simplest request of all must work, and leave nothing behind."""
+    async with running(World(64)) as world:
+        prompt = list(range(1, 41))
+        stream = await world.submit(
+            token_ids=_ids(prompt), sampling=pb.Sampling(seed=7), stopping=pb.Stopping(max_tokens=50, ignore_eos=True)
+        )
+        (tokens,), usage = await world.collect(stream)
+        assert tokens == expected_tokens(prompt, 7, 50, ignore_eos=True)
+        assert (usage.prompt_token_count, usage.completion_token_count, usage.cached_token_count) == (40, 50, 0)
+        assert usage.peak_block_count == 6
+        await world.settle()
+
+
+async def test_a_second_equal_prompt_computes_one_token_of_it() -> None:
+    """A prompt that is cached entirely costs one token, not a block."""
+    async with running(World(64)) as world:
+        prompt = list(range(1, 41))
+        for expected_cached in (0, 39):
+            before = world.executor.computed_token_count
+            stream = await world.submit(
+                token_ids=_ids(prompt), sampling=pb.Sampling(seed=7), stopping=pb.Stopping(max_tokens=1)
+            )
+            _, usage = await world.collect(stream)
+            assert usage.cached_token_count == expected_cached
+            assert world.executor.computed_token_count - before == 40 - expected_cached
+        await world.settle()
+
+
+async def test_samples_share_the_prompt_and_differ_in_their_draws() -> None:
+    """N samples must not compute the prompt n times, and each must draw from its own stream."""
+    async with running(World(128)) as world:
+        prompt = list(range(1, 101))
+        stream = await world.submit(
+            token_ids=_ids(prompt), sampling=pb.Sampling(seed=3, n=4), stopping=pb.Stopping(max_tokens=20)
+        )
+        tokens, usage = await world.collect(stream)
+        for index in range(4):
+            assert tokens[index] == expected_tokens(prompt, sample_seed(3, index), 20)
+        assert usage.completion_token_count == sum(map(len, tokens))
+        # 100 for the first sample and one for each other, plus the completions.
+        assert world.executor.computed_token_count <= 100 + 3 + usage.completion_token_count + 8
+        await world.settle()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_results_never_depend_on_company(seed: int) -> None:
+    """Requests under memory pressure, preemption, shared prefixes and cancellation give what each gives alone."""
+    async with running(World(40, seed=seed)) as world:
+        chance = random.Random(seed)
+        stems = [[chance.randrange(1, 256) for _ in range(chance.randrange(1, 150))] for _ in range(4)]
+
+        async def client(number: int) -> None:
+            await asyncio.sleep(chance.random() * 0.05)
+            prompt = [*chance.choice(stems), *(chance.randrange(1, 256) for _ in range(chance.randrange(1, 40)))]
+            max_tokens = chance.randrange(1, 120)
+            samples = chance.choice((1, 1, 1, 2, 3))
+            stream = await world.submit(
+                token_ids=_ids(prompt),
+                sampling=pb.Sampling(seed=number, n=samples),
+                stopping=pb.Stopping(max_tokens=max_tokens),
+            )
+            if chance.random() < 0.2:
+                await asyncio.sleep(chance.random() * 0.05)
+                world.engine.abandon(stream)
+                return
+            tokens, _ = await world.collect(stream)
+            for index in range(samples):
+                assert tokens[index] == expected_tokens(prompt, sample_seed(number, index), max_tokens)
+
+        await asyncio.gather(*(client(number) for number in range(40)))
+        await world.settle()
+
+
+async def test_memory_pressure_preempts_and_everyone_finishes() -> None:
+    """A pool far smaller than the demand must neither hang nor fail anybody."""
+    async with running(World(24)) as world:
+
+        async def client(number: int) -> int:
+            prompt = [number + 1] * 30
+            stream = await world.submit(
+                token_ids=_ids(prompt),
+                sampling=pb.Sampling(seed=number),
+                stopping=pb.Stopping(max_tokens=200, ignore_eos=True),
+            )
+            (tokens,), usage = await world.collect(stream)
+            assert tokens == expected_tokens(prompt, number, 200, ignore_eos=True)
+            return usage.preemption_count
+
+        preemptions = await asyncio.gather(*(client(number) for number in range(8)))
+        assert sum(preemptions) > 0, "the pool was meant to be too small"
+        await world.settle()
+
+
+async def test_an_executor_failure_is_a_pause_not_an_error() -> None:
+    """When the session with the executor breaks, requests go on afterwards with the same tokens."""
+    async with running(World(64)) as world:
+        world.executor.fail_at_step = 12
+
+        async def client(number: int) -> None:
+            prompt = [number + 1] * 20
+            stream = await world.submit(
+                token_ids=_ids(prompt),
+                sampling=pb.Sampling(seed=number),
+                stopping=pb.Stopping(max_tokens=60, ignore_eos=True),
+            )
+            (tokens,), _ = await world.collect(stream)
+            assert tokens == expected_tokens(prompt, number, 60, ignore_eos=True)
+
+        await asyncio.gather(*(client(number) for number in range(6)))
+        assert world.executor.step_count > 12
+        await world.settle()
+
+
+async def test_cancel_confirms_that_blocks_are_back() -> None:
+    """After CancelRequests has answered nothing of the request may be held."""
+    async with running(World(64)) as world:
+        stream = await world.submit(
+            request_id="victim",
+            token_ids=_ids([5] * 100),
+            stopping=pb.Stopping(max_tokens=400, ignore_eos=True),
+        )
+        reader = asyncio.create_task(world.collect(stream))
+        await asyncio.sleep(0.02)
+        assert await world.engine.cancel("victim")
+        assert world.memory.pool_counts("oracle").used == 0
+        tokens, _ = await reader
+        assert len(tokens[0]) < 400
+        assert not await world.engine.cancel("victim")
+        await world.settle()
+
+
+async def test_a_full_queue_refuses_with_a_retry_delay() -> None:
+    """Overload is a status with a delay, at once; those already queued are not disturbed."""
+    async with running(World(24, queue_size=4)) as world:
+        streams, refusals = [], []
+        for number in range(30):
+            try:
+                streams.append(
+                    await world.submit(
+                        token_ids=_ids([number + 1] * 300),
+                        sampling=pb.Sampling(seed=number),
+                        stopping=pb.Stopping(max_tokens=10, ignore_eos=True),
+                    )
+                )
+            except AdmissionError as error:
+                refusals.append(error)
+        assert refusals
+        assert all(error.reason == "QUEUE_FULL" and error.retry_after for error in refusals)
+        for stream in streams:
+            await world.collect(stream)
+        await world.settle()
+
+
+async def test_a_prompt_larger_than_the_pool_is_refused_with_both_numbers() -> None:
+    """What can never run must fail at once and name what it needs and what there is."""
+    async with running(World(11)) as world:
+        with pytest.raises(PromptTooLongError, match=r"160 tokens, the whole pool holds 160"):
+            await world.submit(token_ids=_ids([1] * 160))
+
+
+async def test_a_request_that_waits_too_long_is_refused() -> None:
+    """max_queue_time ends a wait with RESOURCE_EXHAUSTED instead of silence."""
+    async with running(World(24)) as world:
+        first = await world.submit(
+            token_ids=_ids([1] * 340),
+            sampling=pb.Sampling(seed=1),
+            stopping=pb.Stopping(max_tokens=20, ignore_eos=True),
+        )
+        spec: dict[str, object] = {"token_ids": _ids([2] * 340), "stopping": pb.Stopping(max_tokens=20)}
+        scheduling = pb.Scheduling()
+        scheduling.max_queue_time.FromMilliseconds(1)
+        second = await world.submit(scheduling=scheduling, **spec)
+        await asyncio.sleep(0)
+        results = await asyncio.gather(world.collect(first), world.collect(second), return_exceptions=True)
+        assert not isinstance(results[0], BaseException)
+        assert isinstance(results[1], AdmissionError)
+        assert results[1].reason == "QUEUE_TIMEOUT"
+        await world.settle()

@@ -1,0 +1,115 @@
+"""Bad input gets an error that names the field, what was found and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.models import ServedModel
+from gateway.tokenize import ModelTokenizer
+from gateway.validation import check_spec, encode_prompt
+from protos.gateway.v1 import gateway_pb2 as pb
+from quire.errors import InvalidRequestError, PromptTooLongError
+from tests.simulation.oracle_executor import tokenizer_files
+
+MODEL = ServedModel(
+    name="m",
+    architecture="Oracle",
+    vocab_size=256,
+    max_model_len=100,
+    pool_token_count=64,
+    eos_token_ids=frozenset({0}),
+    tokenizer=ModelTokenizer(tokenizer_files(), add_bos_token=False),
+    executor_ids=("e",),
+)
+PROMPT = {"token_ids": pb.TokenIds(ids=[1, 2, 3])}
+
+
+async def _check(**fields: Any) -> Any:
+    spec = pb.GenerationSpec(**fields)
+    return await check_spec(spec, MODEL, max_tokens_default=16, max_queue_time=5.0, caching=True)
+
+
+def _queue_time(nanoseconds: int) -> pb.Scheduling:
+    scheduling = pb.Scheduling()
+    scheduling.max_queue_time.FromNanoseconds(nanoseconds)
+    return scheduling
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        ({}, "prompt", "none given"),
+        ({"text": ""}, "text", "empty"),
+        ({"token_ids": pb.TokenIds()}, "token_ids", "empty"),
+        ({"token_ids": pb.TokenIds(ids=[256])}, "token_ids.ids", "0 .. 255"),
+        ({"chat": pb.Chat()}, "chat.messages", "0 messages"),
+        ({"chat": pb.Chat(messages=[pb.ChatMessage(role="root", content="x")])}, "chat.messages[0].role", "'root'"),
+        ({"chat": pb.Chat(messages=[pb.ChatMessage(role="user", content="x")])}, "chat", "no chat template"),
+        ({**PROMPT, "request_id": "a b"}, "request_id", "1 .. 128 characters"),
+        ({**PROMPT, "request_id": "a" * 129}, "request_id", "1 .. 128 characters"),
+        ({**PROMPT, "sampling": pb.Sampling(temperature=-0.1)}, "sampling.temperature", "0 (greedy) .. 100"),
+        ({**PROMPT, "sampling": pb.Sampling(temperature=float("nan"))}, "sampling.temperature", "nan"),
+        ({**PROMPT, "sampling": pb.Sampling(temperature=float("inf"))}, "sampling.temperature", "inf"),
+        ({**PROMPT, "sampling": pb.Sampling(top_p=0.0)}, "sampling.top_p", "greater than 0"),
+        ({**PROMPT, "sampling": pb.Sampling(top_p=1.5)}, "sampling.top_p", "at most 1"),
+        ({**PROMPT, "sampling": pb.Sampling(top_p=float("nan"))}, "sampling.top_p", "nan"),
+        ({**PROMPT, "sampling": pb.Sampling(min_p=2.0)}, "sampling.min_p", "0 .. 1"),
+        ({**PROMPT, "sampling": pb.Sampling(n=0)}, "sampling.n", "1 .. 64"),
+        ({**PROMPT, "sampling": pb.Sampling(n=65)}, "sampling.n", "1 .. 64"),
+        ({**PROMPT, "stopping": pb.Stopping(max_tokens=0)}, "stopping.max_tokens", "1 .. 61"),
+        ({**PROMPT, "stopping": pb.Stopping(max_tokens=62)}, "stopping.max_tokens", "1 .. 61"),
+        ({**PROMPT, "stopping": pb.Stopping(stop=["x"] * 17)}, "stopping.stop", "at most 16"),
+        ({**PROMPT, "stopping": pb.Stopping(stop=["x", ""])}, "stopping.stop[1]", "0 characters"),
+        ({**PROMPT, "stopping": pb.Stopping(stop=["x" * 257])}, "stopping.stop[0]", "257 characters"),
+        ({**PROMPT, "stopping": pb.Stopping(stop_token_ids=[1] * 65)}, "stopping.stop_token_ids", "at most 64"),
+        ({**PROMPT, "stopping": pb.Stopping(stop_token_ids=[256])}, "stopping.stop_token_ids[0]", "0 .. 255"),
+        ({**PROMPT, "caching": pb.Caching(salt="s" * 257)}, "caching.salt", "at most 256"),
+        ({**PROMPT, "scheduling": _queue_time(0)}, "scheduling.max_queue_time", "more than 0"),
+    ],
+)
+async def test_a_field_out_of_range_is_named(fields: dict[str, Any], field: str, words: str) -> None:
+    """The user must be able to correct the request from the message alone."""
+    with pytest.raises(InvalidRequestError) as caught:
+        await _check(**fields)
+    assert caught.value.field == field
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(("length", "words"), [(64, "64 tokens, the whole pool holds 64"), (100, "at most 99")])
+async def test_a_prompt_that_can_never_run_is_refused_with_both_numbers(length: int, words: str) -> None:
+    """A prompt larger than the pool or the context must fail at once, with what it needs and what there is."""
+    with pytest.raises(PromptTooLongError, match=words) as caught:
+        await _check(token_ids=pb.TokenIds(ids=[1] * length))
+    assert caught.value.metadata == {
+        "prompt_token_count": str(length),
+        "max_model_len": "100",
+        "pool_token_count": "64",
+    }
+
+
+async def test_text_that_no_context_could_hold_is_refused_before_it_is_tokenised() -> None:
+    """A megabyte of text must not cost the gateway seconds of tokenising."""
+    with pytest.raises(PromptTooLongError, match="characters"):
+        await _check(text="x" * (100 * 256 + 1))
+
+
+async def test_defaults_are_those_that_the_api_documents() -> None:
+    """A request that says nothing gets temperature 1, one sample, and as many tokens as fit up to the default."""
+    settings = await _check(**PROMPT)
+    assert (settings.sampling.temperature, settings.sampling.top_p, settings.sampling.top_k) == (1.0, 1.0, 0)
+    assert (settings.sample_count, settings.max_tokens, settings.max_queue_time) == (1, 16, 5.0)
+    assert len(settings.request_id) == 16
+    assert (await _check(**PROMPT)).sampling.seed != settings.sampling.seed
+
+
+async def test_zero_temperature_means_greedy_and_is_not_the_default() -> None:
+    """An explicit zero must be kept apart from a field that is not set."""
+    assert (await _check(**PROMPT, sampling=pb.Sampling(temperature=0.0))).sampling.temperature == 0.0
+
+
+async def test_count_tokens_sees_what_generation_sees() -> None:
+    """A client that counts first must get the number that it is charged for."""
+    counted = await encode_prompt(pb.CountTokensRequest(text="héllo"), MODEL)
+    assert list(counted) == list((await _check(text="héllo")).prompt)
