@@ -1,0 +1,145 @@
+"""What must hold between any two commands. Cheap enough to check whenever a pool is idle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memsvc.core.memory import MemoryCore
+from memsvc.core.pool import BlockState
+from memsvc.core.pool_memory import PoolMemory
+from memsvc.core.prefix import Publication
+from memsvc.core.table import TableRecord, TableState
+from quire.errors import InvariantError
+from quire.units import div_ceil
+
+
+def check(core: MemoryCore) -> None:
+    """Checks every pool.
+
+    Raises:
+        InvariantError: naming the invariant, the pool and the block or table.
+    """
+    for pool_id, pool in core.pools.items():
+        _require(
+            pool.memory.epoch == pool.epoch, f"pool {pool_id}: tables of epoch {pool.memory.epoch}, now {pool.epoch}"
+        )
+        check_pool(pool.memory)
+        known = {gateway.number for gateway in core.gateways}
+        _require(pool.memory.grants.keys() <= known, f"pool {pool_id}: grants of unknown gateways")
+
+
+def check_pool(memory: PoolMemory) -> None:
+    """Checks one pool; raises as `check`."""
+    _check_references(memory)
+    _check_states(memory)
+    _check_tables(memory)
+    _check_publications(memory)
+    _check_grants(memory)
+
+
+def _require(condition: object, message: str) -> None:
+    if not bool(condition):
+        raise InvariantError(message)
+
+
+def _records(memory: PoolMemory) -> list[tuple[int, TableRecord]]:
+    return [(slot, memory.tables.record(slot)) for slot in memory.tables.open_slots()]
+
+
+def _check_references(memory: PoolMemory) -> None:
+    """References equal the table entries and copy sources that name the block; so do those of closing tables."""
+    pool = memory.pool
+    for closing, column in ((None, pool.refs), (TableState.CLOSING, pool.closing_refs)):
+        named = [record.held_block_ids() for _, record in _records(memory) if closing in {None, record.state}]
+        blocks = np.concatenate(named) if named else np.zeros(0, np.int64)
+        expected = np.bincount(blocks, minlength=pool.block_count)
+        wrong = np.flatnonzero(expected != column)
+        _require(
+            not len(wrong), f"block {wrong[:1]}: {column[wrong[:1]]} references, named {expected[wrong[:1]]} times"
+        )
+
+
+def _check_states(memory: PoolMemory) -> None:
+    """Every block is in one state, which its references and leases explain; the free orders hold each block once."""
+    pool = memory.pool
+    counts = np.bincount(pool.state, minlength=BlockState.NULL + 1)
+    for state in BlockState:
+        _require(
+            counts[state] == pool.count(state), f"{state.name}: {counts[state]} blocks, counted {pool.count(state)}"
+        )
+    _require(pool.state[0] == BlockState.NULL and pool.refs[0] == 0, "the null block is in use")
+    used, pending = pool.state == BlockState.USED, pool.state == BlockState.PENDING
+    leased = pool.state == BlockState.LEASED
+    named = pool.refs > 0
+    _require(
+        (used == (named & (pool.refs > pool.closing_refs))).all(), "a used block has no open table, or the reverse"
+    )
+    _require(
+        (pending == ((named & ~used) | ((pool.lessee > 0) & ~leased))).all(), "pending blocks are not those closing"
+    )
+    _require((pool.lessee[leased] > 0).all(), "a leased block has no gateway")
+    _require(not (pool.lessee[~leased & ~pending] > 0).any(), "a block that is not leased has a gateway")
+    order = pool.free_order()
+    free = set(np.flatnonzero((pool.state == BlockState.FREE) | (pool.state == BlockState.CACHED)).tolist())
+    _require(len(order) == len(set(order)) and set(order) == free, "the free order is not the free and cached blocks")
+    blank = order[: pool.count(BlockState.FREE)]
+    _require((pool.state[blank] == BlockState.FREE).all(), "a cached block is ahead of a blank one")
+
+
+def _check_tables(memory: PoolMemory) -> None:
+    """Positions are in order, blocks suffice and are not too many, tenants agree, writable blocks are private."""
+    size, pool = memory.spec.block_size, memory.pool
+    for slot, record in _records(memory):
+        tokens, written = int(memory.tables.tokens[slot]), int(memory.tables.written[slot])
+        committed = int(memory.tables.committed[slot])
+        name = f"table {record.table}"
+        _require(committed * size <= written <= tokens, f"{name}: {committed} blocks, {written}, {tokens} out of order")
+        _require(written <= len(record.blocks) * size, f"{name}: written past its blocks")
+        _require(committed == written // size, f"{name}: {written} tokens written, {committed} blocks committed")
+        overflow = max(0, tokens - len(record.blocks) * size)
+        _require(len(record.overflow) == overflow, f"{name}: {len(record.overflow)} tokens wait, expected {overflow}")
+        limit = div_ceil(memory.spec.max_model_len + size, size)
+        _require(len(record.blocks) <= limit, f"{name}: {len(record.blocks)} blocks, at most {limit}")
+        blocks = record.block_ids()
+        _require(len(set(blocks.tolist())) == len(blocks), f"{name}: names a block twice")
+        _require((pool.tenant[record.held_block_ids()] == record.tenant_tag).all(), f"{name}: another tenant's block")
+        writable = blocks[committed:]
+        held = pool.refs[writable] == 1
+        _require(held.all(), f"{name}: may write block {writable[~held][:1]}, which others hold")
+        _require((memory.prefix.published[writable] == Publication.NONE).all(), f"{name}: may write a published block")
+        _require((pool.filled[blocks[:committed]] == size).all(), f"{name}: a committed block is not filled")
+        for position, column in ((tokens, memory.tables.token_block), (written, memory.tables.write_block)):
+            index = position // size
+            expected = record.blocks[index] if index < len(record.blocks) else 0
+            _require(column[slot] == expected, f"{name}: open block {column[slot]}, expected {expected}")
+
+
+def _check_publications(memory: PoolMemory) -> None:
+    """Identity -> block and block -> identity are inverse; what is cached can be matched and was written."""
+    pool, prefix = memory.pool, memory.prefix
+    published = prefix.published
+    full = np.flatnonzero(published == Publication.FULL)
+    for block in full.tolist():
+        _require(prefix.block_of(prefix.identity(block)) == block, f"block {block}: its identity names another")
+    _require((pool.filled[full] == memory.spec.block_size).all(), "a published block is not fully written")
+    matchable = (published == Publication.FULL) | (published == Publication.PARTIAL)
+    cached = pool.state == BlockState.CACHED
+    _require(matchable[cached].all(), "a cached block cannot be matched")
+    _require(
+        not published[(pool.state == BlockState.FREE) | (pool.state == BlockState.LEASED)].any(),
+        "a blank block matches",
+    )
+    partial = np.flatnonzero(published == Publication.PARTIAL)
+    _require((pool.filled[partial] > 0).all(), "a partial block has nothing in it")
+
+
+def _check_grants(memory: PoolMemory) -> None:
+    """What each gateway holds is what its tables and leases say."""
+    tables: dict[int, set[int]] = {}
+    for _, record in _records(memory):
+        tables.setdefault(record.gateway, set()).add(record.table)
+    for number, grants in memory.grants.items():
+        _require(grants.tables == tables.get(number, set()), f"gateway {number}: tables {grants.tables}")
+        leased = int(np.count_nonzero(memory.pool.lessee == number))
+        _require(grants.leased == leased, f"gateway {number}: {grants.leased} blocks leased, {leased} found")
+    _require(tables.keys() <= memory.grants.keys(), "a table has no gateway")

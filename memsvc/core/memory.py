@@ -1,0 +1,457 @@
+"""The whole memory service as one state machine: pools, gateways, and the commands on them.
+
+Commands are methods: they return their result, or raise a QuireError and change nothing. What others must be told is
+queued as events and taken with `take_events`. One writer at a time; time is an argument, in seconds of a clock that
+never goes back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+import dataclasses
+import functools
+
+from memsvc.core.journal import JournalColumns
+from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, PoolChanged
+from memsvc.core.pool_memory import AdmitContext, PoolMemory
+from quire import hashing
+from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PoolNotFoundError, StaleEpochError
+from quire.memory import Admission, AdmitRequest, PoolInfo, PoolSpec
+
+BLOCK_SIZES = (16, 32, 64)
+KV_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3")
+NAME_LENGTH_MAXIMUM = 128
+TEXT_LENGTH_MAXIMUM = 512
+EPOCH_MAXIMUM = 2**32 - 1
+_TOKEN_BYTES = 4
+_SUPERSEDED_LIMIT = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolRegistration:
+    """An executor and its pool."""
+
+    executor_id: str
+    executor_incarnation: int
+    address: str
+    spec: PoolSpec
+
+
+@dataclasses.dataclass(slots=True)
+class RegisteredPool:
+    """A pool that this service knows."""
+
+    registration: PoolRegistration
+    epoch: int
+    ready: bool
+    expires_at: float
+    """The executor counts as lost then."""
+    memory: PoolMemory
+    superseded: deque[int] = dataclasses.field(default_factory=lambda: deque(maxlen=_SUPERSEDED_LIMIT))
+    """Older incarnations of the executor, the newest last."""
+
+    def info(self) -> PoolInfo:
+        """Returns the pool as gateways hear of it."""
+        registration = self.registration
+        return PoolInfo(
+            pool_id=registration.executor_id,
+            epoch=self.epoch,
+            ready=self.ready,
+            spec=registration.spec,
+            executor_address=registration.address,
+            executor_incarnation=registration.executor_incarnation,
+        )
+
+
+class MemoryCore:
+    """The state machine.
+
+    Args:
+        tenant_secret: 16 .. 64 secret bytes from which tenants' salts are derived.
+        lease_ttl: seconds of silence after which a gateway or an executor counts as gone.
+        block_count_limit: most blocks that a pool may have.
+        pool_limit: most pools.
+        chain: computes identities; another one only in tests of collisions.
+    """
+
+    def __init__(
+        self,
+        tenant_secret: bytes,
+        *,
+        lease_ttl: float = 3.0,
+        block_count_limit: int = 2**31 - 1,
+        pool_limit: int = 1024,
+        chain: Callable[[bytes, bytes | memoryview, int], list[bytes]] = hashing.chain,
+    ) -> None:
+        self.lease_ttl = lease_ttl
+        self._tenant_secret = tenant_secret
+        self._block_count_limit = block_count_limit
+        self._pool_limit = pool_limit
+        self._chain = chain
+        self._pools: dict[str, RegisteredPool] = {}
+        self._gateways: dict[int, Gateway] = {}
+        self._gateway_by_id: dict[str, Gateway] = {}
+        self._gateway_count = 0
+        self._admission_count = 0
+        self._events: list[CoreEvent] = []
+        self._root = functools.lru_cache(maxsize=4096)(self._compute_root)
+
+    # Looking
+
+    @property
+    def pools(self) -> dict[str, RegisteredPool]:
+        """The pools by id; not to be changed."""
+        return self._pools
+
+    def pool(self, pool_id: str) -> RegisteredPool:
+        """Returns a pool; raises PoolNotFoundError."""
+        pool = self._pools.get(pool_id)
+        if pool is None:
+            known = ", ".join(sorted(self._pools)[:8]) or "none"
+            raise PoolNotFoundError(f"pool_id: no pool {pool_id[:TEXT_LENGTH_MAXIMUM]!r}; known are {known}")
+        return pool
+
+    def gateway(self, number: int) -> Gateway:
+        """Returns a gateway that is connected, or whose fences are still under way."""
+        gateway = self._gateways.get(number)
+        if gateway is None:
+            raise StaleEpochError("the gateway's lease is over", reason="STALE_GATEWAY")
+        return gateway
+
+    @property
+    def gateways(self) -> list[Gateway]:
+        """The gateways, those included whose fences are under way."""
+        return list(self._gateways.values())
+
+    def take_events(self) -> list[CoreEvent]:
+        """Returns what happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    # Executors
+
+    def registered_epoch(self, registration: PoolRegistration) -> int | None:
+        """Returns the epoch of a pool that is registered exactly so, or None if `register_pool` is due.
+
+        Raises:
+            InvalidRequestError: the geometry is not possible, or not that of this incarnation so far.
+            StaleEpochError: a newer incarnation has taken the pool over.
+        """
+        self._check_registration(registration)
+        pool = self._pools.get(registration.executor_id)
+        if pool is None:
+            return None
+        if registration.executor_incarnation in pool.superseded:
+            raise StaleEpochError(
+                f"executor_incarnation: a newer incarnation of {registration.executor_id!r} is registered",
+                reason="STALE_INCARNATION",
+            )
+        if not pool.ready or pool.registration.executor_incarnation != registration.executor_incarnation:
+            return None
+        if pool.registration.spec != registration.spec:
+            raise InvalidRequestError("spec: differs from what this executor incarnation registered", field="spec")
+        return pool.epoch
+
+    def register_pool(self, registration: PoolRegistration, epoch: int, now: float) -> int:
+        """Registers a pool and returns its epoch.
+
+        Args:
+            registration: the executor.
+            epoch: above every epoch that the pool ever had; not used when the pool is registered exactly so.
+            now: the caller's clock.
+
+        Raises:
+            InvalidRequestError, StaleEpochError: as `registered_epoch`, or `epoch` does not rise.
+        """
+        known = self.registered_epoch(registration)
+        pool = self._pools.get(registration.executor_id)
+        if known is not None and pool is not None:
+            pool.expires_at = now + self.lease_ttl
+            if pool.registration.address != registration.address:
+                pool.registration = registration
+                self._events.append(PoolChanged(registration.executor_id))
+            return known
+        if epoch > EPOCH_MAXIMUM or epoch < 1 or (pool is not None and epoch <= pool.epoch):
+            raise StaleEpochError(f"epoch: {epoch} does not rise above {pool.epoch if pool else 0}")
+        if pool is None and len(self._pools) >= self._pool_limit:
+            raise InvalidRequestError(f"executor_id: there are {self._pool_limit} pools already", field="executor_id")
+        fresh = RegisteredPool(
+            registration=registration,
+            epoch=epoch,
+            ready=True,
+            expires_at=now + self.lease_ttl,
+            memory=PoolMemory(registration.spec, epoch, self._chain),
+        )
+        if pool is not None:
+            fresh.superseded = pool.superseded
+            if pool.registration.executor_incarnation != registration.executor_incarnation:
+                fresh.superseded.append(pool.registration.executor_incarnation)
+        self._pools[registration.executor_id] = fresh
+        self._events.append(PoolChanged(registration.executor_id))
+        self._forget_fenced_gateways()
+        return epoch
+
+    def heartbeat(self, executor_id: str, executor_incarnation: int, now: float) -> int:
+        """Keeps a pool alive and returns its epoch.
+
+        Raises:
+            PoolNotFoundError: unknown or lost; the executor registers again.
+            StaleEpochError: another incarnation has taken the pool over.
+        """
+        pool = self.pool(executor_id)
+        if pool.registration.executor_incarnation != executor_incarnation:
+            raise StaleEpochError(
+                f"executor_incarnation: another incarnation of {executor_id!r} is registered",
+                reason="STALE_INCARNATION",
+            )
+        if not pool.ready:
+            raise PoolNotFoundError(
+                f"pool {executor_id!r} was lost after {self.lease_ttl} s of silence; register again"
+            )
+        pool.expires_at = now + self.lease_ttl
+        return pool.epoch
+
+    def lose_pool(self, pool_id: str) -> None:
+        """Ends a pool's epoch: every table, grant and prefix of it is void."""
+        pool = self.pool(pool_id)
+        pool.ready = False
+        pool.epoch += 1
+        pool.memory = PoolMemory(pool.registration.spec, pool.epoch, self._chain)
+        self._events.append(PoolChanged(pool_id))
+        self._forget_fenced_gateways()
+
+    # Gateways
+
+    def connect_gateway(self, gateway_id: str, incarnation: int, now: float) -> int:
+        """Admits a gateway and returns its number. An older incarnation of the same name is void at once.
+
+        Raises:
+            InvalidRequestError: the name or the incarnation is not possible.
+        """
+        _check_name(gateway_id, "gateway_id")
+        _check_incarnation(incarnation, "gateway_incarnation")
+        if any(other.incarnation == incarnation for other in self._gateways.values()):
+            raise InvalidRequestError("gateway_incarnation: is in use", field="gateway_incarnation")
+        older = self._gateway_by_id.get(gateway_id)
+        if older is not None:
+            self.disconnect_gateway(older.number, now)
+        self._gateway_count += 1
+        gateway = Gateway(self._gateway_count, gateway_id, incarnation, now + self.lease_ttl)
+        self._gateways[gateway.number] = gateway
+        self._gateway_by_id[gateway_id] = gateway
+        return gateway.number
+
+    def touch_gateway(self, number: int, now: float) -> None:
+        """Notes that a gateway was heard.
+
+        Raises:
+            StaleEpochError: its lease is over.
+        """
+        self._open_gateway(number).expires_at = now + self.lease_ttl
+
+    def disconnect_gateway(self, number: int, now: float) -> None:
+        """Ends a gateway's lease: its tables close as soon as the executors have fenced it."""
+        gateway = self._gateways.get(number)
+        if gateway is None or gateway.closed:
+            return
+        gateway.closed = True
+        if self._gateway_by_id.get(gateway.gateway_id) is gateway:
+            del self._gateway_by_id[gateway.gateway_id]
+        for pool_id, pool in self._pools.items():
+            if pool.memory.begin_closing(number, now):
+                self._events.append(
+                    FenceRequired(pool_id, pool.epoch, pool.registration.address, number, gateway.incarnation)
+                )
+        self._forget_fenced_gateways()
+
+    def fenced(self, pool_id: str, epoch: int, number: int, now: float) -> None:
+        """Takes an executor's answer to a fence: what the gateway held there is free. Ignored if the epoch is over."""
+        pool = self._pools.get(pool_id)
+        gateway = self._gateways.get(number)
+        if pool is None or pool.epoch != epoch or gateway is None or not gateway.closed:
+            return
+        pool.memory.end_closing(number, now)
+        self._forget_fenced_gateways()
+
+    # Requests of gateways
+
+    def admit(self, number: int, request: AdmitRequest, now: float) -> Admission:
+        """Opens a table; see `quire.memory.Memory.admit`. Also raises InvalidRequestError."""
+        gateway = self._open_gateway(number)
+        pool = self._current(request.pool_id, request.epoch)
+        _check_admission(request)
+        root, tenant_tag = self._root(pool.registration.spec, request.adapter, request.tenant, request.cache_salt)
+        context = AdmitContext(gateway.number, root, tenant_tag, self._admission_count)
+        try:
+            admission = pool.memory.admit(request, context, now)
+        except BlockPoolExhaustedError as error:
+            short = int(error.metadata["needed_block_count"]) - int(error.metadata["available_block_count"])
+            self._recall(pool, short)
+            raise
+        self._admission_count += 1
+        return admission
+
+    def lease(self, number: int, pool_id: str, epoch: int, granted_total: int, now: float) -> list[int]:
+        """Brings the blocks ever granted to a gateway up to `granted_total`; see `quire.memory.Memory.lease`."""
+        gateway = self._open_gateway(number)
+        return self._current(pool_id, epoch).memory.lease(gateway.number, granted_total, now)
+
+    def granted_total(self, number: int, pool_id: str) -> int:
+        """Returns the blocks ever granted to a gateway in the current epoch."""
+        grants = self.pool(pool_id).memory.grants.get(number)
+        return grants.granted_total if grants is not None else 0
+
+    def journal(
+        self,
+        number: int,
+        pool_id: str,
+        epoch: int,
+        journal: JournalColumns,
+        now: float,
+        *,
+        journal_no: int | None = None,
+    ) -> bool:
+        """Applies a journal; false if there was nothing to do: its epoch is over, or its number was applied before.
+
+        Args:
+            number: the gateway.
+            pool_id: the pool.
+            epoch: epoch of every table named.
+            journal: what happened.
+            now: the caller's clock.
+            journal_no: 1, 2, 3, ...; None where every journal comes exactly once and in order.
+
+        Raises:
+            PoolNotFoundError: no such pool.
+            InvalidRequestError: the columns do not fit one another.
+            StaleEpochError: a row does not fit, the epoch is not known yet, or a number was left out.
+        """
+        gateway = self._open_gateway(number)
+        pool = self.pool(pool_id)
+        if epoch > pool.epoch:
+            raise StaleEpochError(f"epoch: {epoch} of pool {pool_id!r} was never granted, it is at {pool.epoch}")
+        if epoch < pool.epoch or not pool.ready:
+            return False
+        grants = pool.memory.grants_of(gateway.number)
+        if journal_no is not None:
+            if journal_no <= grants.journal_no:
+                return False
+            if journal_no != grants.journal_no + 1 and grants.journal_no:
+                raise StaleEpochError(
+                    f"journal_no: found {journal_no}, expected {grants.journal_no + 1}", reason="JOURNAL_GAP"
+                )
+        pool.memory.journal(gateway.number, journal, now)
+        grants.recalled = 0
+        if journal_no is not None:
+            grants.journal_no = journal_no
+        return True
+
+    # Time
+
+    def expire(self, now: float) -> None:
+        """Ends the leases of gateways and executors that were silent for too long."""
+        for gateway in [gateway for gateway in self._gateways.values() if not gateway.closed]:
+            if now >= gateway.expires_at:
+                self.disconnect_gateway(gateway.number, now)
+        for pool_id, pool in list(self._pools.items()):
+            if pool.ready and now >= pool.expires_at:
+                self.lose_pool(pool_id)
+
+    def extend_leases(self, seconds: float) -> None:
+        """Postpones every expiry: this process did not listen for so long."""
+        for gateway in self._gateways.values():
+            gateway.expires_at += seconds
+        for pool in self._pools.values():
+            pool.expires_at += seconds
+
+    # Inside
+
+    def _open_gateway(self, number: int) -> Gateway:
+        gateway = self.gateway(number)
+        if gateway.closed:
+            raise StaleEpochError(
+                f"gateway {gateway.gateway_id!r}: the lease of this incarnation is over", reason="STALE_GATEWAY"
+            )
+        return gateway
+
+    def _current(self, pool_id: str, epoch: int) -> RegisteredPool:
+        """Returns a pool that grants blocks in `epoch`."""
+        pool = self.pool(pool_id)
+        if epoch != pool.epoch or not pool.ready:
+            state = "is" if pool.ready else "is lost,"
+            raise StaleEpochError(
+                f"epoch: {epoch} is not the epoch of pool {pool_id!r}, which {state} at {pool.epoch}",
+                metadata={"epoch": pool.epoch},
+            )
+        return pool
+
+    def _recall(self, pool: RegisteredPool, short: int) -> None:
+        """Asks gateways for unused blocks, those with most first, each at most once between its journals."""
+        holders = sorted(pool.memory.grants.items(), key=lambda item: (-item[1].leased, item[0]))
+        for number, grants in holders:
+            if short <= 0:
+                return
+            if grants.leased and not grants.recalled and not self._gateways[number].closed:
+                grants.recalled = min(grants.leased, short)
+                short -= grants.recalled
+                self._events.append(LeaseRecalled(number, pool.registration.executor_id, pool.epoch, grants.recalled))
+
+    def _forget_fenced_gateways(self) -> None:
+        """Drops closed gateways that hold nothing any more."""
+        for number in [number for number, gateway in self._gateways.items() if gateway.closed]:
+            if not any(number in pool.memory.grants for pool in self._pools.values()):
+                del self._gateways[number]
+
+    def _compute_root(self, spec: PoolSpec, adapter: str, tenant: str, cache_salt: str) -> tuple[bytes, int]:
+        """Returns the root digest of a sequence and the tag of its tenant."""
+        salt = hashing.tenant_salt(self._tenant_secret, tenant)
+        root = hashing.PrefixRoot(spec.model_id, spec.block_size, spec.kv_dtype, adapter, salt, cache_salt)
+        return root.digest(), int.from_bytes(salt[:4], "little")
+
+    def _check_registration(self, registration: PoolRegistration) -> None:
+        """Raises InvalidRequestError if the pool is not possible."""
+        _check_name(registration.executor_id, "executor_id")
+        _check_incarnation(registration.executor_incarnation, "executor_incarnation")
+        if not 0 < len(registration.address) <= TEXT_LENGTH_MAXIMUM or ":" not in registration.address:
+            raise InvalidRequestError("address: expected host:port", field="address")
+        spec = registration.spec
+        if not 1 < spec.block_count <= self._block_count_limit:
+            message = f"spec.block_count: found {spec.block_count}, allowed are 2 .. {self._block_count_limit}"
+            raise InvalidRequestError(message, field="spec.block_count")
+        if spec.block_size not in BLOCK_SIZES:
+            message = f"spec.block_size: found {spec.block_size}, allowed are 16, 32 and 64"
+            raise InvalidRequestError(message, field="spec.block_size")
+        if spec.kv_dtype not in KV_DTYPES:
+            message = f"spec.kv_dtype: found {spec.kv_dtype[:64]!r}, allowed are {', '.join(KV_DTYPES)}"
+            raise InvalidRequestError(message, field="spec.kv_dtype")
+        if not 0 < len(spec.model_id) <= TEXT_LENGTH_MAXIMUM:
+            raise InvalidRequestError("spec.model_id: 1 .. 512 characters are expected", field="spec.model_id")
+        if not 0 < spec.max_model_len < 2**31:
+            message = f"spec.max_model_len: found {spec.max_model_len}, allowed are 1 .. 2147483647"
+            raise InvalidRequestError(message, field="spec.max_model_len")
+
+
+def _check_name(name: str, field: str) -> None:
+    if not 0 < len(name) <= NAME_LENGTH_MAXIMUM:
+        message = f"{field}: {len(name)} characters, allowed are 1 .. {NAME_LENGTH_MAXIMUM}"
+        raise InvalidRequestError(message, field=field)
+
+
+def _check_incarnation(incarnation: int, field: str) -> None:
+    if not 0 < incarnation < 2**64:
+        raise InvalidRequestError(f"{field}: found {incarnation}, must not be 0", field=field)
+
+
+def _check_admission(request: AdmitRequest) -> None:
+    """Raises InvalidRequestError if a field of the request cannot be."""
+    if not request.token_ids or len(request.token_ids) % _TOKEN_BYTES:
+        message = f"token_ids: {len(request.token_ids)} bytes, expected at least one token of {_TOKEN_BYTES} bytes"
+        raise InvalidRequestError(message, field="token_ids")
+    for field in ("request_id", "tenant", "cache_salt", "adapter"):
+        length = len(getattr(request, field))
+        if length > TEXT_LENGTH_MAXIMUM:
+            message = f"{field}: {length} characters, allowed are at most {TEXT_LENGTH_MAXIMUM}"
+            raise InvalidRequestError(message, field=field)
+    if not request.request_id:
+        raise InvalidRequestError("request_id: is empty", field="request_id")

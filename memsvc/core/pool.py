@@ -1,0 +1,279 @@
+"""Where every block of a pool is: reference counts, generations, states, and the two free orders.
+
+A block is in one state at a time:
+
+      take           adopt
+    FREE ----> LEASED ----> USED ----------> FREE or CACHED      the last reference was dropped
+      ^           |         |  ^               |
+      |  put_back |         v  | share         | take (evicted) or share
+      +-----------+      PENDING               +----> USED
+
+PENDING blocks are those that only tables of dead gateways name (or their leases): nobody may have them before the
+executor's fence. Columns, not an object a block: every operation on many blocks is a few vector operations.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+from memsvc.core.free_order import BlankOrder, BlockIds, CachedOrder
+from quire.errors import BlockPoolExhaustedError, InvariantError
+
+RETRY_AFTER_SECONDS = 0.05
+
+
+class BlockState(enum.IntEnum):
+    """Where a block is; the numbers are those of `quire.memsvc.v1.BlockState`."""
+
+    FREE = 1
+    CACHED = 2
+    USED = 3
+    PENDING = 4
+    LEASED = 5
+    NULL = 6
+
+
+_FREE, _CACHED, _USED, _PENDING, _LEASED, _NULL = (int(state) for state in BlockState)
+
+
+class BlockPool:
+    """The blocks of one pool. Block 0 is the null block and is never handed out.
+
+    Args:
+        block_count: blocks, the null block included; at least 2.
+
+    Attributes:
+        refs: `[block]` references: table entries, and copies whose source must stay.
+        closing_refs: `[block]` how many of `refs` belong to closing tables.
+        generation: `[block]` how often the block was given new content.
+        state: `[block]` a BlockState.
+        filled: `[block]` tokens at the head of the block whose keys and values are confirmed.
+        lessee: `[block]` number of the gateway that holds it as a lease, 0 for none.
+        tenant: `[block]` tag of the tenant that the content belongs to.
+        since: `[block]` time of the last change of state, in seconds of the caller's clock.
+    """
+
+    __slots__ = (
+        "_blank",
+        "_cached",
+        "_closing",
+        "_counts",
+        "block_count",
+        "closing_refs",
+        "filled",
+        "generation",
+        "lessee",
+        "refs",
+        "since",
+        "state",
+        "tenant",
+    )
+
+    def __init__(self, block_count: int) -> None:
+        self.block_count = block_count
+        self.refs = np.zeros(block_count, np.int32)
+        self.closing_refs = np.zeros(block_count, np.int32)
+        self.generation = np.zeros(block_count, np.uint32)
+        self.state = np.full(block_count, _FREE, np.uint8)
+        self.state[0] = _NULL
+        self.filled = np.zeros(block_count, np.uint8)
+        self.lessee = np.zeros(block_count, np.int32)
+        self.tenant = np.zeros(block_count, np.uint32)
+        self.since = np.zeros(block_count, np.float64)
+        self._blank = BlankOrder(block_count)
+        self._cached = CachedOrder(block_count)
+        self._counts = [0] * (_NULL + 1)
+        self._counts[_FREE] = block_count - 1
+        self._counts[_NULL] = 1
+        # Sum of closing_refs: tells in O(1) that nothing is closing, which is the rule.
+        self._closing = 0
+
+    @property
+    def usable_block_count(self) -> int:
+        """Blocks that can be handed out at all."""
+        return self.block_count - 1
+
+    @property
+    def available_block_count(self) -> int:
+        """Blocks that can be handed out now."""
+        return self._counts[_FREE] + self._counts[_CACHED]
+
+    def count(self, state: BlockState) -> int:
+        """Returns how many blocks are in `state`."""
+        return self._counts[state]
+
+    def free_order(self) -> list[int]:
+        """Returns the blocks that can be handed out, in the order in which they will be."""
+        order: list[int] = np.concatenate((self._blank.blocks(), self._cached.blocks())).tolist()
+        return order
+
+    def require(self, needed: int, available: int | None = None) -> None:
+        """Raises BlockPoolExhaustedError, with both numbers, if `needed` blocks cannot be taken now."""
+        available = self.available_block_count if available is None else available
+        if needed > available:
+            raise BlockPoolExhaustedError(
+                f"{needed} blocks are needed and {available} are available; {self._counts[_LEASED]} are leased and "
+                f"{self._counts[_PENDING]} wait for a fence, of {self.usable_block_count}",
+                metadata={
+                    "needed_block_count": needed,
+                    "available_block_count": available,
+                    "leased_block_count": self._counts[_LEASED],
+                    "pending_free_block_count": self._counts[_PENDING],
+                    "usable_block_count": self.usable_block_count,
+                },
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+
+    def take(self, count: int, now: float, *, lessee: int = 0) -> tuple[BlockIds, BlockIds]:
+        """Takes `count` blocks, blank ones first, then cached ones, or none at all.
+
+        Args:
+            count: how many.
+            now: the caller's clock.
+            lessee: gateway to lease to; without one the blocks become USED with one reference each.
+
+        Returns:
+            The blocks, and those of them that were cached: the caller forgets their content.
+
+        Raises:
+            BlockPoolExhaustedError: fewer are available; nothing was changed.
+        """
+        self.require(count)
+        blank = min(count, self._counts[_FREE])
+        blocks = self._blank.take(blank)
+        evicted = self._cached.take(count - blank) if count > blank else blocks[:0]
+        if count > blank:
+            blocks = np.concatenate((blocks, evicted)) if blank else evicted
+        self._counts[_FREE] -= blank
+        self._counts[_CACHED] -= count - blank
+        self.generation[blocks] += 1
+        self.filled[blocks] = 0
+        self.since[blocks] = now
+        if lessee:
+            self.state[blocks] = _LEASED
+            self.lessee[blocks] = lessee
+            self._counts[_LEASED] += count
+        else:
+            self.state[blocks] = _USED
+            self.refs[blocks] = 1
+            self._counts[_USED] += count
+        return blocks, evicted
+
+    def adopt(self, block: int, now: float) -> None:
+        """Turns a leased block into a used one with one reference."""
+        self.state[block] = _USED
+        self.refs[block] = 1
+        self.lessee[block] = 0
+        self.since[block] = now
+        self._counts[_LEASED] -= 1
+        self._counts[_USED] += 1
+
+    def put_back(self, blocks: BlockIds, now: float) -> None:
+        """Returns leased blocks, or those of a dead gateway after its fence, to the blank ones."""
+        pending = int(np.count_nonzero(self.state[blocks] == _PENDING))
+        self._counts[_PENDING] -= pending
+        self._counts[_LEASED] -= len(blocks) - pending
+        self._counts[_FREE] += len(blocks)
+        self.state[blocks] = _FREE
+        self.lessee[blocks] = 0
+        self.since[blocks] = now
+        self._blank.put(blocks)
+
+    def share(self, blocks: BlockIds, now: float) -> None:
+        """Adds one reference to each of `blocks` (distinct; used, cached or pending)."""
+        states = self.state[blocks]
+        cached = blocks[states == _CACHED]
+        if len(cached):
+            self._cached.remove(cached)
+            self._counts[_CACHED] -= len(cached)
+            self._counts[_USED] += len(cached)
+            self.since[cached] = now
+        if self._counts[_PENDING]:
+            pending = int(np.count_nonzero(states == _PENDING))
+            self._counts[_PENDING] -= pending
+            self._counts[_USED] += pending
+        self.refs[blocks] += 1
+        self.state[blocks] = _USED
+
+    def drop(self, blocks: BlockIds, reusable: np.ndarray[tuple[int], np.dtype[np.bool_]], now: float) -> None:
+        """Removes one reference from each of `blocks` (distinct), which fall back in the order given.
+
+        Args:
+            blocks: used or pending blocks.
+            reusable: beside `blocks`: whether the content can be matched, so that the block stays cached.
+            now: the caller's clock.
+
+        Raises:
+            InvariantError: a block has no reference left to remove.
+        """
+        left = self.refs[blocks] - 1
+        if len(left) and left.min() < 0:
+            message = f"block {int(blocks[left.argmin()])} was freed twice: no table names it"
+            raise InvariantError(message, metadata={"block_id": int(blocks[left.argmin()])})
+        self.refs[blocks] = left
+        last = left == 0
+        if last.all():
+            gone = blocks
+        else:
+            gone, reusable = blocks[last], reusable[last]
+            if self._closing:
+                self._settle(blocks[~last], now)
+        if not len(gone):
+            return
+        if self._counts[_PENDING]:
+            pending = int(np.count_nonzero(self.state[gone] == _PENDING))
+            self._counts[_PENDING] -= pending
+            self._counts[_USED] += pending
+        self.since[gone] = now
+        self._counts[_USED] -= len(gone)
+        cached = int(np.count_nonzero(reusable))
+        self._counts[_CACHED] += cached
+        self._counts[_FREE] += len(gone) - cached
+        if cached != len(gone):
+            blank = gone[~reusable]
+            self.state[blank] = _FREE
+            self._blank.put(blank)
+            gone = gone[reusable]
+        if cached:
+            self.state[gone] = _CACHED
+            self._cached.put(gone)
+
+    def begin_closing(self, blocks: BlockIds, now: float) -> None:
+        """Notes that one reference of each of `blocks` belongs to a table that waits for its fence."""
+        self.closing_refs[blocks] += 1
+        self._closing += len(blocks)
+        self._settle(blocks, now)
+
+    def end_closing(self, blocks: BlockIds) -> None:
+        """Undoes `begin_closing`, right before the references are dropped."""
+        self.closing_refs[blocks] -= 1
+        self._closing -= len(blocks)
+
+    def freeze_leases(self, lessee: int, now: float) -> BlockIds:
+        """Turns the blocks leased to a dead gateway into pending ones and returns them."""
+        blocks = np.flatnonzero(self.lessee == lessee)
+        self.state[blocks] = _PENDING
+        self.since[blocks] = now
+        self._counts[_LEASED] -= len(blocks)
+        self._counts[_PENDING] += len(blocks)
+        return blocks
+
+    def discard_cached(self, block: int, now: float) -> None:
+        """Turns a cached block into a blank one."""
+        one = np.array([block])
+        self._cached.remove(one)
+        self._blank.put(one)
+        self.state[block] = _FREE
+        self.since[block] = now
+        self._counts[_CACHED] -= 1
+        self._counts[_FREE] += 1
+
+    def _settle(self, blocks: BlockIds, now: float) -> None:
+        """Marks used blocks pending if only closing tables name them."""
+        lost = blocks[(self.state[blocks] == _USED) & (self.refs[blocks] == self.closing_refs[blocks])]
+        self.state[lost] = _PENDING
+        self.since[lost] = now
+        self._counts[_USED] -= len(lost)
+        self._counts[_PENDING] += len(lost)

@@ -1,0 +1,281 @@
+"""The memory of one pool in one epoch: its blocks, tables, prefixes and grants, and the commands on them.
+
+Every command either does all it says or raises and changes nothing. A pool whose epoch ends is dropped as a whole.
+
+Equal content. A block that fills with content that is already published under the same identity is kept, unpublished,
+while its sequence runs: the executor holds the block's id in its own table, so swapping it here would make the two
+disagree. If nobody uses the published one, the live block takes its place; else the copy falls back to the blank blocks
+when its sequence ends, or is published then if the other is gone.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+import dataclasses
+
+import numpy as np
+
+from memsvc.core.free_order import BlockIds
+from memsvc.core.journal import JournalColumns
+from memsvc.core.lease import Grants
+from memsvc.core.pool import BlockPool, BlockState
+from memsvc.core.prefix import PrefixIndex, PrefixMatch, Publication
+from memsvc.core.table import TableColumns, TableRecord, TableState
+from memsvc.core.writer import JournalWriter
+from quire import hashing
+from quire.errors import PromptTooLongError
+from quire.memory import Admission, AdmitRequest, CloseReason, PoolSpec
+from quire.units import div_ceil
+
+_TOKEN_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdmitContext:
+    """What the core adds to an admission.
+
+    Attributes:
+        gateway: number of the gateway.
+        root: root digest of the sequence.
+        tenant_tag: tag of the tenant.
+        ordinal: place in the order of admissions.
+    """
+
+    gateway: int
+    root: bytes
+    tenant_tag: int
+    ordinal: int
+
+
+@dataclasses.dataclass(slots=True)
+class PoolStatistics:
+    """Counters since the epoch began; tokens of admitted requests, each request counted once."""
+
+    query_token_count: int = 0
+    hit_token_count: int = 0
+    preemption_count: int = 0
+
+
+class PoolMemory:
+    """One pool in one epoch.
+
+    Args:
+        spec: geometry.
+        epoch: epoch of every table and grant.
+        chain: computes identities.
+    """
+
+    def __init__(
+        self,
+        spec: PoolSpec,
+        epoch: int,
+        chain: Callable[[bytes, bytes | memoryview, int], list[bytes]] = hashing.chain,
+    ) -> None:
+        self.spec = spec
+        self.epoch = epoch
+        self.pool = BlockPool(spec.block_count)
+        self.prefix = PrefixIndex(spec.block_count, spec.block_size, chain)
+        self.tables = TableColumns()
+        self.grants: dict[int, Grants] = {}
+        self.statistics = PoolStatistics()
+        self._writer = JournalWriter(self)
+
+    def admit(self, request: AdmitRequest, context: AdmitContext, now: float) -> Admission:
+        """Opens a table; see `quire.memory.Memory.admit`."""
+        size = self.spec.block_size
+        token_count = len(request.token_ids) // _TOKEN_BYTES
+        block_count = div_ceil(token_count, size)
+        self._require_possible(token_count, block_count)
+        match = self._match(request, context.root)
+        new_count = block_count - len(match.blocks)
+        source, cached = match.partial_block, len(match.blocks) * size + match.partial_token_count
+        available = self.pool.available_block_count - self._cached_among(match.blocks)
+        if source:
+            kept = available - (self.pool.state[source] == BlockState.CACHED)
+            if new_count > kept:
+                # The copy's source would take the last block: compute those tokens rather than refuse.
+                source, cached = 0, len(match.blocks) * size
+            else:
+                available = kept
+        self.pool.require(new_count, available)
+        counter = self.tables.reserve()
+        held = np.append(match.blocks, source) if source else match.blocks
+        if len(held):
+            self.pool.share(held, now)
+        fresh, evicted = self.pool.take(new_count, now)
+        if len(evicted):
+            self.prefix.forget(evicted)
+        self.pool.tenant[fresh] = context.tenant_tag
+        self._store_prompt(request.token_ids, fresh, len(match.blocks) * size)
+        blocks = np.concatenate((match.blocks, fresh)) if len(match.blocks) else fresh
+        record = TableRecord(
+            table=counter,
+            ordinal=context.ordinal,
+            request_id=request.request_id,
+            sample_index=request.sample_index,
+            gateway=context.gateway,
+            tenant=request.tenant,
+            tenant_tag=context.tenant_tag,
+            opened_at=now,
+            cached_token_count=cached,
+            publishes=not request.skip_cache_write,
+            blocks=array("q", blocks.tobytes()),
+            parent=match.identity,
+            copy_source=source,
+        )
+        self._open(record, token_count, len(match.blocks))
+        if not (request.resumed or request.skip_cache_read):
+            self.statistics.query_token_count += token_count
+            self.statistics.hit_token_count += cached
+        copies = [(source, record.blocks[len(match.blocks)])] if source else []
+        return Admission(self.epoch, counter, blocks.tolist(), cached, copies)
+
+    def lease(self, gateway: int, granted_total: int, now: float) -> list[int]:
+        """Brings the blocks ever granted to `gateway` up to `granted_total`; returns the new ones, maybe too few."""
+        grants = self.grants_of(gateway)
+        count = min(granted_total - grants.granted_total, self.pool.available_block_count)
+        if count <= 0:
+            return []
+        blocks, evicted = self.pool.take(count, now, lessee=gateway)
+        if len(evicted):
+            self.prefix.forget(evicted)
+        grants.granted_total += count
+        grants.leased += count
+        granted: list[int] = blocks.tolist()
+        return granted
+
+    def journal(self, gateway: int, journal: JournalColumns, now: float) -> None:
+        """Applies a journal, whole or not at all; see `JournalWriter.apply`."""
+        self._writer.apply(gateway, journal, now)
+
+    def grants_of(self, gateway: int) -> Grants:
+        """Returns what `gateway` holds here."""
+        grants = self.grants.get(gateway)
+        if grants is None:
+            grants = self.grants[gateway] = Grants()
+        return grants
+
+    def close(self, slot: int, reason: CloseReason, now: float) -> None:
+        """Drops a table's references. What is committed stays cached, the tail ahead of the head in eviction order."""
+        record = self.tables.record(slot)
+        if record.publishes and reason != CloseReason.FAILED:
+            self._publish_tail(slot, record)
+        blocks = record.held_block_ids()[::-1]
+        published = self.prefix.published[blocks]
+        duplicates = blocks[published == Publication.DUPLICATE]
+        if len(duplicates):
+            for block in duplicates.tolist():
+                self.prefix.republish(block)
+            published = self.prefix.published[blocks]
+            self.prefix.forget(blocks[published == Publication.DUPLICATE])
+        reusable = (published == Publication.FULL) | (published == Publication.PARTIAL)
+        self.pool.drop(blocks, reusable, now)
+        self.tables.close(slot)
+        self.grants[record.gateway].tables.discard(record.table)
+        if reason == CloseReason.PREEMPTED:
+            self.statistics.preemption_count += 1
+
+    def begin_closing(self, gateway: int, now: float) -> bool:
+        """Makes everything that `gateway` holds wait for a fence; false if it holds nothing."""
+        grants = self.grants.get(gateway)
+        if grants is None:
+            return False
+        if not grants.tables and not grants.leased:
+            del self.grants[gateway]
+            return False
+        for table in sorted(grants.tables):
+            record = self.tables.record(self.tables.slot(table))
+            record.state = TableState.CLOSING
+            self.pool.begin_closing(record.held_block_ids(), now)
+        self.pool.freeze_leases(gateway, now)
+        return True
+
+    def end_closing(self, gateway: int, now: float) -> None:
+        """Frees what waited for the fence of `gateway`. Committed blocks stay cached."""
+        grants = self.grants.get(gateway)
+        if grants is None:
+            return
+        for table in sorted(grants.tables):
+            slot = self.tables.slot(table)
+            self.pool.end_closing(self.tables.record(slot).held_block_ids())
+            self.close(slot, CloseReason.CANCELLED, now)
+        self.pool.put_back(np.flatnonzero(self.pool.lessee == gateway), now)
+        del self.grants[gateway]
+
+    def publish(self, block: int, parent: bytes, identity: bytes, before: int, now: float) -> None:
+        """Makes a full block matchable, in place of an equal one that nobody uses; see the module's text."""
+        other = self.prefix.publish_full(block, parent, identity, before)
+        if other and self.pool.state[other] == BlockState.CACHED:
+            self.prefix.forget(np.array([other]))
+            self.pool.discard_cached(other, now)
+            self.prefix.republish(block)
+
+    def release_copy_source(self, slot: int, now: float) -> None:
+        """Drops the reference on the source of a copy that has run."""
+        record = self.tables.record(slot)
+        source = np.array([record.copy_source])
+        record.copy_source = 0
+        self.tables.written_floor[slot] = 0
+        self.pool.drop(source, self.prefix.published[source] != Publication.NONE, now)
+
+    def _require_possible(self, token_count: int, block_count: int) -> None:
+        """Raises PromptTooLongError if the tokens can never fit."""
+        if token_count > self.spec.max_model_len:
+            message = f"token_ids: {token_count} tokens, the longest sequence here is {self.spec.max_model_len} tokens"
+        elif block_count > self.pool.usable_block_count:
+            message = (
+                f"token_ids: {token_count} tokens need {block_count} blocks, the whole pool has "
+                f"{self.pool.usable_block_count}"
+            )
+        else:
+            return
+        raise PromptTooLongError(
+            message,
+            field="token_ids",
+            metadata={
+                "token_count": token_count,
+                "max_model_len": self.spec.max_model_len,
+                "needed_block_count": block_count,
+                "usable_block_count": self.pool.usable_block_count,
+            },
+        )
+
+    def _match(self, request: AdmitRequest, root: bytes) -> PrefixMatch:
+        if request.skip_cache_read:
+            return PrefixMatch(np.zeros(0, np.int64), root, 0, 0)
+        return self.prefix.match(root, request.token_ids)
+
+    def _cached_among(self, blocks: BlockIds) -> int:
+        """Returns how many of `blocks` nobody uses: sharing them makes that many unavailable."""
+        return int(np.count_nonzero(self.pool.state[blocks] == BlockState.CACHED)) if len(blocks) else 0
+
+    def _store_prompt(self, token_ids: bytes, fresh: BlockIds, start: int) -> None:
+        """Notes the tokens from `start` on as the content of the fresh blocks."""
+        size = self.spec.block_size
+        words = np.frombuffer(token_ids, "<u4")[start:]
+        full = len(words) // size
+        if full:
+            self.prefix.tokens[fresh[:full]] = words[: full * size].reshape(full, size)
+        rest = len(words) - full * size
+        if rest:
+            self.prefix.tokens[fresh[full], :rest] = words[full * size :]
+
+    def _open(self, record: TableRecord, token_count: int, shared_count: int) -> None:
+        """Enters a table whose first `shared_count` blocks are committed."""
+        size = self.spec.block_size
+        tables = self.tables
+        slot = tables.open(record)
+        self.grants_of(record.gateway).tables.add(record.table)
+        tables.tokens[slot] = token_count
+        tables.written[slot] = shared_count * size
+        tables.written_floor[slot] = record.cached_token_count if record.copy_source else 0
+        tables.committed[slot] = shared_count
+        tables.token_block[slot] = record.blocks[token_count // size] if token_count % size else 0
+        tables.write_block[slot] = record.blocks[shared_count]
+
+    def _publish_tail(self, slot: int, record: TableRecord) -> None:
+        """Makes the written head of the last, partly filled block matchable by copy."""
+        index, count = divmod(int(self.tables.written[slot]), self.spec.block_size)
+        if count and self.tables.committed[slot] == index and self.pool.refs[record.blocks[index]] == 1:
+            self.prefix.publish_partial(record.blocks[index], record.parent, count)

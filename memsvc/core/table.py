@@ -1,0 +1,209 @@
+"""Block tables: one per open sequence, in columns.
+
+The slot of a table in every column is its counter modulo the capacity, a power of two. `open` skips counters whose slot
+is taken, so that looking up many tables is one vector operation. Counters never repeat within an epoch: one that is
+below the next counter and not open is closed for good, which is all the tombstone that is needed.
+"""
+
+from __future__ import annotations
+
+from array import array
+import dataclasses
+import enum
+
+import numpy as np
+import numpy.typing as npt
+
+from memsvc.core.free_order import BlockIds
+
+_CAPACITY_MINIMUM = 64
+TABLE_LIMIT = 2**32
+
+Slots = npt.NDArray[np.int64]
+
+
+class TableState(enum.IntEnum):
+    """Life of a table; the numbers are those of `quire.memsvc.v1.SequenceState`."""
+
+    OPEN = 1
+    CLOSING = 2
+
+
+@dataclasses.dataclass(slots=True)
+class TableRecord:
+    """What a table needs rarely.
+
+    Attributes:
+        table: its counter.
+        ordinal: place in the order of admission over all pools and epochs.
+        request_id: name of the request.
+        sample_index: which of its samples.
+        gateway: number of the gateway that owns it.
+        tenant: name of the tenant.
+        tenant_tag: tag that its blocks carry.
+        opened_at: time of admission, in seconds of the caller's clock.
+        cached_token_count: tokens found in the cache at admission.
+        publishes: whether its blocks may be matched by others.
+        blocks: block ids in order, int64.
+        parent: identity of the last committed block, or the root digest.
+        copy_source: block that is copied before the first write, 0 for none; referenced as if it were in the table.
+        overflow: known tokens for which there is no block yet.
+        state: open or closing.
+    """
+
+    table: int
+    ordinal: int
+    request_id: str
+    sample_index: int
+    gateway: int
+    tenant: str
+    tenant_tag: int
+    opened_at: float
+    cached_token_count: int
+    publishes: bool
+    blocks: array[int]
+    parent: bytes
+    copy_source: int = 0
+    overflow: list[int] = dataclasses.field(default_factory=list)
+    state: TableState = TableState.OPEN
+
+    @property
+    def sequence_id(self) -> str:
+        """Name for people: "request/sample"."""
+        return f"{self.request_id}/{self.sample_index}"
+
+    def block_ids(self) -> BlockIds:
+        """Returns a copy of the block ids."""
+        return np.array(self.blocks, np.int64)
+
+    def held_block_ids(self) -> BlockIds:
+        """Returns the block ids and the copy source: every block that this table has a reference on."""
+        return np.array([*self.blocks, self.copy_source], np.int64) if self.copy_source else self.block_ids()
+
+
+class TableColumns:
+    """The open tables of one pool.
+
+    Attributes:
+        counter: `[slot]` counter of the table in this slot, -1 for none.
+        tokens: `[slot]` tokens known.
+        written: `[slot]` tokens confirmed as written.
+        written_floor: `[slot]` tokens that must be exceeded before `written` moves: while a copy is under way, the
+            tokens that it brings.
+        committed: `[slot]` leading blocks that are full, written and hashed.
+        gateway: `[slot]` number of the owner.
+        token_block: `[slot]` block in which token number `tokens` goes, 0 if it is not there yet.
+        write_block: `[slot]` block in which token number `written` goes, 0 if it is not there yet.
+    """
+
+    __slots__ = (
+        "_capacity",
+        "_next",
+        "_records",
+        "_scratch",
+        "committed",
+        "counter",
+        "gateway",
+        "open_count",
+        "token_block",
+        "tokens",
+        "write_block",
+        "written",
+        "written_floor",
+    )
+
+    def __init__(self) -> None:
+        self._capacity = _CAPACITY_MINIMUM
+        self._next = 1
+        self.open_count = 0
+        self._records: list[TableRecord | None] = [None] * self._capacity
+        self.counter = np.full(self._capacity, -1, np.int64)
+        self.tokens = np.zeros(self._capacity, np.int64)
+        self.written = np.zeros(self._capacity, np.int64)
+        self.written_floor = np.zeros(self._capacity, np.int64)
+        self.committed = np.zeros(self._capacity, np.int64)
+        self.gateway = np.zeros(self._capacity, np.int64)
+        self.token_block = np.zeros(self._capacity, np.int64)
+        self.write_block = np.zeros(self._capacity, np.int64)
+        self._scratch = np.zeros(self._capacity, np.int64)
+
+    @property
+    def next_counter(self) -> int:
+        """The next table's counter is at least this; all below were opened or skipped."""
+        return self._next
+
+    def reserve(self) -> int:
+        """Returns the counter that `open` may use next; its slot is free."""
+        if 2 * self.open_count >= self._capacity:
+            self._grow()
+        mask = self._capacity - 1
+        counter = self._next
+        while self.counter[counter & mask] >= 0:
+            counter += 1
+        return counter
+
+    def open(self, record: TableRecord) -> int:
+        """Enters a table whose counter was reserved and returns its slot."""
+        slot = record.table & (self._capacity - 1)
+        assert self.counter[slot] < 0, record.table
+        assert self._next <= record.table < TABLE_LIMIT, record.table
+        self._next = record.table + 1
+        self.open_count += 1
+        self._records[slot] = record
+        self.counter[slot] = record.table
+        self.gateway[slot] = record.gateway
+        return slot
+
+    def close(self, slot: int) -> None:
+        """Removes a table."""
+        self.counter[slot] = -1
+        self._records[slot] = None
+        self.open_count -= 1
+
+    def record(self, slot: int) -> TableRecord:
+        """Returns the record of the open table in `slot`."""
+        record = self._records[slot]
+        assert record is not None, slot
+        return record
+
+    def slot(self, table: int) -> int:
+        """Returns the slot of an open table, or -1."""
+        slot = table & (self._capacity - 1)
+        return slot if self.counter[slot] == table else -1
+
+    def slots(self, tables: npt.NDArray[np.int64]) -> Slots:
+        """Returns the slot of each of `tables`, -1 for those that are not open."""
+        slots = tables & (self._capacity - 1)
+        found = self.counter[slots] == tables
+        return slots if found.all() else np.where(found, slots, -1)
+
+    def has_repeats(self, slots: Slots) -> bool:
+        """Returns whether a slot is given twice."""
+        order = np.arange(len(slots))
+        self._scratch[slots] = order
+        return not bool((self._scratch[slots] == order).all())
+
+    def open_slots(self) -> list[int]:
+        """Returns the slots of all open tables, the oldest table first."""
+        slots = np.flatnonzero(self.counter >= 0)
+        ordered: list[int] = slots[np.argsort(self.counter[slots], kind="stable")].tolist()
+        return ordered
+
+    def _grow(self) -> None:
+        """Doubles the capacity. Counters that differ modulo the old one differ modulo the new one."""
+        old = np.flatnonzero(self.counter >= 0)
+        capacity = 2 * self._capacity
+        new = self.counter[old] & (capacity - 1)
+        records: list[TableRecord | None] = [None] * capacity
+        for source, target in zip(old.tolist(), new.tolist(), strict=True):
+            records[target] = self._records[source]
+        self._records = records
+        for name in ("tokens", "written", "written_floor", "committed", "gateway", "token_block", "write_block"):
+            column = np.zeros(capacity, np.int64)
+            column[new] = getattr(self, name)[old]
+            setattr(self, name, column)
+        counter = np.full(capacity, -1, np.int64)
+        counter[new] = self.counter[old]
+        self.counter = counter
+        self._scratch = np.zeros(capacity, np.int64)
+        self._capacity = capacity

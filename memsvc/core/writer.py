@@ -1,0 +1,373 @@
+"""Applies journals to the memory of a pool: first everything is checked, then everything is applied.
+
+The usual row of a decode step (one new token, in a block that is there) is handled in vector operations over all rows.
+Rows that do more are handled one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from memsvc.core.journal import Column, JournalColumns
+from memsvc.core.pool import BlockState
+from memsvc.core.table import Slots, TableColumns
+from quire.errors import StaleEpochError
+from quire.memory import CloseReason
+from quire.units import div_ceil
+
+if TYPE_CHECKING:
+    from memsvc.core.pool_memory import PoolMemory
+
+
+def _refuse(message: str, reason: str, field: str) -> NoReturn:
+    """Raises: the journal does not fit the state it meets."""
+    raise StaleEpochError(message, reason=reason, field=field)
+
+
+@dataclasses.dataclass(slots=True)
+class _Rows:
+    """Rows of open tables, each table once."""
+
+    slots: Slots
+    starts: Column
+    counts: Column
+    offsets: Column
+    written: Column
+    tokens: Column
+
+
+@dataclasses.dataclass(slots=True)
+class _Plan:
+    """A checked journal."""
+
+    growth: dict[int, list[int]]
+    rows: _Rows
+    plain: npt.NDArray[np.bool_]
+    closed: list[tuple[int, CloseReason]]
+    returned: Column
+
+
+class JournalWriter:
+    """Applies journals.
+
+    Args:
+        memory: what they are applied to.
+    """
+
+    def __init__(self, memory: PoolMemory) -> None:
+        self._memory = memory
+        self._size = memory.spec.block_size
+        # The last sampled token of a sequence is known but never computed, and may come before its block.
+        self._token_limit = memory.spec.max_model_len + self._size
+        self._block_limit = div_ceil(self._token_limit, self._size)
+
+    def apply(self, gateway: int, journal: JournalColumns, now: float) -> None:
+        """Applies `journal`, in the order appended, rows, closed, returned.
+
+        Raises:
+            InvalidRequestError: columns do not fit one another.
+            StaleEpochError: a row does not fit the state: a gap, other tokens than known, a block that is not leased to
+                this gateway, a table of another one. Nothing was changed.
+        """
+        journal.check()
+        plan = self._check(gateway, journal)
+        for slot, blocks in plan.growth.items():
+            self._grow(slot, blocks, now)
+        if plan.growth:
+            self._memory.grants_of(gateway).leased -= sum(map(len, plan.growth.values()))
+        if len(plan.rows.slots):
+            self._apply_tokens(plan)
+            self._apply_written(plan.rows, now)
+        for slot, reason in plan.closed:
+            self._memory.close(slot, reason, now)
+        if len(plan.returned):
+            self._memory.pool.put_back(plan.returned, now)
+            self._memory.grants_of(gateway).leased -= len(plan.returned)
+
+    # Checking
+
+    def _check(self, gateway: int, journal: JournalColumns) -> _Plan:
+        growth, taken = self._check_appended(gateway, journal.appended) if len(journal.appended) else ({}, set())
+        rows = self._select_rows(gateway, journal)
+        plain = self._check_rows(rows, growth)
+        closed = self._check_closed(gateway, journal) if len(journal.closed) else []
+        if len(journal.returned):
+            self._check_returned(gateway, journal.returned, taken)
+        return _Plan(growth, rows, plain, closed, journal.returned)
+
+    def _owned_slot(self, gateway: int, table: int, field: str) -> int:
+        """Returns the slot of `table`, -1 if it is closed; refuses one that never was or is another gateway's."""
+        tables = self._memory.tables
+        slot = tables.slot(table)
+        if slot < 0:
+            if table >= tables.next_counter or table == 0:
+                _refuse(f"{field}: table {table} was never opened in this epoch", "UNKNOWN_TABLE", field)
+        elif tables.gateway[slot] != gateway:
+            _refuse(f"{field}: table {table} belongs to another gateway", "FOREIGN_TABLE", field)
+        return slot
+
+    def _check_appended(self, gateway: int, appended: Column) -> tuple[dict[int, list[int]], set[int]]:
+        """Returns the new blocks by slot, and all of them."""
+        pool, tables = self._memory.pool, self._memory.tables
+        growth: dict[int, list[int]] = {}
+        taken: set[int] = set()
+        for table, index, block in appended.tolist():
+            slot = self._owned_slot(gateway, table, "appended")
+            if slot < 0:
+                continue
+            blocks = tables.record(slot).blocks
+            new = growth.setdefault(slot, [])
+            length = len(blocks) + len(new)
+            if index < length:
+                if (blocks[index] if index < len(blocks) else new[index - len(blocks)]) != block:
+                    _refuse(f"appended: table {table} has another block at {index}", "BLOCK_MISMATCH", "appended")
+                continue
+            if index > length or index >= self._block_limit:
+                _refuse(
+                    f"appended: table {table} has {length} blocks, index {index} is not the next or is above "
+                    f"{self._block_limit - 1}",
+                    "BLOCK_GAP",
+                    "appended",
+                )
+            if not 0 < block < pool.block_count or pool.lessee[block] != gateway or block in taken:
+                _refuse(f"appended: block {block} is not leased to this gateway", "BLOCK_NOT_LEASED", "appended")
+            taken.add(block)
+            new.append(block)
+        return growth, taken
+
+    def _select_rows(self, gateway: int, journal: JournalColumns) -> _Rows:
+        """Returns the rows whose tables are open, several of one table merged."""
+        tables = self._memory.tables
+        counts = journal.token_counts
+        offsets = counts.cumsum() - counts
+        slots = tables.slots(journal.tables)
+        starts, written = journal.token_starts, journal.written_counts
+        if len(slots) and slots.min() < 0:
+            for table in journal.tables[slots < 0].tolist():
+                self._owned_slot(gateway, table, "tables")
+            live = slots >= 0
+            slots, starts, counts = slots[live], starts[live], counts[live]
+            offsets, written = offsets[live], written[live]
+        if len(slots) and not (tables.gateway[slots] == gateway).all():
+            table = int(tables.counter[slots[tables.gateway[slots] != gateway][0]])
+            _refuse(f"tables: table {table} belongs to another gateway", "FOREIGN_TABLE", "tables")
+        rows = _Rows(slots, starts, counts, offsets, written, journal.token_ids)
+        return _merged(rows, tables) if tables.has_repeats(slots) else rows
+
+    def _check_rows(self, rows: _Rows, growth: dict[int, list[int]]) -> npt.NDArray[np.bool_]:
+        """Checks rows and returns which of them are plain: one new token, in a block that is there."""
+        tables = self._memory.tables
+        slots = rows.slots
+        known = tables.tokens[slots]
+        ends = rows.starts + rows.counts
+        plain: npt.NDArray[np.bool_] = (rows.starts == known) & (rows.counts == 1) & (tables.token_block[slots] > 0)
+        after = np.maximum(known, ends)
+        before = tables.written[slots]
+        bad = (rows.starts > known) | (ends > self._token_limit) | (rows.written < before) | (rows.written > after)
+        if bad.any():
+            at = int(bad.argmax())
+            _refuse(
+                f"tables: table {int(tables.counter[slots[at]])} has {int(known[at])} tokens known and "
+                f"{int(before[at])} written; the row gives tokens {int(rows.starts[at])} .. {int(ends[at])} and "
+                f"{int(rows.written[at])} written; at most {self._token_limit} tokens are allowed",
+                "ROW_MISMATCH",
+                "tables",
+            )
+        if not plain.all():
+            for at in np.flatnonzero(~plain & (rows.counts > 0)).tolist():
+                self._check_tokens(rows, at, growth)
+        there = tables.write_block[slots] > 0
+        within = (rows.written // self._size == before // self._size) & there
+        for at in np.flatnonzero(~within & (rows.written > before)).tolist():
+            slot = int(slots[at])
+            length = len(tables.record(slot).blocks) + len(growth.get(slot, ()))
+            if rows.written[at] > length * self._size:
+                table = int(tables.counter[slot])
+                message = f"written_counts: table {table} has {length} blocks, not room for {int(rows.written[at])}"
+                _refuse(message, "ROW_MISMATCH", "written_counts")
+        return plain
+
+    def _check_tokens(self, rows: _Rows, at: int, growth: dict[int, list[int]]) -> None:
+        """Refuses tokens that differ from those known, or that are too far ahead of the table's blocks."""
+        tables = self._memory.tables
+        slot, start, count = int(rows.slots[at]), int(rows.starts[at]), int(rows.counts[at])
+        record = tables.record(slot)
+        length = len(record.blocks) + len(growth.get(slot, ()))
+        if start + count > (length + 1) * self._size:
+            message = f"token_ids: table {record.table} has {length} blocks, token {start + count} is too far ahead"
+            _refuse(message, "ROW_MISMATCH", "token_ids")
+        overlap = min(int(tables.tokens[slot]), start + count) - start
+        if overlap > 0:
+            given = rows.tokens[rows.offsets[at] : rows.offsets[at] + overlap].tolist()
+            if given != self.known_tokens(slot, start, start + overlap):
+                message = f"token_ids: table {record.table} has other tokens at {start} .. {start + overlap}"
+                _refuse(message, "TOKEN_MISMATCH", "token_ids")
+
+    def _check_closed(self, gateway: int, journal: JournalColumns) -> list[tuple[int, CloseReason]]:
+        closed: dict[int, CloseReason] = {}
+        for table, reason in zip(journal.closed.tolist(), journal.close_reasons.tolist(), strict=True):
+            slot = self._owned_slot(gateway, table, "closed")
+            if slot >= 0:
+                closed.setdefault(slot, CloseReason(reason))
+        return list(closed.items())
+
+    def _check_returned(self, gateway: int, returned: Column, taken: set[int]) -> None:
+        pool = self._memory.pool
+        inside = (returned > 0) & (returned < pool.block_count)
+        blocks = np.where(inside, returned, 0)
+        good = inside & (pool.lessee[blocks] == gateway) & (pool.state[blocks] == BlockState.LEASED)
+        if not good.all():
+            block = int(returned[int(good.argmin())])
+            _refuse(f"returned: block {block} is not leased to this gateway", "BLOCK_NOT_LEASED", "returned")
+        values = returned.tolist()
+        if len(set(values)) != len(values) or not taken.isdisjoint(values):
+            _refuse("returned: a block is given twice or is also appended", "BLOCK_NOT_LEASED", "returned")
+
+    # Applying
+
+    def known_tokens(self, slot: int, start: int, end: int) -> list[int]:
+        """Returns the tokens [start, end) of a table."""
+        record = self._memory.tables.record(slot)
+        in_blocks = int(self._memory.tables.tokens[slot]) - len(record.overflow)
+        first, last = start // self._size, div_ceil(min(end, in_blocks), self._size)
+        found: list[int] = []
+        if last > first:
+            blocks = np.array(record.blocks[first:last])
+            stored = self._memory.prefix.tokens[blocks].reshape(-1)
+            found = stored[start - first * self._size : min(end, in_blocks) - first * self._size].tolist()
+        return found + record.overflow[max(0, start - in_blocks) : max(0, end - in_blocks)]
+
+    def _grow(self, slot: int, new: list[int], now: float) -> None:
+        """Appends leased blocks to a table, and moves tokens that waited for them."""
+        tables, pool = self._memory.tables, self._memory.pool
+        record = tables.record(slot)
+        for block in new:
+            pool.adopt(block, now)
+            pool.tenant[block] = record.tenant_tag
+            record.blocks.append(block)
+        if record.overflow:
+            waiting, record.overflow = record.overflow, []
+            tables.tokens[slot] -= len(waiting)
+            self._append_tokens(slot, np.array(waiting, np.int64))
+        self._find_open_blocks(slot)
+
+    def _find_open_blocks(self, slot: int) -> None:
+        """Sets where the next token and the next write of a table go."""
+        tables = self._memory.tables
+        blocks = tables.record(slot).blocks
+        for position, column in ((tables.tokens, tables.token_block), (tables.written, tables.write_block)):
+            index = int(position[slot]) // self._size
+            column[slot] = blocks[index] if index < len(blocks) else 0
+
+    def _append_tokens(self, slot: int, tokens: Column) -> None:
+        """Adds tokens after those known."""
+        tables = self._memory.tables
+        record = tables.record(slot)
+        position = int(tables.tokens[slot])
+        tables.tokens[slot] += len(tokens)
+        while len(tokens) and position < len(record.blocks) * self._size:
+            offset = position % self._size
+            fit = tokens[: self._size - offset]
+            self._memory.prefix.tokens[record.blocks[position // self._size], offset : offset + len(fit)] = fit
+            tokens = tokens[len(fit) :]
+            position += len(fit)
+        record.overflow.extend(tokens.tolist())
+
+    def _apply_tokens(self, plan: _Plan) -> None:
+        tables, rows = self._memory.tables, plan.rows
+        slots, offsets = rows.slots, rows.offsets
+        everything = bool(plan.plain.all())
+        if not everything:
+            for at in np.flatnonzero(~plan.plain & (rows.counts > 0)).tolist():
+                slot = int(slots[at])
+                offset = int(rows.offsets[at])
+                skip = int(tables.tokens[slot]) - int(rows.starts[at])
+                if skip < rows.counts[at]:
+                    self._append_tokens(slot, rows.tokens[offset + skip : offset + int(rows.counts[at])])
+                    self._find_open_blocks(slot)
+            slots, offsets = slots[plan.plain], offsets[plan.plain]
+        known = tables.tokens[slots]
+        flat = self._memory.prefix.tokens.reshape(-1)
+        flat[tables.token_block[slots] * self._size + known % self._size] = rows.tokens[offsets]
+        known += 1
+        tables.tokens[slots] = known
+        for slot in slots[known % self._size == 0].tolist():
+            blocks = tables.record(slot).blocks
+            index = int(tables.tokens[slot]) // self._size
+            tables.token_block[slot] = blocks[index] if index < len(blocks) else 0
+
+    def _apply_written(self, rows: _Rows, now: float) -> None:
+        tables = self._memory.tables
+        slots = rows.slots
+        before = tables.written[slots]
+        floors = tables.written_floor[slots]
+        written = rows.written
+        if floors.any():
+            written = np.where(written > floors, written, before)
+            for slot in slots[(written > floors) & (floors > 0)].tolist():
+                self._memory.release_copy_source(slot, now)
+        blocks = tables.write_block[slots]
+        within = (written // self._size == before // self._size) & (blocks > 0)
+        tables.written[slots] = written
+        if within.all():
+            self._memory.pool.filled[blocks] = written % self._size
+            return
+        self._memory.pool.filled[blocks[within]] = written[within] % self._size
+        for at in np.flatnonzero(~within & (written > before)).tolist():
+            self._commit(int(slots[at]), now)
+
+    def _commit(self, slot: int, now: float) -> None:
+        """Publishes the blocks of a table that became full, and moves on to the block that is written next."""
+        memory, tables = self._memory, self._memory.tables
+        record = tables.record(slot)
+        first = int(tables.committed[slot])
+        last, rest = divmod(int(tables.written[slot]), self._size)
+        if last > first:
+            full = np.array(record.blocks[first:last])
+            memory.pool.filled[full] = self._size
+            if record.publishes:
+                before = record.blocks[first - 1] if first else 0
+                parent = record.parent
+                for block, identity in zip(full.tolist(), memory.prefix.chain(parent, full), strict=True):
+                    memory.publish(block, parent, identity, before, now)
+                    before, parent = block, identity
+                record.parent = parent
+            tables.committed[slot] = last
+        if rest:
+            memory.pool.filled[record.blocks[last]] = rest
+        tables.write_block[slot] = record.blocks[last] if last < len(record.blocks) else 0
+
+
+def _merged(rows: _Rows, tables: TableColumns) -> _Rows:
+    """Returns `rows` with those of one table joined into one, in their order.
+
+    Raises:
+        StaleEpochError: they leave a gap, overlap, or their written counts fall.
+    """
+    merged: dict[int, tuple[int, list[int], int]] = {}
+    for at, slot in enumerate(rows.slots.tolist()):
+        start, written, offset = int(rows.starts[at]), int(rows.written[at]), int(rows.offsets[at])
+        tokens = rows.tokens[offset : offset + int(rows.counts[at])].tolist()
+        if slot not in merged:
+            merged[slot] = (start, tokens, written)
+            continue
+        first, known, before = merged[slot]
+        if not known:
+            first = start
+        if (tokens and start != first + len(known)) or written < before:
+            message = f"tables: rows of table {int(tables.counter[slot])} do not follow one another"
+            _refuse(message, "ROW_MISMATCH", "tables")
+        merged[slot] = (first, known + tokens, written)
+    counts = np.array([len(tokens) for _, tokens, _ in merged.values()], np.int64)
+    return _Rows(
+        slots=np.array(list(merged), np.int64),
+        starts=np.array([start for start, _, _ in merged.values()], np.int64),
+        counts=counts,
+        offsets=counts.cumsum() - counts,
+        written=np.array([written for _, _, written in merged.values()], np.int64),
+        tokens=np.array([token for _, tokens, _ in merged.values() for token in tokens], np.int64),
+    )
