@@ -1,0 +1,266 @@
+"""The executor's core: applies step plans, one after the other, from one thread.
+
+A plan is applied in the order removed, added, appended, copies, scheduled. What is malformed as a whole is refused
+before anything changes; what is wrong with one sequence fails that sequence, names why in `errors`, and drops it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import time
+
+import numpy as np
+import torch
+
+from execsvc import batch as batches
+from execsvc.kv_cache import KVCache
+from execsvc.runner import Runner
+from execsvc.sampler import SamplingSpec, sample
+from execsvc.sequences import Sequence, SequenceRows
+from protos.execsvc.v1 import execsvc_pb2 as pb
+from quire import columns
+from quire.errors import InvalidRequestError, QuireError, SequenceExistsError, SequenceNotFoundError, StaleEpochError
+from quire.units import div_ceil
+
+_NO_OWNER = 0
+
+
+class Engine:
+    """Sequences, KV cache and model of one device. Not thread-safe: one caller.
+
+    Args:
+        runner: computes.
+        cache: the KV cache that `runner` uses.
+        max_num_seqs: most sequences open at once.
+        max_num_batched_tokens: most tokens of one step.
+        max_model_len: longest sequence in tokens.
+    """
+
+    def __init__(
+        self, runner: Runner, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> None:
+        self._runner = runner
+        self._cache = cache
+        self._rows = SequenceRows(max_num_seqs, max_model_len, cache.layout.block_size)
+        self._vocab_size = runner.model.config.vocab_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.epoch = 0
+        self.observe_logits: Callable[[list[int], torch.Tensor], None] | None = None
+        """Called with (tables, logits) before sampling: for tests that compare logits."""
+
+    @property
+    def open_tables(self) -> list[int]:
+        """Tables of the sequences that are open."""
+        return list(self._rows.by_table)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Drops every sequence of an older epoch and refuses plans that carry one. Never goes back."""
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self._rows.drop_all()
+
+    def drop_owner(self, owner: int) -> None:
+        """Drops the sequences of one stream."""
+        self._rows.drop_owner(owner)
+
+    def apply(self, plan: pb.StepPlan, owner: int = _NO_OWNER) -> pb.StepResult:
+        """Applies one plan and returns what it did.
+
+        Args:
+            plan: the step.
+            owner: stream that sends it; it can name only tables that it added itself.
+
+        Raises:
+            StaleEpochError: the plan is of another epoch.
+            InvalidRequestError: a column is malformed; nothing was changed.
+        """
+        if plan.epoch != self.epoch:
+            raise StaleEpochError(f"epoch: the plan is of epoch {plan.epoch}, the executor is in {self.epoch}")
+        step = _Step(plan, self._cache.layout.block_count, self.max_num_batched_tokens)
+        errors: dict[int, QuireError] = {}
+        for table in step.removed:
+            if self._owned(table, owner) is not None:
+                self._rows.drop(table)
+        for start in plan.added:
+            self._attempt(start.table, errors, lambda start=start: self._add(start, owner))
+        self._append(step.appended, owner, errors)
+        if step.copies.size:
+            self._cache.copy_blocks(torch.from_numpy(step.copies.astype(np.int64)).to(self._cache.device))
+        scheduled = self._schedule(step, owner, errors)
+        result = pb.StepResult(step=plan.step, fenced=plan.removed)
+        if scheduled:
+            self._compute(scheduled, result, errors)
+        result.errors.extend(
+            pb.SequenceError(table=table, reason=error.reason, message=error.message) for table, error in errors.items()
+        )
+        return result
+
+    def _owned(self, table: int, owner: int) -> Sequence | None:
+        """Returns the open sequence of `table` if `owner` added it."""
+        sequence = self._rows.by_table.get(table)
+        return sequence if sequence is not None and sequence.owner == owner else None
+
+    def _attempt(self, table: int, errors: dict[int, QuireError], action: Callable[[], None]) -> None:
+        """Runs `action`; what it raises fails `table` alone."""
+        try:
+            action()
+        except QuireError as error:
+            self._fail(table, error, errors)
+
+    def _fail(self, table: int, error: QuireError, errors: dict[int, QuireError]) -> None:
+        """Drops a sequence and keeps why. The first cause stays."""
+        self._rows.drop(table)
+        errors.setdefault(table, error)
+
+    def _add(self, start: pb.SequenceStart, owner: int) -> None:
+        """Opens a sequence; raises QuireError if it cannot be."""
+        rows = self._rows
+        if start.table in rows.by_table:
+            raise SequenceExistsError(f"added: table {start.table} is open already")
+        if rows.full:
+            raise InvalidRequestError(f"added: {rows.row_count} sequences are open, the most that may be")
+        tokens = columns.unpack(start.token_ids, "token_ids")
+        blocks = columns.unpack(start.block_ids, "block_ids")
+        computed = start.computed_token_count
+        if not 1 <= len(tokens) <= rows.max_model_len:
+            raise InvalidRequestError(f"token_ids: {len(tokens)} tokens, allowed is 1 .. {rows.max_model_len}")
+        if int(tokens.max()) >= self._vocab_size:
+            raise InvalidRequestError(f"token_ids: {int(tokens.max())} is not below the vocabulary, {self._vocab_size}")
+        if computed >= len(tokens):
+            raise InvalidRequestError(
+                f"computed_token_count: {computed} of {len(tokens)} tokens: at least one must be left to compute"
+            )
+        if not div_ceil(computed, rows.block_size) <= len(blocks) <= rows.block_max:
+            raise InvalidRequestError(
+                f"block_ids: {len(blocks)} blocks for {computed} computed tokens, at most {rows.block_max}"
+            )
+        self._check_blocks(blocks)
+        rows.add(start.table, owner, tokens, blocks, computed, _sampling(start.sampling))
+
+    def _check_blocks(self, blocks: columns.Column) -> None:
+        """Raises InvalidRequestError if a block is the null block or beyond the pool."""
+        count = self._cache.layout.block_count
+        if len(blocks) and not (int(blocks.min()) >= 1 and int(blocks.max()) < count):
+            wrong = next(int(block) for block in blocks if not 1 <= block < count)
+            raise InvalidRequestError(f"block_ids: block {wrong} is out of range, allowed is 1 .. {count - 1}")
+
+    def _append(self, triples: columns.Column, owner: int, errors: dict[int, QuireError]) -> None:
+        """Sets table entries: table[index] = block. Tables that are not open are passed over: they failed before."""
+        for table, index, block in triples.reshape(-1, 3).tolist():
+            sequence = self._owned(table, owner)
+            if sequence is not None:
+                self._attempt(table, errors, lambda s=sequence, i=index, b=block: self._set_entry(s, i, b))
+
+    def _set_entry(self, sequence: Sequence, index: int, block: int) -> None:
+        """Sets one entry of a block table; raises InvalidRequestError if it does not fit."""
+        rows = self._rows
+        count = int(rows.block_counts[sequence.row])
+        if index > count or index >= rows.block_max:
+            raise InvalidRequestError(
+                f"appended: index {index} of table {sequence.table}, which has {count} of at most {rows.block_max}"
+            )
+        if not 1 <= block < self._cache.layout.block_count:
+            raise InvalidRequestError(
+                f"appended: block {block} is out of range, allowed is 1 .. {self._cache.layout.block_count - 1}"
+            )
+        rows.block_tables[sequence.row, index] = block
+        rows.block_counts[sequence.row] = max(count, index + 1)
+
+    def _schedule(self, step: _Step, owner: int, errors: dict[int, QuireError]) -> list[tuple[Sequence, int]]:
+        """Returns what is to be computed; what cannot be fails."""
+        rows, scheduled = self._rows, []
+        for table, count in zip(step.scheduled_tables, step.scheduled_counts, strict=True):
+            sequence = self._owned(table, owner)
+            if sequence is None:
+                message = f"scheduled_tables: table {table} is not open"
+                errors.setdefault(table, SequenceNotFoundError(message))
+                continue
+            end, known = int(rows.computed[sequence.row]) + count, int(rows.known[sequence.row])
+            slots = int(rows.block_counts[sequence.row]) * rows.block_size
+            if end > known or end > slots:
+                message = (
+                    f"scheduled_counts: {count} tokens bring table {table} to {end}; "
+                    f"{known} tokens are known and its blocks hold {slots}"
+                )
+                self._fail(table, InvalidRequestError(message), errors)
+                continue
+            scheduled.append((sequence, count))
+        return scheduled
+
+    def _compute(
+        self, scheduled: list[tuple[Sequence, int]], result: pb.StepResult, errors: dict[int, QuireError]
+    ) -> None:
+        """Runs the model and samples. Fills the result's columns."""
+        rows = self._rows
+        batch = batches.build(rows, scheduled, self._cache.device)
+        started = time.perf_counter_ns()
+        logits = self._runner.forward(batch)
+        computed = time.perf_counter_ns()
+        row_ids = [sequence.row for sequence in batch.sequences]
+        rows.computed[row_ids] = batch.context_lens
+        samplers = [batch.sequences[index] for index in batch.sampled]
+        if self.observe_logits is not None:
+            self.observe_logits([sequence.table for sequence in samplers], logits)
+        positions = [int(rows.known[sequence.row]) for sequence in samplers]
+        tokens = sample(logits, [sequence.sampling for sequence in samplers], positions) if samplers else []
+        good: list[tuple[int, int]] = []
+        for sequence, token in zip(samplers, tokens, strict=True):
+            if token < 0:
+                message = f"the logits of table {sequence.table} are not finite"
+                self._fail(sequence.table, QuireError(message, reason="LOGITS_NOT_FINITE"), errors)
+            else:
+                rows.append_token(sequence, token)
+                good.append((sequence.table, token))
+        written = [(s.table, int(n)) for s, n in zip(batch.sequences, batch.context_lens, strict=True)]
+        result.written_tables = columns.pack([table for table, _ in written if table not in errors])
+        result.written_counts = columns.pack([count for table, count in written if table not in errors])
+        result.sampled_tables = columns.pack([table for table, _ in good])
+        result.sampled_tokens = columns.pack([token for _, token in good])
+        result.model_ns = computed - started
+        result.sample_ns = time.perf_counter_ns() - computed
+
+
+class _Step:
+    """The columns of a plan, unpacked and checked as far as they can be without the state.
+
+    Raises:
+        InvalidRequestError: a column is malformed.
+    """
+
+    def __init__(self, plan: pb.StepPlan, block_count: int, max_num_batched_tokens: int) -> None:
+        self.removed = columns.unpack_list(plan.removed, "removed")
+        self.appended = columns.unpack(plan.appended, "appended", row_length=3)
+        self.copies = columns.unpack(plan.copies, "copies", row_length=2).reshape(-1, 2)
+        self.scheduled_tables = columns.unpack_list(plan.scheduled_tables, "scheduled_tables")
+        self.scheduled_counts = columns.unpack_list(
+            plan.scheduled_counts, "scheduled_counts", row_count=len(self.scheduled_tables)
+        )
+        for start in plan.added:
+            columns.unpack(start.token_ids, "token_ids")
+            columns.unpack(start.block_ids, "block_ids")
+        self._check_copies(block_count)
+        if len(set(self.scheduled_tables)) != len(self.scheduled_tables):
+            raise InvalidRequestError("scheduled_tables: a table is there twice", field="scheduled_tables")
+        if any(count == 0 for count in self.scheduled_counts):
+            raise InvalidRequestError("scheduled_counts: a count is 0, at least 1 is needed", field="scheduled_counts")
+        total = sum(self.scheduled_counts)
+        if total > max_num_batched_tokens:
+            raise InvalidRequestError(
+                f"scheduled_counts: {total} tokens, a step may compute {max_num_batched_tokens}",
+                field="scheduled_counts",
+            )
+
+    def _check_copies(self, block_count: int) -> None:
+        """Raises InvalidRequestError if a copy names a block that is none, or copies depend on their order."""
+        if not self.copies.size:
+            return
+        if int(self.copies.min()) < 1 or int(self.copies.max()) >= block_count:
+            raise InvalidRequestError(f"copies: a block is out of range, allowed is 1 .. {block_count - 1}")
+        sources, destinations = set(self.copies[:, 0].tolist()), self.copies[:, 1].tolist()
+        if len(set(destinations)) != len(destinations) or sources & set(destinations):
+            raise InvalidRequestError("copies: a block is the destination of two copies, or of one and source of one")
+
+
+def _sampling(message: pb.SamplingParams) -> SamplingSpec:
+    """Returns the checked sampling parameters; raises InvalidRequestError."""
+    return SamplingSpec(message.temperature, message.top_k, message.top_p, message.min_p, message.seed)

@@ -1,0 +1,172 @@
+"""The decoder of the Llama family: Llama, SmolLM, Mistral, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+
+import torch
+from torch.nn import functional
+
+from execsvc.model.config import ModelConfig
+from execsvc.model.layers import Linear, RMSNorm, Rotary, inverse_frequencies, rotate
+from execsvc.model.source import ModelSource
+from quire.errors import ModelFormatError
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, q `[row, head, dim]`, k, v `[row, kv_head, dim]`) -> `[row, head, dim]`: writes k and v, then attends."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer."""
+
+    input_norm: RMSNorm
+    qkv: Linear
+    """Query, key and value projections, stacked: one product instead of three."""
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    output: Linear
+    mlp_norm: RMSNorm
+    gate_up: Linear
+    """Gate and up projections, stacked."""
+    down: Linear
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Llama:
+    """A decoder, ready to run."""
+
+    config: ModelConfig
+    embeddings: torch.Tensor
+    """`[vocab_size, hidden_size]`."""
+    layers: tuple[Layer, ...]
+    final_norm: RMSNorm
+    head: Linear
+    """`[vocab_size, hidden_size]`; the embeddings themselves where they are tied."""
+    rotary: Rotary
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights; tied ones once."""
+        tensors = [self.embeddings, self.final_norm.weight]
+        if self.head.weight is not self.embeddings:
+            tensors.append(self.head.weight)
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                tensors.append(linear.weight)
+                tensors.extend([] if linear.bias is None else [linear.bias])
+            norms = (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+            tensors.extend(norm.weight for norm in norms if norm is not None)
+        return sum(tensor.numel() for tensor in tensors)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on the device."""
+        return self.parameter_count * self.embeddings.element_size()
+
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Returns the residual stream after the last layer, `[row, hidden_size]`.
+
+        Args:
+            tokens: `[row]` int64.
+            positions: `[row]` int64.
+            attend: computes attention; it may leave padding rows unspecified.
+        """
+        config = self.config
+        cosines, sines = self.rotary.at(positions)
+        stream = functional.embedding(tokens, self.embeddings)
+        rotated_count = config.num_heads + config.num_kv_heads
+        for index, layer in enumerate(self.layers):
+            heads = layer.qkv(layer.input_norm(stream)).view(len(tokens), -1, config.head_dim)
+            q, k = heads[:, : config.num_heads], heads[:, config.num_heads : rotated_count]
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = layer.q_norm(q), layer.k_norm(k)
+                q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
+            else:
+                both = rotate(heads[:, :rotated_count], cosines, sines)
+                q, k = both[:, : config.num_heads], both[:, config.num_heads :]
+            mixed = attend(index, q, k, heads[:, rotated_count:])
+            stream = stream + layer.output(mixed.reshape(len(tokens), -1))
+            gate_up = layer.gate_up(layer.mlp_norm(stream))
+            gate, up = gate_up[:, : config.intermediate_size], gate_up[:, config.intermediate_size :]
+            stream = stream + layer.down(functional.silu(gate) * up)
+        return stream
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns `[row, vocab_size]` for rows of the residual stream."""
+        return self.head(self.final_norm(rows))
+
+
+def load(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Llama:
+    """Returns the decoder with the weights of `source`.
+
+    Args:
+        source: where the weights are.
+        dtype: to compute in.
+        device: to compute on.
+        max_model_len: positions to prepare for, in tokens.
+        progress: told the share that is loaded, 0 .. 1.
+
+    Raises:
+        ModelFormatError: a tensor is missing or has another shape than the configuration says.
+    """
+    config = source.config
+
+    def fetch(name: str, *shape: int) -> torch.Tensor:
+        tensor = source.load(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelFormatError(
+                f"{source.path}: tensor {name!r} has shape {list(tensor.shape)}, the configuration says {list(shape)}"
+            )
+        return tensor.to(device=device, dtype=dtype)
+
+    embeddings = fetch("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    layers = []
+    for index in range(config.num_layers):
+        progress((index + 1) / (config.num_layers + 2))
+        layers.append(_load_layer(config, fetch, f"model.layers.{index}."))
+    if config.tie_word_embeddings:
+        head = Linear(embeddings)
+    else:
+        head = Linear(fetch("lm_head.weight", config.vocab_size, config.hidden_size))
+    final_norm = RMSNorm(fetch("model.norm.weight", config.hidden_size), config.rms_norm_eps)
+    frequencies = inverse_frequencies(config.rope, config.head_dim, source.rope_factors())
+    rotary = Rotary.build(frequencies, max_model_len, device)
+    progress(1.0)
+    return Llama(config, embeddings, tuple(layers), final_norm, head, rotary)
+
+
+def _load_layer(config: ModelConfig, fetch: Callable[..., torch.Tensor], prefix: str) -> Layer:
+    """Returns one layer's weights, the stacked projections put together."""
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projections = (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size))
+    hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+
+    def norm(name: str, size: int) -> RMSNorm:
+        return RMSNorm(fetch(f"{prefix}{name}.weight", size), eps)
+
+    qkv = torch.cat([fetch(f"{prefix}self_attn.{name}.weight", size, hidden) for name, size in projections])
+    qkv_bias = (
+        torch.cat([fetch(f"{prefix}self_attn.{name}.bias", size) for name, size in projections])
+        if config.qkv_bias
+        else None
+    )
+    output_bias = fetch(f"{prefix}self_attn.o_proj.bias", hidden) if config.output_bias else None
+    gate_up = torch.cat([fetch(f"{prefix}mlp.{name}.weight", inner, hidden) for name in ("gate_proj", "up_proj")])
+    return Layer(
+        input_norm=norm("input_layernorm", hidden),
+        qkv=Linear(qkv, qkv_bias),
+        q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
+        output=Linear(fetch(f"{prefix}self_attn.o_proj.weight", hidden, q_size), output_bias),
+        mlp_norm=norm("post_attention_layernorm", hidden),
+        gate_up=Linear(gate_up),
+        down=Linear(fetch(f"{prefix}mlp.down_proj.weight", hidden, inner)),
+    )

@@ -1,0 +1,122 @@
+"""Chooses the next token of each sequence from its logits.
+
+A draw is a function of (seed, position, logits) and of nothing else: the same token comes out alone, in a batch, after a
+preemption or on another executor of the same kind.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from execsvc.philox import uniform
+from quire.errors import InvalidRequestError
+
+_MAX_TEMPERATURE = 100.0
+_HEAD_COUNT = 1024
+"""Most likely tokens that are looked at before the whole vocabulary is sorted."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How to choose. The order is temperature, top_k, top_p, min_p."""
+
+    temperature: float = 0.0
+    """0 is greedy; then the rest has no effect."""
+    top_k: int = 0
+    """Keep this many most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities reach this sum."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this times the most likely one."""
+    seed: int = 0
+    """Key of the draws, 64 bits."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            InvalidRequestError: a value is out of range.
+        """
+        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= _MAX_TEMPERATURE):
+            raise InvalidRequestError(
+                f"temperature: {self.temperature} is out of range, allowed is 0 .. {_MAX_TEMPERATURE:g}",
+                field="temperature",
+            )
+        if self.temperature == 0.0:
+            return
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequestError(f"top_p: {self.top_p} is out of range, allowed is 0 < p <= 1", field="top_p")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise InvalidRequestError(f"min_p: {self.min_p} is out of range, allowed is 0 .. 1", field="min_p")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature == 0.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether less likely tokens are dropped before the draw."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def sample(logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int]) -> list[int]:
+    """Returns one token a row, or -1 for a row with logits that are not finite.
+
+    Args:
+        logits: `[row, vocabulary]`, any float type.
+        specs: how to choose, a row each.
+        positions: index in its sequence of the token drawn, a row each.
+    """
+    best_values, best = logits.max(-1)
+    tokens: list[int] = best.tolist()
+    finite = torch.isfinite(best_values).tolist()
+    drawn = [row for row, spec in enumerate(specs) if not spec.greedy and finite[row]]
+    if drawn:
+        draws = uniform(
+            np.array([specs[row].seed for row in drawn], dtype=np.uint64),
+            np.array([positions[row] for row in drawn], dtype=np.uint64),
+        )
+        for row, draw in zip(drawn, draws.tolist(), strict=True):
+            tokens[row] = _draw(logits[row], specs[row], draw)
+    return [token if finite[row] else -1 for row, token in enumerate(tokens)]
+
+
+def _draw(logits: torch.Tensor, spec: SamplingSpec, draw: float) -> int:
+    """Returns the token that `draw` in [0, 1) points at, for one row. Works on this row alone, in float64 sums."""
+    scaled = logits.float() / spec.temperature
+    if not spec.truncates:
+        # float64 softmax over the whole row: the total of 100,000 float32 weights would be off by more than a draw's bit.
+        weights = torch.softmax(scaled, -1, dtype=torch.float64)
+        return _pick(torch.cumsum(weights, -1), draw)
+    values, order = _most_likely(scaled, spec)
+    weights = torch.softmax(values, -1, dtype=torch.float64)
+    if spec.top_p < 1.0:
+        # A token stays while those before it do not reach top_p yet, so the first one always stays.
+        reached = torch.cumsum(weights, -1)
+        weights = torch.where(reached - weights < spec.top_p, weights, 0.0)
+    if spec.min_p > 0.0:
+        weights = torch.where(weights >= spec.min_p * weights[0], weights, 0.0)
+    return int(order[_pick(torch.cumsum(weights, -1), draw)])
+
+
+def _most_likely(scaled: torch.Tensor, spec: SamplingSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (values, tokens) of the candidates, most likely first: top_k of them, or all of them.
+
+    The order among equal values is that of `torch.sort(stable=True)`: by token.
+    """
+    vocabulary = scaled.shape[-1]
+    count = min(spec.top_k, vocabulary) if spec.top_k else vocabulary
+    values, order = torch.sort(scaled, descending=True, stable=True)
+    return values[:count], order[:count]
+
+
+def _pick(cumulative: torch.Tensor, draw: float) -> int:
+    """Returns the first index whose cumulative weight exceeds draw * total."""
+    target = draw * cumulative[-1:]
+    index = int(torch.searchsorted(cumulative, target, right=True))
+    # Rounding may leave the target at the total itself; then the last index with any weight is meant.
+    return min(index, int(torch.searchsorted(cumulative, cumulative[-1:], right=False)))

@@ -1,0 +1,99 @@
+"""The sequences that are open on this executor: their tokens, block tables and how far they are computed.
+
+State is columns by row, changed by deltas; a row is taken when a sequence is added and given back when it is dropped.
+
+    known     tokens whose ids are known: prompt, and what was sampled since
+    computed  tokens whose keys and values are written; computed < known between steps, and the step that makes them
+              equal samples the next known token
+"""
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from execsvc.sampler import SamplingSpec
+from quire.columns import Column
+
+
+@dataclasses.dataclass(slots=True)
+class Sequence:
+    """One open sequence."""
+
+    table: int
+    """Counter of its block table."""
+    owner: int
+    """Stream that added it; no other may name it."""
+    row: int
+    """Its row in the columns."""
+    sampling: SamplingSpec
+    tokens: npt.NDArray[np.int64]
+    """Known tokens, with room to grow; the first `known[row]` count."""
+
+
+class SequenceRows:
+    """Columns over all open sequences."""
+
+    def __init__(self, row_count: int, max_model_len: int, block_size: int) -> None:
+        """Makes room for `row_count` sequences of `max_model_len` tokens in blocks of `block_size`."""
+        self.row_count = row_count
+        self.max_model_len = max_model_len
+        self.block_size = block_size
+        self.block_max = -(-max_model_len // block_size)
+        self.block_tables = np.zeros((row_count, self.block_max), dtype=np.int32)
+        self.block_counts = np.zeros(row_count, dtype=np.int64)
+        self.known = np.zeros(row_count, dtype=np.int64)
+        self.computed = np.zeros(row_count, dtype=np.int64)
+        self.last_token = np.zeros(row_count, dtype=np.int64)
+        self.by_table: dict[int, Sequence] = {}
+        self._free_rows = list(range(row_count - 1, -1, -1))
+
+    def __len__(self) -> int:
+        """Number of open sequences."""
+        return len(self.by_table)
+
+    @property
+    def full(self) -> bool:
+        """Whether no row is left."""
+        return not self._free_rows
+
+    def add(
+        self, table: int, owner: int, tokens: Column, blocks: Column, computed: int, sampling: SamplingSpec
+    ) -> Sequence:
+        """Opens a sequence. The caller has checked every argument and that a row is left."""
+        row = self._free_rows.pop()
+        room = np.empty(len(tokens) + max(64, len(tokens) // 4), dtype=np.int64)
+        room[: len(tokens)] = tokens
+        sequence = Sequence(table, owner, row, sampling, room)
+        self.block_tables[row, : len(blocks)] = blocks
+        self.block_counts[row] = len(blocks)
+        self.known[row], self.computed[row] = len(tokens), computed
+        self.last_token[row] = tokens[-1]
+        self.by_table[table] = sequence
+        return sequence
+
+    def drop(self, table: int) -> None:
+        """Closes a sequence, if there is one of this table."""
+        sequence = self.by_table.pop(table, None)
+        if sequence is not None:
+            self.block_counts[sequence.row] = 0
+            self._free_rows.append(sequence.row)
+
+    def drop_owner(self, owner: int) -> None:
+        """Closes every sequence of one stream."""
+        for table in [table for table, sequence in self.by_table.items() if sequence.owner == owner]:
+            self.drop(table)
+
+    def drop_all(self) -> None:
+        """Closes every sequence."""
+        for table in list(self.by_table):
+            self.drop(table)
+
+    def append_token(self, sequence: Sequence, token: int) -> None:
+        """Makes `token` the next known token."""
+        known = int(self.known[sequence.row])
+        if known == len(sequence.tokens):
+            sequence.tokens = np.concatenate([sequence.tokens, np.empty_like(sequence.tokens)])
+        sequence.tokens[known] = token
+        self.known[sequence.row] = known + 1
+        self.last_token[sequence.row] = token

@@ -1,0 +1,1 @@
+"""Copies whole blocks of the cache."""
