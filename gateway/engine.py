@@ -261,6 +261,7 @@ class Engine:
                 live.stream.end(sample.index, pb.Ending(reason=pb.FINISH_REASON_CANCELLED))
         self._end_samples(live)
         await live.stream.wait_released()
+        await self._memory.flush()
         return True
 
     def abandon(self, stream: RequestStream) -> None:

@@ -176,3 +176,11 @@ class Memory(Protocol):
     def journal(self, entry: JournalEntry) -> None:
         """Records what happened; never waits. Applied in order."""
         ...
+
+    async def flush(self) -> None:
+        """Waits until everything journalled so far is applied: what was closed is back in the pool.
+
+        Raises:
+            MemoryUnavailableError.
+        """
+        ...

@@ -91,6 +91,8 @@ class _Connection:
         self.outbox: asyncio.Queue[pb.ConnectRequest] = asyncio.Queue(_OUTBOX_SIZE)
         self.answers: dict[int, asyncio.Future[Any]] = {}
         self.journal_nos: dict[str, int] = {}
+        self.acknowledged: dict[str, int] = {}
+        self.acknowledgement = asyncio.Event()
         self.failure: str = ""
         hello = pb.Hello(gateway_id=gateway_id, gateway_incarnation=self.incarnation)
         self.outbox.put_nowait(pb.ConnectRequest(hello=hello))
@@ -185,6 +187,22 @@ class RemoteMemory:
         connection.journal_nos[entry.pool_id] = number
         self._send(connection, pb.ConnectRequest(journal=_journal_message(entry, number)))
 
+    async def flush(self) -> None:
+        """See Memory."""
+        connection = self._connection
+        if connection is None:
+            return  # Nothing that was journalled is still held: it died with its connection.
+        wanted = dict(connection.journal_nos)
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                while any(connection.acknowledged.get(pool, 0) < number for pool, number in wanted.items()):
+                    if self._connection is not connection:
+                        return
+                    connection.acknowledgement.clear()
+                    await connection.acknowledgement.wait()
+        except TimeoutError:
+            raise MemoryUnavailableError("memsvc does not acknowledge journals") from None
+
     def _send(self, connection: _Connection, message: pb.ConnectRequest) -> None:
         """Puts a message into the outbox; raises MemoryUnavailableError when that is full."""
         try:
@@ -216,6 +234,7 @@ class RemoteMemory:
             connection = _Connection(self._gateway_id)
             reason = await self._live(connection)
             was_connected, self._connection = self._connection is connection, None
+            connection.acknowledgement.set()
             for answer in connection.answers.values():
                 if not answer.done():
                     answer.set_exception(MemoryUnavailableError(f"the connection to memsvc is lost: {reason}"))
@@ -289,6 +308,9 @@ class RemoteMemory:
             cls = _ERRORS.get(refusal.reason, QuireError)
             error = cls(refusal.message, reason=refusal.reason, metadata=dict(refusal.metadata))
             self._answer(connection, refusal.request_no, error)
+        elif kind == "journal_acknowledged":
+            connection.acknowledged[response.journal_acknowledged.pool_id] = response.journal_acknowledged.journal_no
+            connection.acknowledgement.set()
         elif kind == "pool_update":
             self._notify(PoolUpdated(pool_info(response.pool_update)))
         elif kind == "recall":
