@@ -122,6 +122,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     options.cache.mkdir(parents=True, exist_ok=True)
+    options.cache = options.cache.resolve()
     try:
         if options.print_config:
             sys.stdout.write(_resolved_config(options.cache, options.print_config))

@@ -15,7 +15,7 @@ from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
 from .console import CheckFailedError, run, say
 from .stack import BUILT_SERVICES, SERVICES, Stack
 
-_PROMPT = "What is the capital of France?"
+_PROMPT = "The capital of France is"
 _ANSWER = "Paris"
 _STREAM_SECONDS = 90
 _SETTLE_SECONDS = 10

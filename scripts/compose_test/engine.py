@@ -26,6 +26,7 @@ _PACKAGES = {
     "iptables": "iptables",
     "ip": "iproute2",
 }
+_PROGRAMS = {"dockerd", "containerd", "containerd-shim-runc-v2"}
 _START_SECONDS = 60
 _STOP_SECONDS = 30
 
@@ -63,8 +64,13 @@ def reachable_engine(cache: Path) -> Iterator[Engine]:
     if RUN_DIRECTORY.exists():
         say("engine: an earlier run was killed, cleaning up after it")
         _clean_up()
+    try:
+        network = NetworkState.now()
+    except CheckFailedError as error:
+        raise EngineUnavailableError(f"the packet filter cannot be read here: {error}") from error
     RUN_DIRECTORY.mkdir(mode=0o700)
-    (RUN_DIRECTORY / "network.json").write_text(NetworkState.now().to_json())
+    (RUN_DIRECTORY / "network.json").write_text(network.to_json())
+    (RUN_DIRECTORY / "data-root").write_text(str(cache / "engine"))
     try:
         yield _start(cache)
     finally:
@@ -114,8 +120,8 @@ def _clean_up() -> None:
     pidfile = RUN_DIRECTORY / "dockerd.pid"
     daemons = [int(pidfile.read_text())] if pidfile.exists() else []
     _end(daemons, signal.SIGTERM)
-    # containerd and the shims are children of the daemon; they stay only if it was killed.
-    _end(_our_processes(), signal.SIGKILL)
+    # containerd, the shims and the containers stay only if the daemon was killed.
+    _end(_with_descendants(_our_processes()), signal.SIGKILL)
     for target in sorted(_our_mounts(), reverse=True):
         run(["umount", "--lazy", target], timeout=20)
     saved = RUN_DIRECTORY / "network.json"
@@ -125,19 +131,31 @@ def _clean_up() -> None:
 
 
 def _our_processes() -> list[int]:
-    """Returns the processes whose command line names RUN_DIRECTORY, this one and its parents excepted."""
+    """Returns the engine's own programs: by name, and with RUN_DIRECTORY in their command line."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
+            command = (entry / "cmdline").read_text(errors="replace")
         except OSError:
             continue  # It ended meanwhile.
-        if Path(words[0].decode(errors="replace")).name in {"dockerd", "containerd", "containerd-shim-runc-v2"} and any(
-            str(RUN_DIRECTORY).encode() in word for word in words
-        ):
+        program = Path(command.partition("\0")[0]).name
+        if program in _PROGRAMS and f"{RUN_DIRECTORY}/" in command:
             found.append(int(entry.name))
+    return found
+
+
+def _with_descendants(pids: list[int]) -> list[int]:
+    """Returns the processes and all that descend from them."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (entry / "stat").read_text()
+        except OSError:
+            continue  # It ended meanwhile.
+        children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
+    found = list(pids)
+    for pid in found:
+        found += [child for child in children.get(pid, []) if child not in found]
     return found
 
 
@@ -171,6 +189,10 @@ def _is_running(pid: int) -> bool:
 
 
 def _our_mounts() -> list[str]:
-    """Returns the mount points below RUN_DIRECTORY."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [target for target in (line.split()[4] for line in lines) if target.startswith(f"{RUN_DIRECTORY}/")]
+    """Returns the mount points that the engine made: below RUN_DIRECTORY, and its data directory and below."""
+    roots = [RUN_DIRECTORY]
+    record = RUN_DIRECTORY / "data-root"
+    if record.exists():
+        roots.append(Path(record.read_text()))
+    targets = [Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [str(target) for target in targets if any(target.is_relative_to(root) for root in roots)]

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 
-from .console import CheckFailedError, run, say
+from .console import CheckFailedError, EngineUnavailableError, run, say
 from .engine import Engine
 
 PYTHON_IMAGE = "python:3.11-slim"
@@ -25,14 +25,23 @@ _BOOTSTRAP_SECONDS = 420
 
 
 def provide_images(engine: Engine, log: Path) -> dict[str, str]:
-    """Makes sure that the base images are in the engine's store; returns the compose variables that name them."""
+    """Makes sure that the base images are in the engine's store; returns the compose variables that name them.
+
+    Raises:
+        EngineUnavailableError: no registry answers and a substitute cannot be made here.
+    """
     if all(engine.has_image(name) or _pulled(engine, name) for name in (PYTHON_IMAGE, REDIS_IMAGE)):
         return {"QUIRE_COMPOSE_PYTHON_IMAGE": PYTHON_IMAGE, "QUIRE_COMPOSE_REDIS_IMAGE": REDIS_IMAGE}
     if engine.has_image(SUBSTITUTE):
         say(f"images: no registry answers, {SUBSTITUTE} from an earlier run stands in for {PYTHON_IMAGE} and Redis")
     else:
         say(f"images: no registry answers, building {SUBSTITUTE} from Debian packages (about a minute)")
-        _bootstrap(engine, log)
+        if os.geteuid() != 0 or not shutil.which("debootstrap"):
+            raise EngineUnavailableError("no registry answers, and a base image is only made by root with debootstrap")
+        try:
+            _bootstrap(engine, log)
+        except CheckFailedError as error:
+            raise EngineUnavailableError(f"no registry answers, and debootstrap fails: {error}") from error
     return {"QUIRE_COMPOSE_PYTHON_IMAGE": SUBSTITUTE, "QUIRE_COMPOSE_REDIS_IMAGE": SUBSTITUTE}
 
 
@@ -64,7 +73,7 @@ def _bootstrap(engine: Engine, log: Path) -> None:
 
 
 def _import(engine: Engine, root: Path) -> None:
-    """Feeds a directory tree to `docker import`."""
+    """Makes an image of a directory tree."""
     environment = [
         "--change",
         "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8",
