@@ -124,6 +124,9 @@ class LocalMemory:
         self.core.journal(self._number, entry.pool_id, entry.epoch, columns_of(entry), self._clock())
         self._deliver()
 
+    async def flush(self) -> None:
+        """Returns at once: every journal is applied when it is written."""
+
     def lose_pool(self, pool_id: str) -> None:
         """Ends a pool's epoch: its executor has failed."""
         self.core.lose_pool(pool_id)

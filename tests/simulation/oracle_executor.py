@@ -20,7 +20,7 @@ from gateway.tokenize import TokenizerFiles
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import ExecutorUnavailableError
-from quire.memory import PoolInfo, PoolSpec
+from quire.memory import PoolSpec
 
 VOCAB_SIZE = 256
 EOS_TOKEN = 0
@@ -101,10 +101,6 @@ class OracleExecutor:
         self._turn = asyncio.Lock()
         self._last_step = 0
         self._open = False
-
-    def pool_info(self, epoch: int = 1) -> PoolInfo:
-        """Returns the pool as memsvc is told."""
-        return PoolInfo("oracle", epoch, True, self.spec, "oracle:0", self.incarnation)
 
     async def describe(self) -> pb.DescribeResponse:
         """See ExecutorLink."""
