@@ -1,0 +1,111 @@
+"""Servers refuse malformed messages and map errors, seen over a real loopback connection."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from protos.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+from quire import status
+from quire.errors import AdmissionError, QuireError
+from quire.rpc import SERVER_OPTIONS, ErrorInterceptor, open_channel
+
+SERVICE = "/quire.gateway.v1.GenerationService/"
+
+
+class Gateway(gateway_pb2_grpc.GenerationServiceServicer):
+    """Fails in every way that a handler can."""
+
+    async def ListModels(self, request, context):  # type: ignore[no-untyped-def,override]  # noqa: ANN001, ANN201, D102, N802
+        raise ValueError("the inner text of a defect")
+
+    async def CountTokens(self, request, context):  # type: ignore[no-untyped-def,override]  # noqa: ANN001, ANN201, D102, N802
+        return gateway_pb2.CountTokensResponse(token_count=len(request.text))
+
+    async def GenerateStream(self, request, context):  # type: ignore[no-untyped-def,override]  # noqa: ANN001, ANN201, D102, N802
+        yield gateway_pb2.GenerateStreamResponse(admitted=gateway_pb2.Admitted(request_id="one"))
+        raise AdmissionError("the queue is full", retry_after=2.0)
+
+    async def Generate(self, request, context):  # type: ignore[no-untyped-def,override]  # noqa: ANN001, ANN201, D102, N802
+        raise TimeoutError
+
+    async def CancelRequests(self, request, context):  # type: ignore[no-untyped-def,override]  # noqa: ANN001, ANN201, D102, N802
+        return gateway_pb2.CancelRequestsResponse()
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[grpc.aio.Channel]:
+    """A connection to a real server with our options and interceptor."""
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ErrorInterceptor()])
+    gateway_pb2_grpc.add_GenerationServiceServicer_to_server(Gateway(), server)  # type: ignore[abstract]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as opened:
+        yield opened
+    await server.stop(None)
+
+
+async def failure_of(call: object) -> QuireError:
+    """Returns the error of a call that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call  # type: ignore[misc]
+    return status.from_rpc_error(caught.value)
+
+
+async def test_a_malformed_message_is_the_callers_fault(channel: grpc.aio.Channel) -> None:
+    """Left alone, grpcio answers UNKNOWN with Python text, which sends people looking in the wrong place."""
+    error = await failure_of(channel.unary_unary(SERVICE + "CountTokens")(b"\xff\xff\xff"))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.reason == "MALFORMED_MESSAGE"
+
+
+async def test_a_malformed_message_on_a_stream_is_the_callers_fault(channel: grpc.aio.Channel) -> None:
+    """The same must hold for methods that answer with a stream."""
+    call = channel.unary_stream(SERVICE + "GenerateStream")(b"\xff\xff\xff")
+    error = await failure_of(call.read())
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_good_message_still_passes(channel: grpc.aio.Channel) -> None:
+    """The check must not cost the good ones."""
+    request = gateway_pb2.CountTokensRequest(text="abc")
+    raw = await channel.unary_unary(SERVICE + "CountTokens")(request.SerializeToString())
+    assert gateway_pb2.CountTokensResponse.FromString(raw).token_count == 3
+
+
+async def test_an_oversized_message_is_refused(channel: grpc.aio.Channel) -> None:
+    """One caller must not fill the server's memory."""
+    raw = gateway_pb2.CountTokensRequest(text="a" * (17 * 2**20)).SerializeToString()
+    error = await failure_of(channel.unary_unary(SERVICE + "CountTokens")(raw))
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_defect_tells_the_caller_nothing_of_the_inside(channel: grpc.aio.Channel) -> None:
+    """Inner text may hold what another user wrote."""
+    stub = gateway_pb2_grpc.GenerationServiceStub(channel)
+    error = await failure_of(stub.ListModels(gateway_pb2.ListModelsRequest()))
+    assert error.code is grpc.StatusCode.INTERNAL
+    assert "inner text" not in error.message
+
+
+async def test_a_timeout_inside_is_a_deadline(channel: grpc.aio.Channel) -> None:
+    """A caller retries a deadline otherwise than a defect."""
+    stub = gateway_pb2_grpc.GenerationServiceStub(channel)
+    error = await failure_of(stub.Generate(gateway_pb2.GenerateRequest()))
+    assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_an_error_after_the_first_message_keeps_its_details(channel: grpc.aio.Channel) -> None:
+    """A stream that fails midway must still say why, and when to try again."""
+    stub = gateway_pb2_grpc.GenerationServiceStub(channel)
+    call = stub.GenerateStream(gateway_pb2.GenerateStreamRequest())
+    first = await call.read()
+    assert first.admitted.request_id == "one"  # type: ignore[union-attr]
+    error = await failure_of(call.read())
+    assert (error.reason, error.retry_after) == ("QUEUE_FULL", 2.0)
+
+
+async def test_an_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> None:
+    """A client of another version learns that the method is not there."""
+    error = await failure_of(channel.unary_unary(SERVICE + "NoSuchMethod")(b""))
+    assert error.code is grpc.StatusCode.UNIMPLEMENTED
