@@ -11,7 +11,7 @@ def test_an_idle_gateway_asks_for_nothing() -> None:
 
 
 def test_the_stock_is_small_next_to_the_pool() -> None:
-    """Blocks in a stock are blocks that nobody uses: at most 1 % of a large pool, 32 of a medium, 1/8 of a small one."""
+    """Blocks in a stock are used by nobody: at most 1 % of a large pool, 32 of a medium, an eighth of a small one."""
     assert GrowthLease(100_000).shortfall(5000) == 1000
     assert GrowthLease(1_000).shortfall(5000) == 32
     assert GrowthLease(40).shortfall(5000) == 5

@@ -1,0 +1,303 @@
+"""The scheduler's rules, one step at a time, with nothing but the scheduler."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from gateway.core.queue import WaitingQueue
+from gateway.core.request import Request, RequestSettings, SamplingSettings
+from gateway.core.scheduler import Scheduler, Update
+from gateway.core.sequence import Sequence, SequenceState
+from gateway.core.step import StepDraft, StepOutcome
+from quire.errors import AdmissionError, InvariantError
+from quire.memory import Admission, CloseReason, PoolInfo, PoolSpec
+
+POOL = PoolInfo("pool", 1, True, PoolSpec(101, 16, 1024, "m", "float32", 1000), "host:1", 1)
+
+
+def make_request(prompt_length: int, max_tokens: int = 100, *, samples: int = 1, arrived_at: float = 0.0) -> Request:
+    """Returns a request with a prompt of this length."""
+    prompt = array("I", range(1, prompt_length + 1))
+    settings = RequestSettings("r", "m", prompt, max_tokens, SamplingSettings(), sample_count=samples)
+    return Request(settings, POOL.spec.max_model_len, arrived_at)
+
+
+class Bench:
+    """A scheduler, the next free block, and an executor that does what it is told."""
+
+    def __init__(self, *, budget: int = 64, max_num_seqs: int = 8) -> None:
+        """Starts with an empty lease."""
+        self.scheduler = Scheduler(POOL, max_num_seqs, budget, max_preemptions=2)
+        self.next_block = 1
+        self.next_table = 1
+        self.known: dict[int, int] = {}
+
+    def blocks(self, count: int) -> list[int]:
+        """Returns fresh blocks."""
+        self.next_block += count
+        return list(range(self.next_block - count, self.next_block))
+
+    def admit(self, sequence: Sequence, cached: int = 0) -> Sequence:
+        """Admits a sequence with blocks for the tokens it has."""
+        blocks = self.blocks(-(-len(sequence.tokens) // 16))
+        self.scheduler.start(sequence, Admission(1, self.next_table, blocks, cached, []))
+        self.next_table += 1
+        return sequence
+
+    def grant(self, count: int) -> None:
+        """Fills the lease."""
+        self.scheduler.lease.refilled(self.blocks(count), count)
+
+    def outcome(self, draft: StepDraft, token: int = 7) -> StepOutcome:
+        """Returns the result of a step: every sequence whose tokens are all computed samples `token`."""
+        tables, counts = draft.scheduled_tables, draft.scheduled_counts
+        for sequence in draft.added:
+            self.known[sequence.table] = len(sequence.tokens)
+            self.known[-sequence.table] = sequence.cached_token_count
+        sampled = []
+        for table, count in zip(tables, counts, strict=True):
+            self.known[-table] += count
+            if self.known[-table] == self.known[table]:
+                self.known[table] += 1
+                sampled.append(table)
+        written = [self.known[-table] for table in tables]
+        return StepOutcome(tables, written, sampled, [token] * len(sampled), list(draft.removed), [])
+
+    def step(self) -> tuple[StepDraft, Update]:
+        """Plans a step and takes in its result."""
+        draft = self.scheduler.schedule()
+        return draft, self.scheduler.update(self.outcome(draft))
+
+
+def one(prompt_length: int, max_tokens: int = 100) -> Sequence:
+    """Returns the only sample of a new request."""
+    return make_request(prompt_length, max_tokens).samples[0]
+
+
+def test_a_long_prompt_is_split_by_the_budget_and_resumes_where_it_stopped() -> None:
+    """Row 47: the token budget of a step must never be exceeded, and no token computed twice or left out."""
+    bench = Bench(budget=64)
+    bench.admit(one(150))
+    counts = [bench.step()[0].scheduled_counts for _ in range(3)]
+    assert counts == [[64], [64], [22]]
+
+
+def test_decodes_come_before_prefill() -> None:
+    """A long prompt must not make those wait that need one token."""
+    bench = Bench(budget=20)
+    decoding = bench.admit(one(5))
+    bench.step()
+    waiting = bench.admit(one(100))
+    draft, _ = bench.step()
+    assert draft.scheduled_tables == [decoding.table, waiting.table]
+    assert draft.scheduled_counts == [1, 19]
+
+
+def test_the_next_step_is_planned_before_the_result_is_back() -> None:
+    """Two steps in flight: the second computes the token that the first one samples."""
+    bench = Bench()
+    sequence = bench.admit(one(5))
+    first, second = bench.scheduler.schedule(), bench.scheduler.schedule()
+    assert (first.scheduled_counts, second.scheduled_counts) == ([5], [1])
+    assert sequence.pending == 2
+    bench.scheduler.update(bench.outcome(first, 11))
+    update = bench.scheduler.update(bench.outcome(second, 12))
+    assert list(sequence.tokens[5:]) == [11, 12]
+    assert update.journal.token_starts == [6]
+    assert update.journal.written_counts == [6]
+
+
+def test_the_last_token_is_never_computed() -> None:
+    """A sequence at its limit must not be scheduled for a token that nobody will read."""
+    bench = Bench()
+    bench.admit(one(5, max_tokens=1))
+    assert bench.scheduler.schedule().scheduled_counts == [5]
+    assert not bench.scheduler.schedule()
+
+
+def test_a_block_is_taken_exactly_when_the_last_one_is_full() -> None:
+    """Row 21: decode fills the open block without allocating; the token after a full block takes exactly one."""
+    bench = Bench()
+    bench.grant(2)
+    sequence = bench.admit(one(15))
+    appended = []
+    for _ in range(19):
+        draft, _ = bench.step()
+        appended.append(list(draft.appended))
+    # Step 1 computes the prompt, step 2 fills slot 15, step 3 opens block 1, step 19 opens block 2.
+    assert [index for index, growth in enumerate(appended) if growth] == [2, 18]
+    assert appended[2][:2] == [sequence.table, 1]
+    assert len(sequence.blocks) == 3
+
+
+def test_a_dry_lease_stalls_one_sequence_and_nobody_else() -> None:
+    """A step must never wait for blocks: who needs one sits out, the others go on."""
+    bench = Bench()
+    bench.admit(one(16))
+    easy = bench.admit(one(5))
+    bench.step()
+    draft = bench.scheduler.schedule()
+    assert draft.scheduled_tables == [easy.table]
+    assert not bench.scheduler.can_admit()
+    assert bench.scheduler.stats.preemption_count == 0
+    assert bench.scheduler.lease.shortfall(2) >= 1
+
+
+def test_the_latest_admitted_is_preempted_and_keeps_its_tokens() -> None:
+    """Rows 37 and 38: the victim is the latest admitted, keeps what it produced, and counts one preemption."""
+    bench = Bench()
+    first, second = bench.admit(one(16)), bench.admit(one(16))
+    bench.step()
+    bench.scheduler.lease.refilled([], 2)
+    assert not bench.scheduler.schedule().scheduled_tables
+    assert second.state is SequenceState.CLOSING
+    assert second.preemption_count == 1
+    assert first.state is SequenceState.RUNNING
+
+
+def test_a_preempted_table_is_closed_only_after_the_fence() -> None:
+    """Row 74: blocks return only after the executor has confirmed that nothing writes to them."""
+    bench = Bench()
+    bench.admit(one(16))
+    second = bench.admit(one(16))
+    table = second.table
+    bench.step()
+    bench.scheduler.lease.refilled([], 2)
+    draft = bench.scheduler.schedule()
+    assert draft.removed == [table]
+    assert not bench.scheduler.can_admit(), "row 41: no admission in a step that preempted"
+    update = bench.scheduler.update(bench.outcome(draft))
+    assert update.journal.closed == [table]
+    assert update.journal.close_reasons == [CloseReason.PREEMPTED]
+    assert update.requeued == [second]
+    assert (second.state, second.table, second.blocks) == (SequenceState.WAITING, 0, [])
+    assert list(second.tokens[16:]) == [7]
+
+
+def test_the_output_in_flight_of_a_preempted_sequence_is_delivered_once() -> None:
+    """Row 39: a token sampled by a step that was in flight when its sequence was preempted must not be lost."""
+    bench = Bench()
+    bench.admit(one(16))
+    second = bench.admit(one(14))
+    bench.grant(0)
+    first_step = bench.scheduler.schedule()
+    second_step = bench.scheduler.schedule()
+    bench.scheduler.lease.refilled([], 1)
+    third_step = bench.scheduler.schedule()
+    assert second.state is SequenceState.CLOSING
+    produced = []
+    for draft, token in ((first_step, 21), (second_step, 22), (third_step, 23)):
+        produced += [
+            token
+            for sequence, token in bench.scheduler.update(bench.outcome(draft, token)).tokens
+            if sequence is second
+        ]
+    assert produced == list(second.tokens[14:])
+    assert produced[:2] == [21, 22]
+
+
+def test_blocks_on_their_way_back_are_not_preempted_for_twice() -> None:
+    """Pending-free blocks count: forgetting them preempts everyone, one after the other."""
+    bench = Bench()
+    for _ in range(4):
+        bench.admit(one(16))
+    bench.step()
+    bench.scheduler.lease.refilled([], 4)
+    bench.scheduler.schedule()
+    closing = bench.scheduler.open_count - bench.scheduler.running_count
+    bench.scheduler.lease.exhausted = True
+    bench.scheduler.schedule()
+    assert bench.scheduler.open_count - bench.scheduler.running_count == closing
+    assert bench.scheduler.running_count >= 1
+
+
+def test_the_earliest_sequence_is_never_preempted() -> None:
+    """Whatever happens somebody finishes: a pool that holds one sequence finishes all of them in turn."""
+    bench = Bench()
+    first = bench.admit(one(16))
+    bench.step()
+    bench.scheduler.lease.refilled([], 1)
+    for _ in range(3):
+        bench.scheduler.lease.exhausted = True
+        bench.scheduler.schedule()
+    assert first.state is SequenceState.RUNNING
+
+
+def test_a_sequence_preempted_too_often_is_spared() -> None:
+    """Row 78: nobody is preempted more often than the cap while there is anybody else."""
+    bench = Bench()
+    first, second, third = bench.admit(one(16)), bench.admit(one(16)), bench.admit(one(16))
+    third.preemption_count = 2
+    bench.step()
+    bench.scheduler.lease.refilled([], 3)
+    bench.scheduler.schedule()
+    assert second.state is SequenceState.CLOSING
+    assert first.state is not SequenceState.FINISHED
+
+
+def test_a_cancelled_sequence_that_never_ran_is_removed_without_a_trace() -> None:
+    """Row 34: a table that the executor never heard of is closed like any other, and nothing starts it."""
+    bench = Bench()
+    sequence = bench.admit(one(20))
+    table = sequence.table
+    bench.scheduler.finish(sequence, CloseReason.CANCELLED)
+    draft = bench.scheduler.schedule()
+    assert (draft.added, draft.scheduled_tables, draft.removed) == ([], [], [table])
+    update = bench.scheduler.update(bench.outcome(draft))
+    assert update.released == [sequence]
+    assert bench.scheduler.open_count == 0
+
+
+def test_a_failed_sequence_fails_alone() -> None:
+    """An error of one sequence must not touch the others of its batch."""
+    bench = Bench()
+    bad, good = bench.admit(one(5)), bench.admit(one(5))
+    draft = bench.scheduler.schedule()
+    outcome = bench.outcome(draft)
+    outcome.errors.append((bad.table, "NAN_LOGITS", "all logits are NaN"))
+    update = bench.scheduler.update(outcome)
+    assert [failure[0] for failure in update.failed] == [bad]
+    assert bad.state is SequenceState.FINISHED
+    assert update.journal.close_reasons == [CloseReason.FAILED]
+    assert bench.scheduler.schedule().scheduled_tables == [good.table]
+
+
+def test_the_number_of_tables_never_exceeds_the_limit() -> None:
+    """Row 49: closing tables still count, because the executor still holds them."""
+    bench = Bench(max_num_seqs=2)
+    first = bench.admit(one(5))
+    bench.admit(one(5))
+    assert not bench.scheduler.can_admit()
+    bench.step()
+    bench.scheduler.finish(first, CloseReason.FINISHED)
+    assert not bench.scheduler.can_admit()
+    bench.step()
+    assert bench.scheduler.can_admit()
+
+
+def test_a_table_granted_twice_is_a_defect() -> None:
+    """Two owners of one table would corrupt both: the gateway must stop, not go on."""
+    bench = Bench()
+    bench.admit(one(5))
+    bench.next_table = 1
+    with pytest.raises(InvariantError, match="granted twice"):
+        bench.admit(one(5))
+
+
+def test_the_queue_is_first_come_first_served_and_bounded() -> None:
+    """Row 45: order by arrival, stable under re-queueing; the bound is on requests that were never admitted."""
+    queue = WaitingQueue(2)
+    first, second = make_request(5), make_request(5)
+    queue.push_request(first)
+    queue.push_request(second)
+    with pytest.raises(AdmissionError, match="2 requests wait, allowed are 2"):
+        queue.push_request(make_request(5))
+    head = queue.pop()
+    assert head is first.samples[0]
+    queue.push_request(make_request(5))
+    queue.push_front([head])
+    assert len(queue) == 3
+    assert [queue.pop(), queue.pop()] == [head, second.samples[0]]
+    assert not queue.remove(head)
