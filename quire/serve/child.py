@@ -73,6 +73,7 @@ class Child:
     async def start(self) -> None:
         """Starts the process."""
         assert not self.running
+        self.last_lines.clear()
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self.plan.argv,
@@ -140,8 +141,10 @@ class Child:
     def failure(self, status: int) -> QuireError:
         """Returns the error that says why the process ended with `status`, in its own words."""
         reason = last_error(list(self.last_lines))
-        ended = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        message = f"{self.name}: {reason}" if reason else f"{self.name} {ended} and said nothing"
+        if status < 0:
+            message = f"{self.name} was killed by {signal.Signals(-status).name}" + (f": {reason}" if reason else "")
+        else:
+            message = f"{self.name}: {reason or f'ended with status {status} and said nothing'}"
         if status == EXIT_CONFIG:
             return ConfigError(message, metadata={"service": self.name, "log": self.log_path})
         metadata = {"service": self.name, "log": self.log_path}

@@ -54,12 +54,19 @@ class Supervisor:
         log_directory: gets one NAME.log a service.
         reporter: hears what happens.
         startup_timeout: seconds until all must be healthy.
+        delay: seconds to wait before a restart, by the number of restarts in the last minute.
     """
 
     def __init__(
-        self, processes: Sequence[ServiceProcess], log_directory: Path, reporter: Reporter, startup_timeout: float
+        self,
+        processes: Sequence[ServiceProcess],
+        log_directory: Path,
+        reporter: Reporter,
+        startup_timeout: float,
+        delay: Callable[[int], float] = restart_delay,
     ) -> None:
         self._reporter = reporter
+        self._delay = delay
         self._startup_timeout = startup_timeout
         self._children = [Child(process, log_directory, self._hear) for process in processes]
         self._may_start = {child.name: asyncio.Event() for child in self._children}
@@ -156,7 +163,7 @@ class Supervisor:
                 restarts.popleft()
             if len(restarts) == MAX_RESTARTS:
                 raise child.failure(status)
-            delay = restart_delay(len(restarts))
+            delay = self._delay(len(restarts))
             restarts.append(now)
             self._reporter.note(f"{child.failure(status).message}; starting it again in {delay:g} s")
             await asyncio.sleep(delay)
