@@ -42,7 +42,10 @@ class Engine:
         self._runner = runner
         self._cache = cache
         self._rows = SequenceRows(max_num_seqs, max_model_len, cache.layout.block_size)
-        self._vocab_size = runner.model.config.vocab_size
+        self.vocab_size = runner.model.config.vocab_size
+        self.block_size = cache.layout.block_size
+        self.block_count = cache.layout.block_count
+        self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         self.epoch = 0
         self.observe_logits: Callable[[list[int], torch.Tensor], None] | None = None
@@ -63,6 +66,16 @@ class Engine:
         """Drops the sequences of one stream."""
         self._rows.drop_owner(owner)
 
+    def drop_all(self) -> None:
+        """Drops every sequence."""
+        self._rows.drop_all()
+
+    def reset(self) -> None:
+        """Forgets everything that was run, as if just made: sequences, epoch, and the content of the cache."""
+        self._rows.drop_all()
+        self._cache.data.zero_()
+        self.epoch = 0
+
     def apply(self, plan: pb.StepPlan, owner: int = _NO_OWNER) -> pb.StepResult:
         """Applies one plan and returns what it did.
 
@@ -76,7 +89,7 @@ class Engine:
         """
         if plan.epoch != self.epoch:
             raise StaleEpochError(f"epoch: the plan is of epoch {plan.epoch}, the executor is in {self.epoch}")
-        step = _Step(plan, self._cache.layout.block_count, self.max_num_batched_tokens)
+        step = _Step(plan, self.block_count, self.max_num_batched_tokens)
         errors: dict[int, QuireError] = {}
         for table in step.removed:
             if self._owned(table, owner) is not None:
@@ -124,8 +137,8 @@ class Engine:
         computed = start.computed_token_count
         if not 1 <= len(tokens) <= rows.max_model_len:
             raise InvalidRequestError(f"token_ids: {len(tokens)} tokens, allowed is 1 .. {rows.max_model_len}")
-        if int(tokens.max()) >= self._vocab_size:
-            raise InvalidRequestError(f"token_ids: {int(tokens.max())} is not below the vocabulary, {self._vocab_size}")
+        if int(tokens.max()) >= self.vocab_size:
+            raise InvalidRequestError(f"token_ids: {int(tokens.max())} is not below the vocabulary, {self.vocab_size}")
         if computed >= len(tokens):
             raise InvalidRequestError(
                 f"computed_token_count: {computed} of {len(tokens)} tokens: at least one must be left to compute"
@@ -139,7 +152,7 @@ class Engine:
 
     def _check_blocks(self, blocks: columns.Column) -> None:
         """Raises InvalidRequestError if a block is the null block or beyond the pool."""
-        count = self._cache.layout.block_count
+        count = self.block_count
         if len(blocks) and not (int(blocks.min()) >= 1 and int(blocks.max()) < count):
             wrong = next(int(block) for block in blocks if not 1 <= block < count)
             raise InvalidRequestError(f"block_ids: block {wrong} is out of range, allowed is 1 .. {count - 1}")
@@ -159,9 +172,9 @@ class Engine:
             raise InvalidRequestError(
                 f"appended: index {index} of table {sequence.table}, which has {count} of at most {rows.block_max}"
             )
-        if not 1 <= block < self._cache.layout.block_count:
+        if not 1 <= block < self.block_count:
             raise InvalidRequestError(
-                f"appended: block {block} is out of range, allowed is 1 .. {self._cache.layout.block_count - 1}"
+                f"appended: block {block} is out of range, allowed is 1 .. {self.block_count - 1}"
             )
         rows.block_tables[sequence.row, index] = block
         rows.block_counts[sequence.row] = max(count, index + 1)

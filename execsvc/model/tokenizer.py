@@ -146,7 +146,10 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], types: li
     unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(
         models.BPE(
-            vocabulary, [(left, right) for _, left, right in ranked], unk_token=unknown, fuse_unk=True,
+            vocabulary,
+            [(left, right) for _, left, right in ranked],
+            unk_token=unknown,
+            fuse_unk=True,
             byte_fallback=True,
         )  # fmt: skip
     )

@@ -42,4 +42,6 @@ def block_copy(cache: torch.Tensor, pairs: torch.Tensor) -> None:
     if pairs.shape[0] == 0:
         return
     block_elements = cache[0].numel()
-    _block_copy[(triton.cdiv(block_elements, _RUN), pairs.shape[0])](cache, pairs, block_elements, RUN=_RUN, num_warps=4)
+    _block_copy[(triton.cdiv(block_elements, _RUN), pairs.shape[0])](
+        cache, pairs, block_elements, RUN=_RUN, num_warps=4
+    )

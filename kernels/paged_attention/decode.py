@@ -95,9 +95,7 @@ def _decode_split(
     part = (sequence.to(tl.int64) * NUM_HEADS + heads) * split_count + split
     tl.store(part_max_ptr + part, running_max, mask=row_mask)
     tl.store(part_sum_ptr + part, running_sum, mask=row_mask)
-    tl.store(
-        part_out_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=row_mask[:, None] & dim_mask[None, :]
-    )
+    tl.store(part_out_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=row_mask[:, None] & dim_mask[None, :])
 
 
 @triton.jit
@@ -181,9 +179,7 @@ def paged_attention_decode(
     check_shape("block_tables", block_tables, (sequence_count, None))
     check_shape("context_lens", context_lens, (sequence_count,))
     check_dtype("block_tables", block_tables, (torch.int32,))
-    check_same_device(
-        q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, context_lens=context_lens
-    )
+    check_same_device(q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, context_lens=context_lens)
     out = torch.empty_like(q)
     split_count = max(1, triton.cdiv(max_context_len, SPLIT))
     part_out = torch.empty(sequence_count, num_heads, split_count, head_dim, dtype=torch.float32, device=q.device)

@@ -145,9 +145,7 @@ def paged_attention_prefill(
     check_shape("block_tables", block_tables, (sequence_count, None))
     check_shape("query_starts", query_starts, (sequence_count + 1,))
     check_dtype("block_tables", block_tables, (torch.int32,))
-    check_same_device(
-        q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, context_lens=context_lens
-    )
+    check_same_device(q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, context_lens=context_lens)
     out = torch.empty_like(q)
     grid = (max(1, triton.cdiv(max_query_count * group, _ROWS)), num_kv_heads, sequence_count)
     _prefill[grid](

@@ -1,0 +1,44 @@
+"""Settings of the executor."""
+
+import dataclasses
+
+from quire.config import ServiceConfig, setting
+from quire.units import parse_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExecsvcConfig(ServiceConfig):
+    """Runs a model on one device and offers its steps to gateways."""
+
+    port: int = setting(50071, "Port to listen on; 0 lets the system choose.", minimum=0, maximum=65535)
+    model: str = setting("smollm2", "GGUF file, Hugging Face directory, or smollm2 for the packaged one.")
+    served_model_name: str | None = setting(None, "Name that requests use; none derives it from the model's path.")
+    memsvc: str = setting("127.0.0.1:50061", "Where memsvc listens, host:port.")
+    advertise: str | None = setting(None, "host:port where gateways and memsvc reach this; none: where it listens.")
+    executor_id: str = setting("executor-0", "Name of this executor, stable over restarts, 1 .. 128 characters.")
+    device: str = setting("auto", "Where to compute; auto is CUDA where there is one.", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "auto",
+        "Element type to compute in; auto is float32 on CPU, the model's own on CUDA.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    block_size: int = setting(16, "Tokens in a KV block: 16, 32 or 64.", minimum=16, maximum=64)
+    kv_cache_bytes: str | None = setting(None, "Size of the KV cache, for example 512MiB; none: from the memory there.")
+    kv_cache_tokens: int | None = setting(None, "Size of the KV cache in tokens; goes before the bytes.", minimum=1)
+    gpu_memory_utilization: float = setting(
+        0.9, "Share of the device's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
+    )
+    max_model_len: int | None = setting(None, "Longest sequence in tokens; none: the model's own.", minimum=1)
+    max_num_seqs: int = setting(256, "Most sequences open at once.", minimum=1, maximum=65536)
+    max_num_batched_tokens: int | None = setting(
+        None, "Most tokens of one step; none: 512 on CPU, 8192 on CUDA.", minimum=1, maximum=1048576
+    )
+    attention_backend: str = setting(
+        "auto", "What computes attention; auto is triton on CUDA, else torch.", choices=("auto", "torch", "triton")
+    )
+    num_threads: int | None = setting(None, "CPU threads of the model; none: one for each core.", minimum=1)
+
+    @property
+    def kv_cache_byte_count(self) -> int | None:
+        """The KV cache's size in bytes, if it was set; raises ConfigError if it is no size."""
+        return None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes)

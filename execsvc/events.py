@@ -1,0 +1,19 @@
+"""Names of the events that the executor logs."""
+
+from typing import Final
+
+MODEL_LOADING: Final = "model_loading"
+MODEL_LOADED: Final = "model_loaded"
+MEMORY_BUDGETED: Final = "memory_budgeted"
+POOL_REGISTERED: Final = "pool_registered"
+MEMSVC_UNREACHABLE: Final = "memsvc_unreachable"
+EPOCH_BEGUN: Final = "epoch_begun"
+GATEWAY_CONNECTED: Final = "gateway_connected"
+GATEWAY_DISCONNECTED: Final = "gateway_disconnected"
+GATEWAY_FENCED: Final = "gateway_fenced"
+EXECUTOR_REPLACED: Final = "executor_replaced"
+BATCH_INVARIANCE_MEASURED: Final = "batch_invariance_measured"
+SERVICE_FAILED: Final = "service_failed"
+CONFIG_LOADED: Final = "config_loaded"
+
+ALL: Final = frozenset(value for name, value in dict(globals()).items() if name.isupper())
