@@ -151,6 +151,14 @@ class Executor:
         log.info(events.GATEWAY_CONNECTED, gateway_id=request.gateway_id, stream_id=stream.stream_id)
         return stream
 
+    async def end_session(self, gateway_incarnation: int) -> None:
+        """Ends the earlier streams of a gateway that opens a new one.
+
+        Returns when no step of them can write any more: the gateway closes their tables on the strength of `Opened`.
+        """
+        for stream in [found for found in self._streams if found.gateway_incarnation == gateway_incarnation]:
+            await self.close_stream(stream)
+
     async def submit(self, stream: PlanStream, plan: pb.StepPlan) -> asyncio.Future[pb.StepResult]:
         """Hands a plan to the engine and returns a future of its result. Plans run in the order of the calls.
 

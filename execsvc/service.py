@@ -49,6 +49,7 @@ class ExecutorServicer(execsvc_pb2_grpc.ExecutorServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("message") != "open":
             raise InvalidRequestError("message: the first message must be open", field="message")
+        await self._executor.end_session(first.open.gateway_incarnation)
         stream = self._executor.open_stream(first.open)
         pending: asyncio.Queue[asyncio.Future[pb.StepResult] | None] = asyncio.Queue(_PLANS_IN_FLIGHT + 1)
         reader = asyncio.create_task(self._read(request_iterator, stream, pending), name="plan-reader")
