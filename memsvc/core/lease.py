@@ -58,8 +58,6 @@ class Grants:
     """Blocks ever granted for growth."""
     leased: int = 0
     """Of these, blocks not yet in a table and not returned."""
-    journal_no: int = 0
-    """Highest journal applied."""
     recalled: int = 0
     """Blocks asked back and not yet returned."""
     tables: set[int] = dataclasses.field(default_factory=set)
@@ -76,6 +74,8 @@ class Gateway:
     incarnation: int
     expires_at: float
     """Its lease ends then, in seconds of the caller's clock."""
+    journal_nos: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Highest journal taken, by pool. Not tied to an epoch: numbers go on over a change of it."""
     closed: bool = False
     """Nothing more is accepted from it; its blocks wait for the executors' fences."""
 

@@ -331,21 +331,23 @@ class MemoryCore:
         pool = self.pool(pool_id)
         if epoch > pool.epoch:
             raise StaleEpochError(f"epoch: {epoch} of pool {pool_id!r} was never granted, it is at {pool.epoch}")
-        if epoch < pool.epoch or not pool.ready:
-            return False
-        grants = pool.memory.grants_of(gateway.number)
         if journal_no is not None:
-            if journal_no <= grants.journal_no:
+            last = gateway.journal_nos.get(pool_id, 0)
+            if journal_no <= last:
                 return False
-            if journal_no != grants.journal_no + 1 and grants.journal_no:
-                raise StaleEpochError(
-                    f"journal_no: found {journal_no}, expected {grants.journal_no + 1}", reason="JOURNAL_GAP"
-                )
-        pool.memory.journal(gateway.number, journal, now)
-        grants.recalled = 0
+            if journal_no != last + 1:
+                raise StaleEpochError(f"journal_no: found {journal_no}, expected {last + 1}", reason="JOURNAL_GAP")
+        current = epoch == pool.epoch and pool.ready
+        if current:
+            pool.memory.journal(gateway.number, journal, now)
+            pool.memory.grants_of(gateway.number).recalled = 0
         if journal_no is not None:
-            grants.journal_no = journal_no
-        return True
+            gateway.journal_nos[pool_id] = journal_no
+        return current
+
+    def journal_no(self, number: int, pool_id: str) -> int:
+        """Returns the highest journal taken from a gateway for a pool."""
+        return self.gateway(number).journal_nos.get(pool_id, 0)
 
     # Time
 

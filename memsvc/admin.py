@@ -1,0 +1,188 @@
+"""`AdminService`: inspection. Translates only; every answer is taken between two commands."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+import grpc
+
+from memsvc import translate
+from memsvc.core import views
+from memsvc.core.pool import BlockState
+from memsvc.keeper import Keeper
+from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
+from quire.errors import InvalidRequestError
+
+_LIST_PAGE_DEFAULT, _LIST_PAGE_MAXIMUM = 100, 1000
+_TABLE_PAGE_DEFAULT, _TABLE_PAGE_MAXIMUM = 1000, 10_000
+_PAGE_TOKEN_LENGTH_MAXIMUM = 1024
+_CURSOR_MAXIMUM = 2**63
+
+
+def page_size(requested: int, default: int, maximum: int) -> int:
+    """Returns how many items a page has."""
+    return min(requested, maximum) if requested else default
+
+
+def write_page_token(kind: str, cursor: str) -> str:
+    """Returns the opaque token of the page after `cursor`. `kind` ties it to one list."""
+    return base64.urlsafe_b64encode(f"{kind}:{cursor}".encode()).decode()
+
+
+def read_page_token(kind: str, token: str) -> str:
+    """Returns the cursor in a token, empty for the first page.
+
+    Raises:
+        InvalidRequestError: not a token of this list.
+    """
+    if not token:
+        return ""
+    try:
+        if len(token) > _PAGE_TOKEN_LENGTH_MAXIMUM:
+            raise ValueError
+        found, separator, cursor = base64.b64decode(token, altchars=b"-_", validate=True).decode().partition(":")
+        if found != kind or not separator:
+            raise ValueError
+    except (ValueError, binascii.Error):
+        message = "page_token: is not a token that this list gave"
+        raise InvalidRequestError(message, field="page_token") from None
+    return cursor
+
+
+def read_number(kind: str, token: str, first: int) -> int:
+    """Returns the number in a page token, `first` for the first page; raises as `read_page_token`."""
+    cursor = read_page_token(kind, token)
+    if not cursor:
+        return first
+    if not (cursor.isascii() and cursor.isdigit()) or int(cursor) >= _CURSOR_MAXIMUM:
+        raise InvalidRequestError("page_token: is not a token that this list gave", field="page_token")
+    return int(cursor)
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """Serves the inspection of memory.
+
+    Args:
+        keeper: the owner of the core.
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+
+    async def ListPools(
+        self, request: admin_pb2.ListPoolsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.ListPoolsResponse:
+        """Lists the pools by id."""
+        core = self._keeper.core
+        after = read_page_token("pools", request.page_token)
+        size = page_size(request.page_size, _LIST_PAGE_DEFAULT, _LIST_PAGE_MAXIMUM)
+        names = [name for name in sorted(core.pools) if name > after]
+        pools = [_pool(views.view_pool(core, name)) for name in names[:size]]
+        token = write_page_token("pools", names[size - 1]) if len(names) > size else ""
+        return admin_pb2.ListPoolsResponse(pools=pools, next_page_token=token)
+
+    async def GetPool(
+        self, request: admin_pb2.GetPoolRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.GetPoolResponse:
+        """Shows where every block of a pool is."""
+        return admin_pb2.GetPoolResponse(pool=_pool(views.view_pool(self._keeper.core, request.pool_id)))
+
+    async def ListSequences(
+        self, request: admin_pb2.ListSequencesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.ListSequencesResponse:
+        """Lists sequences that hold blocks, the oldest first."""
+        after = read_number("sequences", request.page_token, -1)
+        size = page_size(request.page_size, _LIST_PAGE_DEFAULT, _LIST_PAGE_MAXIMUM)
+        found = views.list_sequences(self._keeper.core, request.pool_id, after, size + 1)
+        token = write_page_token("sequences", str(found[size - 1].record.ordinal)) if len(found) > size else ""
+        sequences = [self._sequence(view) for view in found[:size]]
+        return admin_pb2.ListSequencesResponse(sequences=sequences, next_page_token=token)
+
+    async def GetBlockTable(
+        self, request: admin_pb2.GetBlockTableRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.GetBlockTableResponse:
+        """Shows the block table of a sequence."""
+        core = self._keeper.core
+        start = read_number("table", request.page_token, 0)
+        size = page_size(request.page_size, _TABLE_PAGE_DEFAULT, _TABLE_PAGE_MAXIMUM)
+        sequence = views.find_sequence(core, request.sequence_id)
+        entries = [
+            admin_pb2.BlockTableEntry(
+                index=entry.index,
+                block_id=entry.block_id,
+                ref_count=entry.ref_count,
+                generation=entry.generation,
+                written_token_count=entry.written_token_count,
+                identity=entry.identity,
+            )
+            for entry in views.list_table(core, sequence, start, size)
+        ]
+        more = start + size < len(sequence.record.blocks)
+        return admin_pb2.GetBlockTableResponse(
+            sequence=self._sequence(sequence),
+            block_size=core.pool(sequence.pool_id).registration.spec.block_size,
+            entries=entries,
+            next_page_token=write_page_token("table", str(start + size)) if more else "",
+        )
+
+    async def GetBlock(
+        self, request: admin_pb2.GetBlockRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.GetBlockResponse:
+        """Shows one block: who holds it and why."""
+        view = views.view_block(self._keeper.core, request.pool_id, request.block_id)
+        return admin_pb2.GetBlockResponse(
+            block_id=view.block_id,
+            state=admin_pb2.BlockState.ValueType(int(view.state)),
+            ref_count=view.ref_count,
+            generation=view.generation,
+            identity=view.identity,
+            sequence_ids=view.sequence_ids,
+            leased_to=view.leased_to,
+            explanation=view.explanation,
+            since=translate.to_duration(self._keeper.now - view.since) if view.since else None,
+        )
+
+    def _sequence(self, view: views.SequenceView) -> admin_pb2.SequenceSummary:
+        """Returns a sequence as a message."""
+        record = view.record
+        return admin_pb2.SequenceSummary(
+            sequence_id=record.sequence_id,
+            pool_id=view.pool_id,
+            epoch=view.epoch,
+            table=record.table,
+            gateway_id=view.gateway_id,
+            tenant=record.tenant,
+            state=admin_pb2.SequenceState.ValueType(int(record.state)),
+            token_count=view.token_count,
+            written_token_count=view.written_token_count,
+            committed_token_count=view.committed_token_count,
+            cached_token_count=record.cached_token_count,
+            block_count=len(record.blocks),
+            age=translate.to_duration(self._keeper.now - record.opened_at),
+        )
+
+
+def _pool(view: views.PoolView) -> admin_pb2.Pool:
+    """Returns a pool as a message."""
+    pool, statistics = view.pool, view.pool.memory.statistics
+    return admin_pb2.Pool(
+        pool_id=pool.registration.executor_id,
+        state=translate.pool_state(ready=pool.ready),
+        epoch=pool.epoch,
+        spec=translate.from_spec(pool.registration.spec),
+        executor_address=pool.registration.address,
+        used_block_count=view.count(BlockState.USED),
+        cached_block_count=view.count(BlockState.CACHED),
+        pending_free_block_count=view.count(BlockState.PENDING),
+        leased_block_count=view.count(BlockState.LEASED),
+        free_block_count=view.count(BlockState.FREE),
+        used_token_count=view.used_token_count,
+        used_slot_utilization=view.used_slot_utilization,
+        utilization=view.utilization,
+        sequence_count=pool.memory.tables.open_count,
+        prefix_query_token_count=statistics.query_token_count,
+        prefix_hit_token_count=statistics.hit_token_count,
+        preemption_count=statistics.preemption_count,
+    )

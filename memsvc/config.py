@@ -1,0 +1,66 @@
+"""Settings of the memory service."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+import secrets
+
+from quire.config import ServiceConfig, setting
+from quire.errors import ConfigError
+
+DEFAULT_PORT = 50061
+_SECRET_BYTES_MINIMUM = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemsvcConfig(ServiceConfig):
+    """The memory service: owns every block pool, its block tables and its prefix cache."""
+
+    port: int = setting(DEFAULT_PORT, "Port to listen on; 0 lets the system choose.", minimum=0, maximum=65535)
+    store: str = setting("memory://", "Where shared metadata lives: memory:// or redis://[USER:PASS@]HOST:PORT/DB.")
+    memsvc_id: str = setting("memsvc", "Name of this service in the shared store, stable over restarts.")
+    tenant_secret_file: str | None = setting(
+        None, "File with 16 bytes or more from which tenants' salts are derived; without it, random at each start."
+    )
+    lease_ttl: float = setting(
+        3.0, "Seconds of silence after which a gateway or an executor counts as gone.", minimum=0.1, maximum=3600
+    )
+    heartbeat_interval: float = setting(
+        0.5, "Seconds between heartbeats that gateways and executors are asked for.", minimum=0.02, maximum=600
+    )
+    fence_timeout: float = setting(2.0, "Seconds that an executor has to answer one fence.", minimum=0.05, maximum=60)
+    check_interval: float = setting(
+        5.0, "Seconds between checks of all invariants of a pool that is idle; 0 for never.", minimum=0, maximum=3600
+    )
+    max_pool_blocks: int = setting(8_388_608, "Most blocks that one pool may have.", minimum=2, maximum=2**31 - 1)
+    max_pools: int = setting(256, "Most pools.", minimum=1, maximum=65536)
+
+    def check(self) -> None:
+        """Raises ConfigError if settings do not fit one another."""
+        if self.lease_ttl < 2 * self.heartbeat_interval:
+            message = (
+                f"--lease-ttl: {self.lease_ttl} s is less than two heartbeat intervals of {self.heartbeat_interval} s"
+            )
+            raise ConfigError(message, field="lease_ttl")
+        if not self.memsvc_id:
+            raise ConfigError("--memsvc-id: is empty", field="memsvc_id")
+
+    def tenant_secret(self) -> bytes:
+        """Returns the 32 secret bytes.
+
+        Raises:
+            ConfigError: the file cannot be read, or is too short.
+        """
+        if self.tenant_secret_file is None:
+            return secrets.token_bytes(32)
+        try:
+            content = Path(self.tenant_secret_file).read_bytes().strip()
+        except OSError as error:
+            message = f"--tenant-secret-file: {error}"
+            raise ConfigError(message, field="tenant_secret_file") from error
+        if len(content) < _SECRET_BYTES_MINIMUM:
+            message = f"--tenant-secret-file: {len(content)} bytes, at least {_SECRET_BYTES_MINIMUM} are expected"
+            raise ConfigError(message, field="tenant_secret_file")
+        return hashlib.blake2b(content, digest_size=32).digest()

@@ -1,0 +1,84 @@
+"""Wiring and life cycle of the memory service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import structlog
+
+from memsvc.admin import AdminServicer
+from memsvc.config import MemsvcConfig
+from memsvc.core.memory import MemoryCore
+from memsvc.keeper import Keeper
+from memsvc.service import MemoryServicer
+from memsvc.store import open_store
+from protos.memsvc.v1 import admin_pb2_grpc, memsvc_pb2_grpc
+from quire.config import describe
+from quire.service_host import ServiceHost
+
+log = structlog.get_logger(__name__)
+
+SERVICE_NAMES = ("quire.memsvc.v1.MemoryService", "quire.memsvc.v1.AdminService")
+
+
+class MemsvcServer:
+    """A running memory service.
+
+    Args:
+        config: settings.
+        host: the outside; another one only in tests.
+
+    Raises:
+        ConfigError: settings that do not fit.
+    """
+
+    def __init__(self, config: MemsvcConfig, host: ServiceHost | None = None) -> None:
+        config.check()
+        core = MemoryCore(
+            config.tenant_secret(),
+            lease_ttl=config.lease_ttl,
+            block_count_limit=config.max_pool_blocks,
+            pool_limit=config.max_pools,
+        )
+        self._store = open_store(config.store)
+        self.host = host if host is not None else ServiceHost(config, SERVICE_NAMES)
+        self.failed = False
+        self.keeper = Keeper(config, core, self._store, self._fail)
+
+    async def start(self) -> str:
+        """Listens, serves, and returns "host:port"; raises ConfigError if it cannot listen."""
+        memsvc_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(self.keeper), self.host.server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self.keeper), self.host.server)
+        address = await self.host.start()
+        await self._store.start()
+        await self.keeper.start(address)
+        await self.host.set_serving(serving=True)
+        return address
+
+    async def stop(self) -> None:
+        """Stops serving. Gateways go on with their leases and executors with their steps; both find a new start."""
+        await self.host.stop()
+        await self.keeper.close()
+        await self._store.close()
+
+    def _fail(self, reason: str) -> None:
+        """Has the process stop: its state cannot be trusted, and is rebuilt by a new start."""
+        self.failed = True
+        self.host.request_stop(reason)
+
+
+async def serve(config: MemsvcConfig, sources: Mapping[str, str]) -> int:
+    """Runs the service until it is told to stop and returns the exit status.
+
+    Raises:
+        ConfigError: settings that do not fit, or an address that cannot be bound.
+    """
+    log.info("config_loaded", **describe(config, sources))
+    server = MemsvcServer(config)
+    address = await server.start()
+    log.info("service_started", address=address)
+    reason = await server.host.wait_for_stop()
+    await server.stop()
+    if server.failed:
+        return 1
+    return 130 if reason == "SIGINT" else 0

@@ -1,0 +1,139 @@
+"""Messages of `quire.memsvc.v1` <-> what the core takes and gives."""
+
+from __future__ import annotations
+
+from google.protobuf import duration_pb2
+import numpy as np
+
+from memsvc.core.journal import Column, JournalColumns
+from memsvc.core.memory import PoolRegistration
+from protos.memsvc.v1 import memsvc_pb2
+from quire import columns
+from quire.errors import QuireError
+from quire.memory import Admission, AdmitRequest, PoolInfo, PoolSpec
+
+_REFUSAL_TEXT_MAXIMUM = 1000
+
+
+def to_duration(seconds: float) -> duration_pb2.Duration:
+    """Returns a protobuf duration."""
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(int(max(0.0, seconds) * 1e9))
+    return duration
+
+
+def to_spec(message: memsvc_pb2.PoolSpec) -> PoolSpec:
+    """Returns the geometry in a message."""
+    return PoolSpec(
+        block_count=message.block_count,
+        block_size=message.block_size,
+        bytes_per_block=message.bytes_per_block,
+        model_id=message.model_id,
+        kv_dtype=message.kv_dtype,
+        max_model_len=message.max_model_len,
+    )
+
+
+def from_spec(spec: PoolSpec) -> memsvc_pb2.PoolSpec:
+    """Returns a geometry as a message."""
+    return memsvc_pb2.PoolSpec(
+        block_count=spec.block_count,
+        block_size=spec.block_size,
+        bytes_per_block=spec.bytes_per_block,
+        model_id=spec.model_id,
+        kv_dtype=spec.kv_dtype,
+        max_model_len=spec.max_model_len,
+    )
+
+
+def to_registration(message: memsvc_pb2.RegisterPoolRequest) -> PoolRegistration:
+    """Returns the executor in a message."""
+    return PoolRegistration(message.executor_id, message.executor_incarnation, message.address, to_spec(message.spec))
+
+
+def pool_state(*, ready: bool) -> memsvc_pb2.PoolState.ValueType:
+    """Returns the state of a pool as it is on the wire."""
+    return memsvc_pb2.POOL_STATE_READY if ready else memsvc_pb2.POOL_STATE_LOST
+
+
+def from_pool(pool: PoolInfo) -> memsvc_pb2.PoolUpdate:
+    """Returns a pool as gateways hear of it."""
+    return memsvc_pb2.PoolUpdate(
+        pool_id=pool.pool_id,
+        epoch=pool.epoch,
+        state=pool_state(ready=pool.ready),
+        spec=from_spec(pool.spec),
+        executor_address=pool.executor_address,
+        executor_incarnation=pool.executor_incarnation,
+    )
+
+
+def to_admit(message: memsvc_pb2.AdmitRequest) -> AdmitRequest:
+    """Returns the request in a message."""
+    return AdmitRequest(
+        pool_id=message.pool_id,
+        epoch=message.epoch,
+        request_id=message.request_id,
+        sample_index=message.sample_index,
+        token_ids=message.token_ids,
+        tenant=message.tenant,
+        cache_salt=message.cache_salt,
+        adapter=message.adapter,
+        skip_cache_read=message.skip_cache_read,
+        skip_cache_write=message.skip_cache_write,
+        max_new_tokens=message.max_new_tokens,
+        resumed=message.resumed,
+    )
+
+
+def from_admission(request_no: int, admission: Admission) -> memsvc_pb2.ConnectResponse:
+    """Returns the answer to an admit request."""
+    return memsvc_pb2.ConnectResponse(
+        admitted=memsvc_pb2.Admitted(
+            request_no=request_no,
+            epoch=admission.epoch,
+            table=admission.table,
+            block_ids=columns.pack(admission.block_ids),
+            cached_token_count=admission.cached_token_count,
+            copies=columns.pack([block for copy in admission.copies for block in copy]),
+        )
+    )
+
+
+def from_refusal(request_no: int, error: QuireError) -> memsvc_pb2.ConnectResponse:
+    """Returns the answer to a request that was refused."""
+    return memsvc_pb2.ConnectResponse(
+        refused=memsvc_pb2.Refused(
+            request_no=request_no,
+            code=error.code.value[0],
+            reason=error.reason,
+            message=error.message[:_REFUSAL_TEXT_MAXIMUM],
+            metadata=error.metadata,
+        )
+    )
+
+
+def to_journal(message: memsvc_pb2.Journal) -> JournalColumns:
+    """Returns the columns in a message.
+
+    Raises:
+        InvalidRequestError: a column is not whole rows of u32, or its rows are not those of the column beside it.
+    """
+    tables = _column(message.tables, "tables")
+    closed = _column(message.closed, "closed")
+    return JournalColumns(
+        tables=tables,
+        token_starts=_column(message.token_starts, "token_starts", len(tables)),
+        token_counts=_column(message.token_counts, "token_counts", len(tables)),
+        written_counts=_column(message.written_counts, "written_counts", len(tables)),
+        token_ids=_column(message.token_ids, "token_ids"),
+        appended=columns.unpack(message.appended, "appended", row_length=3).astype(np.int64).reshape(-1, 3),
+        closed=closed,
+        close_reasons=_column(message.close_reasons, "close_reasons", len(closed)),
+        returned=_column(message.returned, "returned"),
+    )
+
+
+def _column(data: bytes, field: str, row_count: int | None = None) -> Column:
+    """Returns a u32 column as int64, in which sums do not overflow."""
+    return columns.unpack(data, field, row_count=row_count).astype(np.int64)
