@@ -1,4 +1,4 @@
-"""Draws block tables."""
+"""Draws block tables and pools."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Final
 from rich.text import Text
 
 from protos.memsvc.v1 import admin_pb2
-from quire.cli.output import enum_name, format_seconds
-from quire.units import div_ceil
+from quire.cli.output import format_seconds, state_name
+from quire.units import div_ceil, format_bytes
 
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 _BAR_WIDTH: Final = 4
 _CELL_WIDTH: Final = 15
 _INDEX_WIDTH: Final = 6
+_WIDEST_BAR: Final = 100
 
 
 def fill_bar(written: int, block_size: int) -> str:
@@ -38,10 +39,9 @@ def draw_block_table(table: admin_pb2.GetBlockTableResponse, width: int = 80) ->
     A row holds as many blocks as fit, and begins with the position of its first block in the table.
     """
     sequence, entries = table.sequence, table.entries
-    state = enum_name(sequence.DESCRIPTOR.fields_by_name["state"], sequence.state)
     picture = Text(no_wrap=True)
     picture.append(f"sequence {sequence.sequence_id}", "bold")
-    picture.append(f"  pool {sequence.pool_id}  {state} for {format_seconds(sequence.age)}\n")
+    picture.append(f"  pool {sequence.pool_id}  {state_name(sequence)} for {format_seconds(sequence.age)}\n")
     picture.append(
         f"{sequence.token_count} tokens: {sequence.written_token_count} written, {sequence.committed_token_count} "
         f"matchable, {sequence.cached_token_count} from the cache; "
@@ -64,3 +64,50 @@ def count_remark(table: admin_pb2.GetBlockTableResponse, token_count: int) -> tu
     found = len(table.entries)
     sentence = f"{token_count} tokens / {table.block_size} a block = {needed} blocks, and the table has {found}"
     return found == needed, sentence
+
+
+def _share(part: int, whole: int) -> str:
+    """Returns a part in percent; a dash when there is no whole."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _pool_bar(parts: list[tuple[str, int, str]], width: int) -> Text:
+    """Returns a bar of `width` characters: each part as long as its share, and never invisible if it is not zero."""
+    total = sum(count for _, count, _ in parts)
+    *first, (_, rest, rest_style) = parts
+    bar = Text()
+    for _, count, style in first:
+        if count:
+            bar.append("█" * max(1, round(width * count / total)), style)
+    left = max(1 if rest else 0, width - len(bar))
+    return bar + Text("░" * left, rest_style)
+
+
+def draw_pool(pool: admin_pb2.Pool, width: int = 80) -> Text:
+    """Returns a pool and where its blocks are."""
+    spec = pool.spec
+    parts = [
+        ("used", pool.used_block_count, "cyan"),
+        ("cached", pool.cached_block_count, "green"),
+        ("leased", pool.leased_block_count, "yellow"),
+        ("pending free", pool.pending_free_block_count, "magenta"),
+        ("free", pool.free_block_count, "dim"),
+    ]
+    picture = Text.assemble(
+        (f"pool {pool.pool_id}", "bold"),
+        f"  {state_name(pool)}, epoch {pool.epoch}, executor at {pool.executor_address}\n",
+        f"{spec.model_id}, {spec.kv_dtype}: {spec.block_count - 1} blocks of {spec.block_size} tokens, "
+        f"{format_bytes(spec.block_count * spec.bytes_per_block)}\n",
+    )
+    picture.append(_pool_bar(parts, min(width - 1, _WIDEST_BAR)))
+    picture.append("\n")
+    for name, count, style in parts:
+        picture.append("█ " if name != "free" else "░ ", style)
+        picture.append(f"{name} {count}   ")
+    slots = pool.used_block_count * spec.block_size
+    picture.append(
+        f"\n{pool.sequence_count} sequences hold {pool.used_token_count} tokens in {slots} slots "
+        f"({_share(pool.used_token_count, slots)}); prefix hits "
+        f"{_share(pool.prefix_hit_token_count, pool.prefix_query_token_count)}; {pool.preemption_count} preemptions\n"
+    )
+    return picture

@@ -7,23 +7,13 @@ from typing import Annotated
 from rich.text import Text
 import typer
 
-from protos.memsvc.v1 import admin_pb2
 from quire.cli import options
 from quire.cli.admin import AdminClient
-from quire.cli.drawing import draw_block_table
-from quire.cli.output import console, enum_name, format_seconds, print_json, print_table
+from quire.cli.drawing import draw_block_table, draw_pool
+from quire.cli.output import console, format_seconds, notices, print_json, print_table, state_name
 from quire.errors import QuireError
 from quire.healthcheck import check
 from quire.serve.plan import EXECSVC_PORT, LOOPBACK
-from quire.units import format_bytes
-
-
-def _state(message: admin_pb2.Pool | admin_pb2.SequenceSummary | admin_pb2.GetBlockResponse) -> str:
-    return enum_name(message.DESCRIPTOR.fields_by_name["state"], message.state)
-
-
-def _percent(part: float) -> str:
-    return f"{100 * part:.1f} %"
 
 
 def pools(*, memsvc: options.Memsvc = options.MEMSVC_ADDRESS, json: options.Json = False) -> None:
@@ -40,23 +30,11 @@ def pools(*, memsvc: options.Memsvc = options.MEMSVC_ADDRESS, json: options.Json
     if json:
         print_json(found)
         return
-    columns = [
-        *(("POOL", False), ("STATE", False), ("MODEL", False), ("BLOCKS", True), ("USED", True), ("CACHED", True)),
-        *(("LEASED", True), ("PENDING", True), ("FREE", True), ("SLOTS USED", True), ("SEQUENCES", True)),
-        *(("PREFIX HITS", True), ("BYTES", True)),
-    ]
-    print_table(columns, [_pool_row(pool) for pool in found])
-
-
-def _pool_row(pool: admin_pb2.Pool) -> list[object]:
-    queries = pool.prefix_query_token_count
-    return [
-        *(pool.pool_id, _state(pool), pool.spec.model_id, pool.spec.block_count - 1, pool.used_block_count),
-        *(pool.cached_block_count, pool.leased_block_count, pool.pending_free_block_count, pool.free_block_count),
-        *(_percent(pool.used_slot_utilization) if pool.used_block_count else "-", pool.sequence_count),
-        _percent(pool.prefix_hit_token_count / queries) if queries else "-",
-        format_bytes(pool.spec.block_count * pool.spec.bytes_per_block),
-    ]
+    printer = console()
+    for pool in found:
+        printer.print(draw_pool(pool, printer.width), soft_wrap=True)
+    if not found:
+        notices().print("no executor has registered a pool yet")
 
 
 def sequences(
@@ -79,17 +57,19 @@ def sequences(
         print_json(found)
         return
     columns = [
-        *(("SEQUENCE", False), ("POOL", False), ("STATE", False), ("TOKENS", True), ("WRITTEN", True)),
-        *(("CACHED", True), ("BLOCKS", True), ("AGE", True), ("GATEWAY", False)),
+        *(("SEQUENCE", False), ("POOL", False), ("TOKENS", True), ("CACHED", True), ("BLOCKS", True)),
+        *(("AGE", True), ("STATE", False)),
     ]
     rows = [
         (
-            *(one.sequence_id, one.pool_id, _state(one), one.token_count, one.written_token_count),
-            *(one.cached_token_count, one.block_count, format_seconds(one.age), one.gateway_id),
+            *(one.sequence_id, one.pool_id, one.token_count, one.cached_token_count, one.block_count),
+            *(format_seconds(one.age), state_name(one)),
         )
         for one in found
     ]
     print_table(columns, rows)
+    if not found:
+        notices().print("no sequence holds blocks now")
 
 
 def blocks(
@@ -140,7 +120,7 @@ def block(
         return
     facts = {
         "block": found.block_id,
-        "state": f"{_state(found)} for {format_seconds(found.since)}",
+        "state": f"{state_name(found)} for {format_seconds(found.since)}",
         "why": found.explanation,
         "references": found.ref_count,
         "sequences": ", ".join(found.sequence_ids) or "-",

@@ -7,13 +7,15 @@ import dataclasses
 import enum
 import json
 import sys
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+_UNLIMITED: Final = 10_000
 
 
 def console() -> Console:
@@ -46,7 +48,7 @@ def print_json(value: object) -> None:
 
 
 def print_table(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[object]]) -> None:
-    """Prints a table.
+    """Prints a table; where no terminal limits the width, no cell is ever broken.
 
     Args:
         columns: (heading, whether it holds numbers).
@@ -57,7 +59,10 @@ def print_table(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[obj
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    console().print(table)
+    printer = console()
+    if not printer.is_terminal:
+        printer.width = printer.measure(table, options=printer.options.update(width=_UNLIMITED)).maximum
+    printer.print(table)
 
 
 def plain(value: Any) -> Any:
@@ -99,6 +104,11 @@ def enum_name(field: Any, number: int) -> str:
     names = field.enum_type.values_by_number
     prefix = names[0].name.removesuffix("UNSPECIFIED")
     return names[number].name.removeprefix(prefix).lower() if number in names else str(number)
+
+
+def state_name(message: Message) -> str:
+    """Returns the `state` of a message in lower case."""
+    return enum_name(message.DESCRIPTOR.fields_by_name["state"], getattr(message, "state"))  # noqa: B009 - any message
 
 
 def format_seconds(duration: duration_pb2.Duration) -> str:

@@ -16,11 +16,13 @@ import typer
 
 from quire.cli.output import console, notices
 from quire.cli.progress import TerminalReporter
+from quire.client import AsyncClient
 from quire.serve import plan
 from quire.serve.supervisor import Supervisor
 
 LOG_DIRECTORY: Final = Path(".quire/logs")
 STARTUP_TIMEOUT: Final = 300.0
+_BANNER_SECONDS: Final = 10.0
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -62,10 +64,12 @@ def run_supervised(
         asyncio.run(main(reporter))
 
 
-def _print_banner(model: str, addresses: dict[str, str], log_directory: Path) -> None:
-    """Says where the services are and what to type next."""
+async def _print_banner(addresses: dict[str, str], log_directory: Path) -> None:
+    """Says what is served where, and what to type next."""
     command = own_command()
     gateway = addresses["gateway"]
+    async with AsyncClient(gateway) as client:
+        model = ", ".join(one.name for one in await client.models(timeout=_BANNER_SECONDS))
     port = gateway.rpartition(":")[2]
     where = "" if int(port) == plan.GATEWAY_PORT else f" --address {gateway}"
     printer = console()
@@ -152,7 +156,7 @@ def serve(
     )
 
     async def until_stopped(addresses: dict[str, str]) -> None:
-        _print_banner(served_model_name or Path(model).name, addresses, log_dir)
+        await _print_banner(addresses, log_dir)
         await asyncio.Event().wait()
 
     run_supervised(options, log_directory=log_dir, startup_timeout=startup_timeout, verbose=verbose, body=until_stopped)

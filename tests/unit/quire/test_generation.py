@@ -26,7 +26,7 @@ def test_what_is_not_said_is_not_sent() -> None:
     assert not spec.sampling.ListFields()
     assert not spec.stopping.ListFields()
     assert not spec.HasField("scheduling")
-    assert len(spec.request_id) == 32
+    assert len(spec.request_id) == 16
 
 
 def test_zero_is_said_when_it_is_meant() -> None:
