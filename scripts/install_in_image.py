@@ -3,7 +3,7 @@
 Usage:
     python scripts/install_in_image.py                                  # the plain dependencies
     python scripts/install_in_image.py --extra executor --skip triton   # and an extra, without one of its packages
-    python scripts/install_in_image.py --extra executor --unpin torch   # any version that pyproject.toml allows
+    python scripts/install_in_image.py --extra executor --unpin triton  # in any version that pyproject.toml allows
     python scripts/install_in_image.py --download wheels ...            # collect the files, and what builds the project
     python scripts/install_in_image.py --wheel dist                     # build the project's own wheel
 

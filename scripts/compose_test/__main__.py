@@ -14,6 +14,7 @@ interrupted.
 
 import argparse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 import fcntl
 import os
@@ -70,16 +71,13 @@ def _test(engine: Engine, cache: Path, *, keep: bool) -> None:
     """Brings the stack up, checks it and takes it down."""
     log = cache / "build.log"
     log.write_text("")
-    stack = Stack(
-        engine=engine,
-        command=tuple(find_compose(cache, engine.environment)),
-        project_directory=PROJECT_DIRECTORY,
-        log=log,
-        gateway_port=free_port(),
-        memsvc_port=free_port(),
-        images=provide_images(engine, log),
-    )
-    with served(provide_wheels(PROJECT_DIRECTORY, cache, log), engine) as variables:
+    command = tuple(find_compose(cache, engine.environment))
+    with ThreadPoolExecutor(max_workers=1) as fetcher:
+        # Both take a minute the first time, and each mostly waits for the network.
+        wheels = fetcher.submit(provide_wheels, PROJECT_DIRECTORY, cache, log)
+        images = provide_images(engine, log)
+    stack = Stack(engine, command, PROJECT_DIRECTORY, log, free_port(), free_port(), images)
+    with served(wheels.result(), engine) as variables:
         stack.build(variables)
     checks.check_images(stack)
     with ExitStack() as cleanup:

@@ -62,8 +62,10 @@ def _bootstrap(engine: Engine, log: Path) -> None:
         # debootstrap's own default mirror; http_proxy is honoured.
         command = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", _SUITE, str(root)]
         run(command, timeout=_BOOTSTRAP_SECONDS, log=log)
-        for leftover in ("var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/doc", "usr/share/locale"):
-            shutil.rmtree(root / leftover, ignore_errors=True)
+        for leftover in (*root.glob("var/cache/apt/archives/*.deb"), *root.glob("var/lib/apt/lists/*_*")):
+            leftover.unlink()
+        for unread in ("usr/share/doc", "usr/share/locale"):
+            shutil.rmtree(root / unread)
         # Of the host, not of the image.
         (root / "etc/resolv.conf").unlink(missing_ok=True)
         (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
