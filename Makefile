@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := execsvc gateway kernels memsvc quire scripts tests examples
 PYTEST_ARGS ?=
-# Tools find one another here: protoc its plugins, scripts the right Python.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+# protoc finds its plugins here.
+check protos test: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup up demo test check fmt protos compose-test oracle-setup clean
 

@@ -27,6 +27,7 @@ EXIT_CONFIG: Final = 2
 
 # How a service says in one line why it ends; argparse adds the "error: ".
 _FINAL_WORDS: Final = re.compile(r"(?:quire \w+: error|quire \w+|error): (?P<reason>.+)")
+_RAISED: Final = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b|Fatal|fatal")
 
 LineListener = Callable[[str, str], None]
 
@@ -165,8 +166,8 @@ def event_of(line: str) -> dict[str, object] | None:
 def last_error(lines: list[str]) -> str:
     """Returns what the last lines of a log say went wrong, in one line; empty if they say nothing.
 
-    A line of the form `quire execsvc: ...` or `error: ...` is best, then an event of level error, then the last plain
-    line (the end of a traceback).
+    A line of the form `quire execsvc: ...` or `error: ...` is best, then an event of level error, then the last line
+    that looks like the end of a traceback.
     """
     for line in reversed(lines):
         if match := _FINAL_WORDS.match(line):
@@ -175,5 +176,5 @@ def last_error(lines: list[str]) -> str:
         event = event_of(line)
         if event is not None and event.get("level") in {"error", "critical"}:
             return str(event.get("message") or event.get("error") or event.get("event"))
-    plain = [line for line in lines if event_of(line) is None]
-    return plain[-1].strip() if plain else ""
+    raised = [line for line in lines if _RAISED.match(line)]
+    return raised[-1].strip() if raised else ""

@@ -103,6 +103,7 @@ def test_a_relative_model_is_made_absolute(tmp_path: Path, monkeypatch: pytest.M
         (['{"level": "info", "event": "config_loaded"}'], ""),
         (['{"level": "error", "event": "device_lost", "error": "out of memory"}'], "out of memory"),
         (["Traceback (most recent call last):", "  File x", "KeyError: 'a'"], "KeyError: 'a'"),
+        (["KV cache   1.0 GiB   1455 blocks"], ""),
         (["quire execsvc: the reason", '{"level": "info", "event": "service_stopped"}'], "the reason"),
     ],
 )
