@@ -267,7 +267,7 @@ class Engine:
     def abandon(self, stream: RequestStream) -> None:
         """The client is gone: what is left of its request is cancelled. A no-op for one that has ended."""
         live = self._live.get(stream.request.settings.request_id)
-        if live is not None and live.stream is stream:
+        if live is not None and live.stream is stream and not stream.request.ended:
             stream.request.cancelled = True
             self._end_samples(live)
 
