@@ -36,7 +36,7 @@ class ExecsvcConfig(ServiceConfig):
     attention_backend: str = setting(
         "auto", "What computes attention; auto is triton on CUDA, else torch.", choices=("auto", "torch", "triton")
     )
-    num_threads: int | None = setting(None, "CPU threads of the model; none: one for each core.", minimum=1)
+    num_threads: int | None = setting(None, "CPU threads of the model; none: one less than there are cores.", minimum=1)
 
     @property
     def kv_cache_byte_count(self) -> int | None:

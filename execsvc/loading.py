@@ -49,6 +49,15 @@ class LoadedModel:
     budget: MemoryBudget
 
 
+def _default_threads() -> int:
+    """Returns how many threads compute: one core is left to gateway and memsvc.
+
+    Threads that wait for each other at every operation lose far more to one busy neighbour than a core is worth
+    (two threads on two cores with one of them busy: a fourth of the speed).
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
 def choose_device(name: str) -> torch.device:
     """Returns the device to compute on; "auto" is CUDA where there is one.
 
@@ -84,7 +93,7 @@ def load(config: ExecsvcConfig, progress: Callable[[float], None] = lambda _: No
     """
     if config.block_size not in {16, 32, 64}:
         raise ConfigError(f"block_size: {config.block_size} is not one of 16, 32, 64", field="block_size")
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.num_threads or _default_threads())
     device = choose_device(config.device)
     source = open_model(config.model)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from execsvc.model.config import ModelConfig
-from execsvc.model.layers import Linear, RMSNorm, Rotary, inverse_frequencies, rotate
+from execsvc.model.layers import PackedLinear, Projection, RMSNorm, Rotary, inverse_frequencies, project, rotate
 from execsvc.model.source import ModelSource
 from quire.errors import ModelFormatError
 
@@ -22,15 +22,15 @@ class Layer:
     """Weights of one layer."""
 
     input_norm: RMSNorm
-    qkv: Linear
+    qkv: Projection
     """Query, key and value projections, stacked: one product instead of three."""
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
-    output: Linear
+    output: Projection
     mlp_norm: RMSNorm
-    gate_up: Linear
+    gate_up: Projection
     """Gate and up projections, stacked."""
-    down: Linear
+    down: Projection
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,28 +42,28 @@ class Llama:
     """`[vocab_size, hidden_size]`."""
     layers: tuple[Layer, ...]
     final_norm: RMSNorm
-    head: Linear
-    """`[vocab_size, hidden_size]`; the embeddings themselves where they are tied."""
+    head: Projection
+    """`[vocab_size, hidden_size]`; equal to the embeddings where they are tied."""
     rotary: Rotary
 
     @property
     def parameter_count(self) -> int:
         """Number of weights; tied ones once."""
-        tensors = [self.embeddings, self.final_norm.weight]
-        if self.head.weight is not self.embeddings:
-            tensors.append(self.head.weight)
+        count = self.embeddings.numel() + self.final_norm.weight.numel()
+        count += 0 if self.config.tie_word_embeddings else self.head.parameter_count
         for layer in self.layers:
-            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-                tensors.append(linear.weight)
-                tensors.extend([] if linear.bias is None else [linear.bias])
+            projections = (layer.qkv, layer.output, layer.gate_up, layer.down)
+            count += sum(projection.parameter_count for projection in projections)
             norms = (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
-            tensors.extend(norm.weight for norm in norms if norm is not None)
-        return sum(tensor.numel() for tensor in tensors)
+            count += sum(norm.weight.numel() for norm in norms if norm is not None)
+        return count
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights on the device."""
-        return self.parameter_count * self.embeddings.element_size()
+        """Bytes of the weights on the device. Tied embeddings are there twice where the head is packed."""
+        repacked = self.config.tie_word_embeddings and isinstance(self.head, PackedLinear)
+        count = self.parameter_count + (self.head.parameter_count if repacked else 0)
+        return count * self.embeddings.element_size()
 
     def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Returns the residual stream after the last layer, `[row, hidden_size]`.
@@ -133,9 +133,9 @@ def load(
         progress((index + 1) / (config.num_layers + 2))
         layers.append(_load_layer(config, fetch, f"model.layers.{index}."))
     if config.tie_word_embeddings:
-        head = Linear(embeddings)
+        head = project(embeddings)
     else:
-        head = Linear(fetch("lm_head.weight", config.vocab_size, config.hidden_size))
+        head = project(fetch("lm_head.weight", config.vocab_size, config.hidden_size))
     final_norm = RMSNorm(fetch("model.norm.weight", config.hidden_size), config.rms_norm_eps)
     frequencies = inverse_frequencies(config.rope, config.head_dim, source.rope_factors())
     rotary = Rotary.build(frequencies, max_model_len, device)
@@ -162,11 +162,11 @@ def _load_layer(config: ModelConfig, fetch: Callable[..., torch.Tensor], prefix:
     gate_up = torch.cat([fetch(f"{prefix}mlp.{name}.weight", inner, hidden) for name in ("gate_proj", "up_proj")])
     return Layer(
         input_norm=norm("input_layernorm", hidden),
-        qkv=Linear(qkv, qkv_bias),
+        qkv=project(qkv, qkv_bias),
         q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
-        output=Linear(fetch(f"{prefix}self_attn.o_proj.weight", hidden, q_size), output_bias),
+        output=project(fetch(f"{prefix}self_attn.o_proj.weight", hidden, q_size), output_bias),
         mlp_norm=norm("post_attention_layernorm", hidden),
-        gate_up=Linear(gate_up),
-        down=Linear(fetch(f"{prefix}mlp.down_proj.weight", hidden, inner)),
+        gate_up=project(gate_up),
+        down=project(fetch(f"{prefix}mlp.down_proj.weight", hidden, inner)),
     )
