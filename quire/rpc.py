@@ -36,8 +36,8 @@ SERVER_OPTIONS: Final = [
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Calls that wait for the event loop. Above its own limits (1,000, and 3,000 for all) the library drops calls at random
-    # with a bare CANCELLED; a flood must reach the queue, which refuses with a reason and a delay.
+    # Calls that wait for the event loop. Above its own limits (1,000 and 3,000) the library drops calls at random with
+    # a bare CANCELLED; a flood must reach the queue, which refuses with a reason and a delay.
     ("grpc.server.max_pending_requests", 100_000),
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
     # A port in use is an error, not a shared port.
