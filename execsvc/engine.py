@@ -7,6 +7,7 @@ before anything changes; what is wrong with one sequence fails that sequence, na
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import time
 
 import numpy as np
@@ -95,7 +96,7 @@ class Engine:
             if self._owned(table, owner) is not None:
                 self._rows.drop(table)
         for start in plan.added:
-            self._attempt(start.table, errors, lambda start=start: self._add(start, owner))
+            self._attempt(start.table, errors, functools.partial(self._add, start, owner))
         self._append(step.appended, owner, errors)
         if step.copies.size:
             self._cache.copy_blocks(torch.from_numpy(step.copies.astype(np.int64)).to(self._cache.device))
@@ -162,7 +163,7 @@ class Engine:
         for table, index, block in triples.reshape(-1, 3).tolist():
             sequence = self._owned(table, owner)
             if sequence is not None:
-                self._attempt(table, errors, lambda s=sequence, i=index, b=block: self._set_entry(s, i, b))
+                self._attempt(table, errors, functools.partial(self._set_entry, sequence, index, block))
 
     def _set_entry(self, sequence: Sequence, index: int, block: int) -> None:
         """Sets one entry of a block table; raises InvalidRequestError if it does not fit."""

@@ -138,7 +138,8 @@ class Executor:
             NotReadyError: loading, or not registered.
             StaleEpochError: another incarnation or epoch, or a gateway that was fenced.
         """
-        if self.loaded is None or self._epoch == 0:
+        _ = self.loaded  # Raises while the model is loading.
+        if self._epoch == 0:
             raise NotReadyError("the executor is not registered with memsvc yet", retry_after=1.0)
         if request.executor_incarnation != self.incarnation:
             raise StaleEpochError("executor_incarnation: the executor has restarted")

@@ -172,7 +172,7 @@ def _fit(
     if wanted > room and block_count > 0:
         raise ConfigError(
             f"{origin}: a KV cache of {format_bytes(wanted)} was asked for, {format_bytes(max(room, 0))} are there",
-            field=origin.split()[0],
+            field=origin.split(maxsplit=1)[0],
         )
     feasible = max(0, block_count - 1) * layout.block_size
     if feasible < max_model_len:

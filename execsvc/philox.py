@@ -1,7 +1,7 @@
 """Philox4x32-10: random numbers as a pure function of (key, counter).
 
-The draw at a position must not depend on what else is in the batch, nor on how often a step was repeated, so there is no
-generator with a state. Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC11).
+The draw at a position must not depend on what else is in the batch, nor on how often a step was repeated, so there is
+no generator with a state. Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC11).
 """
 
 import numpy as np

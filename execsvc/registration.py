@@ -10,7 +10,8 @@ import structlog
 
 from execsvc import events
 from execsvc.executor import Executor
-from protos.memsvc.v1 import memsvc_pb2 as pb, memsvc_pb2_grpc
+from protos.memsvc.v1 import memsvc_pb2 as pb
+from protos.memsvc.v1 import memsvc_pb2_grpc
 from quire import status
 from quire.errors import PoolNotFoundError, StaleEpochError
 from quire.rpc import open_channel

@@ -1,7 +1,7 @@
 """Chooses the next token of each sequence from its logits.
 
-A draw is a function of (seed, position, logits) and of nothing else: the same token comes out alone, in a batch, after a
-preemption or on another executor of the same kind.
+A draw is a function of (seed, position, logits) and of nothing else: the same token comes out alone, in a batch, after
+a preemption or on another executor of the same kind.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def _draw(logits: torch.Tensor, spec: SamplingSpec, draw: float) -> int:
     """Returns the token that `draw` in [0, 1) points at, for one row. Works on this row alone, in float64 sums."""
     scaled = logits.float() / spec.temperature
     if not spec.truncates:
-        # float64 softmax over the whole row: the total of 100,000 float32 weights would be off by more than a draw's bit.
+        # float64 over the whole row: the total of 100,000 float32 weights would be off by more than a draw's bit.
         weights = torch.softmax(scaled, -1, dtype=torch.float64)
         return _pick(torch.cumsum(weights, -1), draw)
     values, order = _most_likely(scaled, spec)

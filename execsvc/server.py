@@ -12,7 +12,8 @@ import structlog
 from execsvc import events
 from execsvc.config import ExecsvcConfig
 from execsvc.executor import Executor
-from execsvc.loading import LoadedModel, load as load_model
+from execsvc.loading import LoadedModel
+from execsvc.loading import load as load_model
 from execsvc.registration import Registration
 from execsvc.service import SERVICE_NAME, ExecutorServicer
 from protos.execsvc.v1 import execsvc_pb2_grpc

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 
 from execsvc.executor import Executor, PlanStream, tokenizer_digest
-from protos.execsvc.v1 import execsvc_pb2 as pb, execsvc_pb2_grpc
+from protos.execsvc.v1 import execsvc_pb2 as pb
+from protos.execsvc.v1 import execsvc_pb2_grpc
 from quire.errors import InvalidRequestError
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExecutorService"].full_name
@@ -26,11 +27,11 @@ class ExecutorServicer(execsvc_pb2_grpc.ExecutorServiceServicer):
         """Serves `executor`."""
         self._executor = executor
 
-    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # noqa: N802
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         """Says what runs here."""
         return self._executor.describe()
 
-    async def GetTokenizer(  # noqa: N802
+    async def GetTokenizer(
         self, request: pb.GetTokenizerRequest, context: Context
     ) -> AsyncIterator[pb.GetTokenizerResponse]:
         """Streams the tokenizer."""
@@ -42,7 +43,7 @@ class ExecutorServicer(execsvc_pb2_grpc.ExecutorServiceServicer):
         for start in range(0, len(data), _CHUNK_BYTES):
             yield pb.GetTokenizerResponse(chunk=data[start : start + _CHUNK_BYTES])
 
-    async def Run(  # noqa: N802
+    async def Run(
         self, request_iterator: AsyncIterator[pb.RunRequest], context: Context
     ) -> AsyncIterator[pb.RunResponse]:
         """Runs steps: plans are handed over as they come, results go out in order."""
@@ -53,7 +54,11 @@ class ExecutorServicer(execsvc_pb2_grpc.ExecutorServiceServicer):
         stream = self._executor.open_stream(first.open)
         pending: asyncio.Queue[asyncio.Future[pb.StepResult] | None] = asyncio.Queue(_PLANS_IN_FLIGHT + 1)
         reader = asyncio.create_task(self._read(request_iterator, stream, pending), name="plan-reader")
-        stream.on_end = reader.cancel
+
+        def stop_reading() -> None:
+            reader.cancel()
+
+        stream.on_end = stop_reading
         try:
             yield pb.RunResponse(opened=pb.Opened(epoch=stream.epoch))
             while (future := await pending.get()) is not None:
@@ -84,6 +89,6 @@ class ExecutorServicer(execsvc_pb2_grpc.ExecutorServiceServicer):
                 pending.get_nowait()
             pending.put_nowait(None)
 
-    async def Fence(self, request: pb.FenceRequest, context: Context) -> pb.FenceResponse:  # noqa: N802
+    async def Fence(self, request: pb.FenceRequest, context: Context) -> pb.FenceResponse:
         """Refuses gateways and epochs; answers when nothing in flight can write to their blocks."""
         return await self._executor.fence(request)

@@ -11,7 +11,7 @@ import mmap
 import os
 from pathlib import Path
 import struct
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import gguf
 import numpy as np
@@ -129,7 +129,7 @@ class GGUFFile:
             self.close()
             raise
 
-    def __enter__(self) -> GGUFFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -80,7 +80,7 @@ def project(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Projectio
     packable = (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and platform.machine() in {"x86_64", "AMD64"}
     )
     return PackedLinear.pack(weight, bias) if packable else Linear(weight, bias)

@@ -5,6 +5,7 @@ against the size of the file here, so that a truncated or damaged file is one cl
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -69,7 +70,7 @@ def _check_extents(path: Path, header: dict[str, Any], data_size: int) -> None:
             raise ModelFormatError(f"{path}: tensor {name!r}: {end - begin} bytes do not hold {dtype} {shape}")
         extents.append((begin, end, name))
     extents.sort()
-    for (_, end, first), (begin, _, second) in zip(extents, extents[1:], strict=False):
+    for (_, end, first), (begin, _, second) in itertools.pairwise(extents):
         if begin < end:
             raise ModelFormatError(f"{path}: tensors {first!r} and {second!r} overlap; the file is damaged")
 

@@ -94,10 +94,9 @@ def _merges(metadata: Mapping[str, Any], origin: str) -> list[tuple[str, str]]:
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise ModelFormatError(f"{origin}: tokenizer.ggml.merges is missing")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):  # noqa: PLR2004 - a pair
+    if not all(isinstance(merge, str) and " " in merge for merge in merges):
         raise ModelFormatError(f"{origin}: tokenizer.ggml.merges holds a line that is no pair")
-    return pairs  # type: ignore[return-value]  # tuples of two, just checked
+    return [(merge.partition(" ")[0], merge.partition(" ")[2]) for merge in merges]
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> Tokenizer:
@@ -151,7 +150,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], types: li
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
-        )  # fmt: skip
+        )
     )
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     strip: list[decoders.Decoder] = []

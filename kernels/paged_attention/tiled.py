@@ -101,14 +101,14 @@ def plan_tiles(
     by_shape: dict[tuple[int, int], list[_Piece]] = {}
     for piece in _pieces(context_lens, query_starts):
         by_shape.setdefault((piece.query_count, piece.tile_count), []).append(piece)
-    groups = []
+    groups: list[TileGroup] = []
     for (query_count, tile_count), pieces in by_shape.items():
         sequence_elements = tile_count * TILE * layout.num_kv_heads * layout.head_dim
         most = max(1, _GATHER_ELEMENTS // sequence_elements)
         if query_count > 1:
             most = 1
-        for first in range(0, len(pieces), most):
-            groups.append(_group(layout, block_tables, pieces[first : first + most], window, device))
+        chunks = (pieces[first : first + most] for first in range(0, len(pieces), most))
+        groups.extend(_group(layout, block_tables, chunk, window, device) for chunk in chunks)
     return groups
 
 
@@ -218,7 +218,7 @@ def _hide(scores: torch.Tensor, tiles: TileGroup, heads: int, group: int, row_co
         shape = (tiles.sequence_count, heads, scores.shape[1], scores.shape[2])
         scores.view(shape).masked_fill_(tiles.hidden, float("-inf"))
         return
-    shape = (tiles.sequence_count, heads, tiles.query_count, group, scores.shape[2])
-    scores[:, :row_count].view(shape).masked_fill_(tiles.hidden[:, :, :, None], float("-inf"))
+    chunk_shape = (tiles.sequence_count, heads, tiles.query_count, group, scores.shape[2])
+    scores[:, :row_count].view(chunk_shape).masked_fill_(tiles.hidden[:, :, :, None], float("-inf"))
     # NaN keys past the end would otherwise reach the padding rows and slow the product that follows.
     scores[:, row_count:] = 0.0

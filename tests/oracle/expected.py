@@ -1,0 +1,108 @@
+"""What transformers answers, computed once a machine and kept under .cache/oracle.
+
+from tests.oracle.expected import expected, oracle_available
+
+answers = expected()                         # name -> Answer
+answers["short-0"].tokens                    # 64 greedy tokens of transformers in float32
+answers["short-0"].first_difference(mine)    # None, or the index of the first that counts
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+import subprocess
+
+from execsvc.model.source import packaged_model
+from tests.oracle.prompts import NEW_TOKENS, PROMPTS
+
+ROOT = Path(__file__).parents[2]
+ORACLE_PYTHON = ROOT / ".venv-oracle" / "bin" / "python"
+_SCRIPT = Path(__file__).with_name("run_transformers.py")
+_DEADLINE_SECONDS = 1200
+GAP = 0.001
+"""A difference counts only where the two best logits of the reference are further apart than this."""
+
+TEXTS = (
+    "Hello, world!",
+    "In 2024 there were 12345 items, 3.14159 and 1e-9.",
+    "  leading, double  spaces\tand\ttabs\n\n\nnewlines  \n",
+    "naïve café — “quotes” … 東京の天気は晴れ 🌊🏴‍☠️ Ω≈ç√∫",
+    "don't can't we'll THEY'RE i'd",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|><repo_name>x",
+    "def f(x):\n\treturn x**2  # comment\n",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "\u00a0non-breaking\u200bzero-width\r\nCRLF",
+    "123 456,789.00 ٣٤٥ ½",
+)
+"""Texts whose ids transformers is asked for: digits, unicode, whitespace, special tokens."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """The reference's answer to one prompt."""
+
+    prompt_ids: list[int]
+    tokens: list[int]
+    gaps: list[float]
+    """Distance of the two best logits at each token."""
+    logits: list[tuple[int, float]]
+    """The 8 best (token, logit) of the first new token."""
+
+    def first_difference(self, tokens: list[int]) -> int | None:
+        """Returns the index of the first different token if it counts; after one that does not nothing is compared."""
+        for index, (mine, theirs) in enumerate(zip(tokens, self.tokens, strict=False)):
+            if mine != theirs:
+                return index if self.gaps[index] > GAP else None
+        return None
+
+
+def oracle_available() -> bool:
+    """Returns whether .venv-oracle is there (scripts/setup_oracle.sh makes it)."""
+    return ORACLE_PYTHON.exists()
+
+
+@functools.cache
+def _result() -> dict:
+    """Returns the result of run_transformers.py, from the cache if it is there."""
+    model = packaged_model()
+    request = {
+        "prompts": [dataclasses.asdict(prompt) for prompt in PROMPTS],
+        "new_tokens": NEW_TOKENS,
+        "texts": list(TEXTS),
+    }
+    marker = ORACLE_PYTHON.parents[1] / "ready"
+    key = hashlib.sha256()
+    for part in (json.dumps(request).encode(), _SCRIPT.read_bytes(), marker.read_bytes(), model.read_bytes()):
+        key.update(hashlib.sha256(part).digest())
+    folder = ROOT / ".cache" / "oracle"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{key.hexdigest()[:24]}.json"
+    if not path.exists():
+        request_path = path.with_suffix(f".request.{os.getpid()}")
+        partial = path.with_suffix(f".partial.{os.getpid()}")
+        request_path.write_text(json.dumps(request))
+        command = [ORACLE_PYTHON, _SCRIPT, model, request_path, partial]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=_DEADLINE_SECONDS, env=environment, cwd=folder, check=False
+        )
+        request_path.unlink()
+        if run.returncode:
+            raise RuntimeError(f"transformers failed:\n{run.stderr[-4000:]}")
+        partial.rename(path)
+    return json.loads(path.read_text())
+
+
+def expected() -> dict[str, Answer]:
+    """Returns the reference's answers by prompt name; runs transformers if this machine has not yet."""
+    return {name: Answer(**answer) for name, answer in _result()["prompts"].items()}
+
+
+def expected_text_ids() -> list[list[int]]:
+    """Returns the reference's token ids of TEXTS."""
+    return _result()["texts"]

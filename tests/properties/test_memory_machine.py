@@ -1,0 +1,323 @@
+"""The memory core against a slow, obvious model, under random commands.
+
+The model is a device: every block remembers which tokens were written to it, for which tenant. Whatever the core says
+is cached must be there to read through the block table, whatever happened before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+import numpy as np
+import pytest
+
+from memsvc.core import invariants
+from memsvc.core.lease import FenceRequired
+from memsvc.core.memory import MemoryCore, PoolRegistration
+from memsvc.core.pool import BlockState
+from memsvc.local import columns_of
+from quire.columns import pack
+from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PromptTooLongError, StaleEpochError
+from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
+
+SIZE = 16
+USABLE = 24
+POOL = "executor"
+# Prompts are made of few pieces, shorter and longer than a block, so that they share prefixes of every kind.
+PIECES = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([3, 8, 16, 20])), min_size=1, max_size=6)
+TENANTS = st.sampled_from(["", "a"])
+
+
+@dataclasses.dataclass
+class ModelTable:
+    """A table as its gateway knows it."""
+
+    number: int
+    tenant: str
+    tokens: list[int]
+    written: int
+    blocks: list[int]
+    copies: list[tuple[int, int]]
+    publishes: bool
+
+
+@dataclasses.dataclass
+class ModelGateway:
+    """A gateway as it knows itself."""
+
+    number: int
+    name: str
+    tables: dict[int, ModelTable] = dataclasses.field(default_factory=dict)
+    leased: list[int] = dataclasses.field(default_factory=list)
+    granted: int = 0
+
+
+def tokens_of(pieces: list[tuple[int, int]]) -> list[int]:
+    """Returns the tokens of a prompt."""
+    return [kind * 1000 + position for kind, length in pieces for position in range(length)]
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Random commands of two gateways, deaths included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = MemoryCore(b"secret of this test", lease_ttl=float("inf"))
+        self.device: dict[int, tuple[str, list[int | None]]] = {}
+        self.gateways: list[ModelGateway] = []
+        self.fences: list[tuple[FenceRequired, ModelGateway]] = []
+        self.names = itertools.count()
+        self.epoch = 0
+        self.now = 0.0
+
+    @initialize()
+    def start(self) -> None:
+        """Registers the pool and connects two gateways."""
+        self.register()
+        for name in ("one", "two"):
+            self.gateways.append(self.connect(name))
+
+    def register(self) -> None:
+        """Registers a new incarnation of the executor."""
+        self.epoch += 5
+        spec = PoolSpec(USABLE + 1, SIZE, 1, "model", "float32", 10 * SIZE)
+        self.core.register_pool(PoolRegistration(POOL, self.epoch, "h:1", spec), self.epoch, self.now)
+
+    def connect(self, name: str) -> ModelGateway:
+        """Connects a gateway."""
+        return ModelGateway(self.core.connect_gateway(name, next(self.names) + 1, self.now), name)
+
+    @property
+    def pool(self) -> Any:
+        """The blocks of the core."""
+        return self.core.pool(POOL).memory.pool
+
+    def tell(self, gateway: ModelGateway, **fields: Any) -> None:
+        """Sends a journal."""
+        self.now += 1.0
+        self.core.journal(
+            gateway.number, POOL, self.epoch, columns_of(JournalEntry(POOL, self.epoch, **fields)), self.now
+        )
+
+    def read(self, table: ModelTable, count: int) -> list[int | None]:
+        """Returns what the device holds at the first `count` positions of a table."""
+        found: list[int | None] = []
+        for index in range(-(-count // SIZE)):
+            block = table.blocks[index]
+            source = {target: source for source, target in table.copies}.get(block, block)
+            tenant, content = self.device.get(source, ("", [None] * SIZE))
+            assert tenant == table.tenant, "a block of another tenant"
+            found.extend(content)
+        return found[:count]
+
+    def store(self, table: ModelTable, start: int, end: int) -> None:
+        """Writes tokens [start, end) of a table to the device, the copies first."""
+        for source, target in table.copies:
+            self.device[target] = (table.tenant, list(self.device[source][1]))
+        table.copies = []
+        for position in range(start, end):
+            block = table.blocks[position // SIZE]
+            if self.device.get(block, ("", []))[0] != table.tenant or block not in self.device or position % SIZE == 0:
+                self.device[block] = (table.tenant, [None] * SIZE)
+            self.device[block][1][position % SIZE] = table.tokens[position]
+
+    @rule(which=st.integers(0, 1), pieces=PIECES, tenant=TENANTS, read=st.booleans(), write=st.booleans())
+    def admit(self, which: int, pieces: list[tuple[int, int]], tenant: str, read: bool, write: bool) -> None:
+        """Opens a table; what it says is cached must be readable."""
+        gateway, tokens = self.gateways[which], tokens_of(pieces)
+        self.now += 1.0
+        request = AdmitRequest(
+            POOL, self.epoch, f"r{next(self.names)}", 0, pack(tokens), tenant=tenant,
+            skip_cache_read=not read, skip_cache_write=not write,
+        )  # fmt: skip
+        available = self.pool.available_block_count
+        needed = -(-len(tokens) // SIZE)
+        try:
+            admission = self.core.admit(gateway.number, request, self.now)
+        except PromptTooLongError:
+            assert needed > USABLE or len(tokens) > 10 * SIZE
+            return
+        except BlockPoolExhaustedError:
+            assert needed > 0
+            assert available == self.pool.available_block_count
+            return
+        assert admission.cached_token_count < len(tokens)
+        assert read or admission.cached_token_count == 0
+        table = ModelTable(
+            admission.table, tenant, tokens, admission.cached_token_count, admission.block_ids, admission.copies, write
+        )
+        assert self.read(table, admission.cached_token_count) == tokens[: admission.cached_token_count]
+        assert len(table.blocks) == needed
+        gateway.tables[table.number] = table
+
+    def choose(self, data: st.DataObject, which: int) -> tuple[ModelGateway, ModelTable] | None:
+        """Returns one of the open tables of a gateway."""
+        gateway = self.gateways[which]
+        if not gateway.tables:
+            return None
+        return gateway, gateway.tables[data.draw(st.sampled_from(sorted(gateway.tables)))]
+
+    @rule(which=st.integers(0, 1), data=st.data())
+    def write(self, which: int, data: st.DataObject) -> None:
+        """Has some known tokens written."""
+        chosen = self.choose(data, which)
+        if chosen is None:
+            return
+        gateway, table = chosen
+        limit = min(len(table.tokens), len(table.blocks) * SIZE)
+        if table.written >= limit:
+            return
+        written = data.draw(st.integers(table.written + 1, limit))
+        self.store(table, table.written, written)
+        table.written = written
+        self.tell(
+            gateway, tables=[table.number], token_starts=[len(table.tokens)], token_counts=[0], written_counts=[written]
+        )
+
+    @rule(which=st.integers(0, 1), data=st.data(), count=st.integers(1, 20))
+    def extend(self, which: int, data: st.DataObject, count: int) -> None:
+        """Adds tokens, growing from the lease as far as it goes."""
+        chosen = self.choose(data, which)
+        if chosen is None:
+            return
+        gateway, table = chosen
+        count = min(count, 10 * SIZE - len(table.tokens))
+        appended: list[int] = []
+        while gateway.leased and len(table.blocks) * SIZE < len(table.tokens) + count:
+            block = gateway.leased.pop(0)
+            appended += [table.number, len(table.blocks), block]
+            table.blocks.append(block)
+        count = min(count, len(table.blocks) * SIZE + 1 - len(table.tokens))
+        count = max(count, 0)
+        start = len(table.tokens)
+        table.tokens += [5000 + (start + offset) % 7 for offset in range(count)]
+        self.tell(
+            gateway,
+            tables=[table.number],
+            token_starts=[start],
+            token_counts=[count],
+            token_ids=table.tokens[start:],
+            written_counts=[table.written],
+            appended=appended,
+        )
+
+    @rule(which=st.integers(0, 1), data=st.data(), reason=st.sampled_from(list(CloseReason)))
+    def close(self, which: int, data: st.DataObject, reason: CloseReason) -> None:
+        """Closes a table, twice."""
+        chosen = self.choose(data, which)
+        if chosen is None:
+            return
+        gateway, table = chosen
+        for _ in range(2):
+            self.tell(gateway, closed=[table.number], close_reasons=[reason])
+        del gateway.tables[table.number]
+
+    @rule(which=st.integers(0, 1), count=st.integers(1, 6))
+    def lease(self, which: int, count: int) -> None:
+        """Leases blocks, and asks again for the same total."""
+        gateway = self.gateways[which]
+        expected = min(count, self.pool.available_block_count)
+        blocks = self.core.lease(gateway.number, POOL, self.epoch, gateway.granted + count, self.now)
+        assert len(blocks) == expected
+        gateway.granted += len(blocks)
+        gateway.leased += blocks
+        assert self.core.lease(gateway.number, POOL, self.epoch, gateway.granted, self.now) == []
+
+    @rule(which=st.integers(0, 1), count=st.integers(0, 4))
+    def give_back(self, which: int, count: int) -> None:
+        """Returns leased blocks."""
+        gateway = self.gateways[which]
+        returned, gateway.leased = gateway.leased[:count], gateway.leased[count:]
+        self.tell(gateway, returned=returned)
+
+    @rule(which=st.integers(0, 1), data=st.data())
+    def garbage(self, which: int, data: st.DataObject) -> None:
+        """Sends a journal of random numbers: it is refused, or it says nothing new."""
+        numbers = st.sampled_from([0, 1, 2, 3, 7, 16, USABLE, USABLE + 1, 2**31, 2**32 - 1])
+        column = st.lists(numbers, max_size=3)
+        fields = {
+            name: data.draw(column)
+            for name in ("tables", "token_starts", "token_counts", "written_counts", "token_ids", "closed", "returned")
+        }
+        if len(set(fields["returned"]) & set(self.gateways[which].leased)) or fields["closed"]:
+            fields["returned"], fields["closed"] = [], []
+        if fields["tables"]:
+            fields["tables"] = [2**31 + table for table in fields["tables"]]
+        before = self.pool.free_order()
+        try:
+            self.tell(self.gateways[which], **fields)
+        except (InvalidRequestError, StaleEpochError):
+            assert self.pool.free_order() == before
+        else:
+            assert not fields["tables"]
+
+    @rule(which=st.integers(0, 1))
+    def die(self, which: int) -> None:
+        """A gateway dies and comes back; what it held waits for the fence."""
+        dead = self.gateways[which]
+        self.gateways[which] = self.connect(dead.name)
+        for event in self.core.take_events():
+            if isinstance(event, FenceRequired):
+                self.fences.append((event, dead))
+        if not self.fences or self.fences[-1][1] is not dead:
+            assert not dead.tables and not dead.leased
+
+    @precondition(lambda self: self.fences)
+    @rule()
+    def fence(self) -> None:
+        """An executor answers the oldest fence."""
+        event, _ = self.fences.pop(0)
+        self.core.fenced(event.pool_id, event.epoch, event.gateway_number, self.now)
+
+    @rule()
+    @precondition(lambda self: self.now > 40)
+    def restart_executor(self) -> None:
+        """The executor restarts: everything of the old epoch is void."""
+        self.register()
+        self.device.clear()
+        self.fences.clear()
+        self.now = 0.0
+        for gateway in self.gateways:
+            gateway.tables.clear()
+            gateway.leased.clear()
+            gateway.granted = 0
+        with pytest.raises(StaleEpochError):
+            self.core.lease(self.gateways[0].number, POOL, self.epoch - 5, 1, self.now)
+        assert self.pool.count(BlockState.FREE) == USABLE
+
+    @invariant()
+    def holds(self) -> None:
+        """Everything adds up, and the model agrees."""
+        if not self.gateways:
+            return
+        invariants.check(self.core)
+        live = [table for gateway in self.gateways for table in gateway.tables.values()]
+        dead = [table for _, gateway in self.fences for table in gateway.tables.values()]
+        sources = {source for table in live for source, _ in table.copies}
+        assert (
+            set(np.flatnonzero(self.pool.state == BlockState.USED))
+            == {block for table in live for block in table.blocks} | sources
+        )
+        leased = {block for gateway in self.gateways for block in gateway.leased}
+        assert set(np.flatnonzero(self.pool.state == BlockState.LEASED)) == leased
+        pending = {block for table in dead for block in table.blocks}
+        pending |= {source for table in dead for source, _ in table.copies}
+        pending |= {block for _, gateway in self.fences for block in gateway.leased}
+        used = set(np.flatnonzero(self.pool.state == BlockState.USED))
+        assert set(np.flatnonzero(self.pool.state == BlockState.PENDING)) == pending - used
+        for table in live:
+            assert self.read(table, table.written) == table.tokens[: table.written]
+
+
+MemoryMachine.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+class TestMemoryMachine(MemoryMachine.TestCase):  # type: ignore[misc,name-defined]
+    """Runs the machine: a failure here is a wrong token, a leak or another tenant's text."""
