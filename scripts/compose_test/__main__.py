@@ -85,6 +85,7 @@ def _test(engine: Engine, cache: Path, *, keep: bool) -> None:
         stack.up()
         say("up: all healthy")
         checks.check_hardening(stack)
+        checks.check_store(stack)
         checks.check_command_line(stack)
         checks.check_stream_and_block_table(stack)
         if engine.own:

@@ -64,6 +64,14 @@ def check_hardening(stack: Stack) -> None:
     say("check: four healthy containers, hardened, two ports on loopback")
 
 
+def check_store(stack: Stack) -> None:
+    """The Redis container has what memsvc shares: the services that it knows are named there."""
+    keys = stack.compose("exec", "-T", "redis", "redis-cli", "--scan", timeout=30).split()
+    for kind in ("memsvc", "executor"):
+        expect(any(f":service:{kind}:" in key for key in keys), f"redis: no {kind} is registered in {keys}")
+    say(f"check: Redis has memsvc's {len(keys)} keys")
+
+
 def check_command_line(stack: Stack) -> None:
     """`quire generate` on the host streams a sensible answer through the published port."""
     quire = str(Path(sys.executable).with_name("quire"))
