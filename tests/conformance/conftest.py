@@ -10,7 +10,8 @@ import pytest
 import pytest_asyncio
 
 from quire.memory import PoolSpec
-from tests.conformance.memory_rig import Rig, grpc_rig, local_rig, spec
+from tests.conformance.memory_connections import spec
+from tests.conformance.memory_rig import Rig, grpc_rig, local_rig
 
 OpenRig = Callable[[PoolSpec], contextlib.AbstractAsyncContextManager[Rig]]
 

@@ -9,7 +9,8 @@ import pytest
 from protos.memsvc.v1 import admin_pb2
 from quire.errors import BlockPoolExhaustedError, PromptTooLongError
 from quire.memory import CloseReason
-from tests.conformance.memory_rig import Rig, prompt, spec
+from tests.conformance.memory_connections import prompt, spec
+from tests.conformance.memory_rig import Rig
 
 
 async def test_row_01_an_admission_to_an_empty_pool_names_the_shortage_and_changes_nothing(rig: Rig) -> None:

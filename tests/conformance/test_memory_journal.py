@@ -8,7 +8,8 @@ import pytest
 
 from quire.errors import InvalidRequestError, PoolNotFoundError, QuireError, StaleEpochError
 from quire.memory import AdmitRequest, BlocksRecalled, CloseReason, JournalEntry
-from tests.conformance.memory_rig import POOL_ID, Rig, RigSequence, StreamConnection, grpc_rig, pack, prompt, spec
+from tests.conformance.memory_connections import POOL_ID, StreamConnection, pack, prompt, spec
+from tests.conformance.memory_rig import Rig, RigSequence, grpc_rig
 
 
 async def test_row_33_closing_a_table_twice_does_nothing_more(rig: Rig) -> None:

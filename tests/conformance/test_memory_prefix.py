@@ -10,7 +10,8 @@ import pytest
 from protos.memsvc.v1 import admin_pb2
 from quire import hashing
 from quire.memory import CloseReason
-from tests.conformance.memory_rig import Rig, local_rig, pack, prompt, spec
+from tests.conformance.memory_connections import pack, prompt, spec
+from tests.conformance.memory_rig import Rig, local_rig
 
 
 async def test_row_09_full_blocks_get_an_identity_and_the_remainder_none(rig: Rig) -> None:
