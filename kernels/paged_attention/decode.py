@@ -133,7 +133,9 @@ def _decode_merge(
         part = tl.load(part_out_ptr + (base + split) * HEAD_DIM + dims, mask=dim_mask, other=0.0)
         acc = acc * rescale + part * weight
         running_max = new_max
-    result = tl.where(running_sum > 0.0, acc / tl.where(running_sum > 0.0, running_sum, 1.0), 0.0)
+    # A sum of zero is an empty row. NaN is not: what was read wrongly must be seen, not turned into zeros.
+    empty = running_sum == 0.0
+    result = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, running_sum))
     tl.store(
         out_ptr + sequence.to(tl.int64) * stride_out_token + head * stride_out_head + dims,
         result.to(out_ptr.dtype.element_ty),

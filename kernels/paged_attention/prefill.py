@@ -96,7 +96,7 @@ def _prefill(
         running_sum = running_sum * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         running_max = new_max
-    out = acc / tl.where(running_sum > 0.0, running_sum, 1.0)[:, None]
+    out = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
     tl.store(
         out_ptr + token_offsets[:, None] * stride_out_token + heads[:, None] * stride_out_head + dims[None, :],
         out.to(out_ptr.dtype.element_ty),
