@@ -106,10 +106,13 @@ class Stack:
             time.sleep(0.02)
 
 
-def start_service(name: str, directory: Path, *flags: str, port: str = "0") -> Service:
+def start_service(
+    name: str, directory: Path, *flags: str, port: str = "0", settings: dict[str, str] | None = None
+) -> Service:
     """Starts `python -m NAME FLAGS`, by default on a free port, logging JSON to a file."""
     log_path = directory / f"{name}-{time.monotonic_ns()}.log"
     environ = {key: value for key, value in os.environ.items() if not key.startswith("QUIRE_")}
+    environ |= settings or {}
     shared = ("--port", port, "--log-format", "json", "--parent-pid", str(os.getpid()))
     command = [sys.executable, "-m", name, *shared, *flags]
     with log_path.open("wb") as log:
