@@ -27,6 +27,8 @@ from quire.memory import (
 
 log = structlog.get_logger(__name__)
 
+_EMPTY: Column = np.zeros(0, np.int64)
+
 Fence = Callable[[str, int], Awaitable[None]]
 
 
@@ -154,7 +156,7 @@ class LocalMemory:
 
 def _column(values: Sequence[int]) -> Column:
     """Returns a list of ints as a column; the array module is twice as fast as numpy at this."""
-    return np.frombuffer(array("q", values), np.int64)
+    return np.frombuffer(array("q", values), np.int64) if values else _EMPTY
 
 
 def columns_of(entry: JournalEntry) -> JournalColumns:

@@ -161,14 +161,14 @@ class BlockPool:
             self._counts[_USED] += count
         return blocks, evicted
 
-    def adopt(self, block: int, now: float) -> None:
-        """Turns a leased block into a used one with one reference."""
-        self.state[block] = _USED
-        self.refs[block] = 1
-        self.lessee[block] = 0
-        self.since[block] = now
-        self._counts[_LEASED] -= 1
-        self._counts[_USED] += 1
+    def adopt(self, blocks: BlockIds, now: float) -> None:
+        """Turns leased blocks into used ones with one reference each."""
+        self.state[blocks] = _USED
+        self.refs[blocks] = 1
+        self.lessee[blocks] = 0
+        self.since[blocks] = now
+        self._counts[_LEASED] -= len(blocks)
+        self._counts[_USED] += len(blocks)
 
     def put_back(self, blocks: BlockIds, now: float) -> None:
         """Returns leased blocks, or those of a dead gateway after its fence, to the blank ones."""

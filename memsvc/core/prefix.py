@@ -132,6 +132,7 @@ class PrefixIndex:
         "_parent",
         "_parents",
         "_partial_length",
+        "_published",
         "_token_bytes",
         "collision_count",
         "published",
@@ -149,6 +150,8 @@ class PrefixIndex:
         self.tokens: npt.NDArray[np.uint32] = np.zeros((block_count, block_size), np.uint32)
         self._token_bytes = self.tokens.data.cast("B")
         self.published: npt.NDArray[np.uint8] = np.zeros(block_count, np.uint8)
+        # The same memory again: reading one value of a view takes half the time.
+        self._published = self.published.data
         self.collision_count = 0
         # The same memory twice: rows of two words to compare many, and bytes to slice one.
         self._identities = np.zeros((block_count, 2), np.uint64)
@@ -169,7 +172,7 @@ class PrefixIndex:
     def block_of(self, identity: bytes) -> int:
         """Returns the block published under `identity`, or 0."""
         for block in self._by_identity.candidates(identity):
-            if self.published[block] == _FULL and self._digest(self._identity, block) == identity:
+            if self._published[block] == _FULL and self._digest(self._identity, block) == identity:
                 return block
         return 0
 
@@ -205,8 +208,12 @@ class PrefixIndex:
         partial, count = self._match_partial(identity, rest, is_end=len(path) == limit)
         return PrefixMatch(np.array(path, np.int64) if path else _EMPTY, identity, partial, count)
 
-    def chain(self, parent: bytes, blocks: BlockIds) -> list[bytes]:
+    def chain(self, parent: bytes, blocks: list[int]) -> list[bytes]:
         """Returns the identities of `blocks`, all full, the first of which follows `parent`."""
+        if len(blocks) == 1:
+            size = self._block_size * _TOKEN_BYTES
+            start = blocks[0] * size
+            return self._chain(parent, self._token_bytes[start : start + size], self._block_size)
         return self._chain(parent, self.tokens[blocks].tobytes(), self._block_size)
 
     def publish_full(self, block: int, parent: bytes, identity: bytes, before: int) -> int:
@@ -230,7 +237,7 @@ class PrefixIndex:
         self._set_digest(self._identity, block, identity)
         self._set_digest(self._parent, block, parent)
         if other:
-            self.published[block] = _DUPLICATE
+            self._published[block] = _DUPLICATE
             return other
         self._link(block, identity, parent, _FULL)
         if before:
@@ -307,7 +314,7 @@ class PrefixIndex:
         best, best_count = 0, 0
         seen = 0
         for block in self._by_parent.candidates(parent):
-            state = self.published[block]
+            state = self._published[block]
             if state not in {_FULL, _PARTIAL} or self._digest(self._parent, block) != parent:
                 continue
             length = len(rest)
@@ -329,7 +336,7 @@ class PrefixIndex:
             self._by_identity.link(identity, block)
         self._by_parent.link(parent, block)
         self._linked[block] = state
-        self.published[block] = state
+        self._published[block] = state
 
     def _unlink(self, block: int) -> None:
         """Takes a forgotten block out of the chains."""

@@ -42,11 +42,11 @@ class _Rows:
 
 @dataclasses.dataclass(slots=True)
 class _Plan:
-    """A checked journal."""
+    """A checked journal. `single`: rows that give just the next token."""
 
     growth: dict[int, list[int]]
     rows: _Rows
-    plain: npt.NDArray[np.bool_]
+    single: npt.NDArray[np.bool_]
     closed: list[tuple[int, CloseReason]]
     returned: Column
 
@@ -75,10 +75,8 @@ class JournalWriter:
         """
         journal.check()
         plan = self._check(gateway, journal)
-        for slot, blocks in plan.growth.items():
-            self._grow(slot, blocks, now)
         if plan.growth:
-            self._memory.grants_of(gateway).leased -= sum(map(len, plan.growth.values()))
+            self._grow(gateway, plan.growth, now)
         if len(plan.rows.slots):
             self._apply_tokens(plan)
             self._apply_written(plan.rows, now)
@@ -93,11 +91,11 @@ class JournalWriter:
     def _check(self, gateway: int, journal: JournalColumns) -> _Plan:
         growth, taken = self._check_appended(gateway, journal.appended) if len(journal.appended) else ({}, set())
         rows = self._select_rows(gateway, journal)
-        plain = self._check_rows(rows, growth)
+        single = self._check_rows(rows, growth)
         closed = self._check_closed(gateway, journal) if len(journal.closed) else []
         if len(journal.returned):
             self._check_returned(gateway, journal.returned, taken)
-        return _Plan(growth, rows, plain, closed, journal.returned)
+        return _Plan(growth, rows, single, closed, journal.returned)
 
     def _owned_slot(self, gateway: int, table: int, field: str) -> int:
         """Returns the slot of `table`, -1 if it is closed; refuses one that never was or is another gateway's."""
@@ -115,12 +113,16 @@ class JournalWriter:
         pool, tables = self._memory.pool, self._memory.tables
         growth: dict[int, list[int]] = {}
         taken: set[int] = set()
-        for table, index, block in appended.tolist():
-            slot = self._owned_slot(gateway, table, "appended")
-            if slot < 0:
+        inside = (appended[:, 2] > 0) & (appended[:, 2] < pool.block_count)
+        holders = np.where(inside, pool.lessee[np.where(inside, appended[:, 2], 0)], 0).tolist()
+        slots = tables.slots(appended[:, 0])
+        owners = np.where(slots >= 0, tables.gateway[slots], 0).tolist()
+        rows = zip(appended.tolist(), slots.tolist(), owners, holders, strict=True)
+        for (table, index, block), slot, owner, holder in rows:
+            if owner != gateway and self._owned_slot(gateway, table, "appended") < 0:
                 continue
             blocks = tables.record(slot).blocks
-            new = growth.setdefault(slot, [])
+            new = growth.get(slot, ())
             length = len(blocks) + len(new)
             if index < length:
                 if (blocks[index] if index < len(blocks) else new[index - len(blocks)]) != block:
@@ -133,10 +135,10 @@ class JournalWriter:
                     "BLOCK_GAP",
                     "appended",
                 )
-            if not 0 < block < pool.block_count or pool.lessee[block] != gateway or block in taken:
+            if holder != gateway or block in taken:
                 _refuse(f"appended: block {block} is not leased to this gateway", "BLOCK_NOT_LEASED", "appended")
             taken.add(block)
-            new.append(block)
+            growth.setdefault(slot, []).append(block)
         return growth, taken
 
     def _select_rows(self, gateway: int, journal: JournalColumns) -> _Rows:
@@ -159,12 +161,13 @@ class JournalWriter:
         return _merged(rows, tables) if tables.has_repeats(slots) else rows
 
     def _check_rows(self, rows: _Rows, growth: dict[int, list[int]]) -> npt.NDArray[np.bool_]:
-        """Checks rows and returns which of them are plain: one new token, in a block that is there."""
+        """Checks rows and returns which of them give just the next token."""
         tables = self._memory.tables
         slots = rows.slots
         known = tables.tokens[slots]
         ends = rows.starts + rows.counts
-        plain: npt.NDArray[np.bool_] = (rows.starts == known) & (rows.counts == 1) & (tables.token_block[slots] > 0)
+        single: npt.NDArray[np.bool_] = (rows.starts == known) & (rows.counts == 1)
+        unusual = (rows.counts > 0) & ~(single & (tables.token_block[slots] > 0))
         after = np.maximum(known, ends)
         before = tables.written[slots]
         bad = (rows.starts > known) | (ends > self._token_limit) | (rows.written < before) | (rows.written > after)
@@ -177,8 +180,8 @@ class JournalWriter:
                 "ROW_MISMATCH",
                 "tables",
             )
-        if not plain.all():
-            for at in np.flatnonzero(~plain & (rows.counts > 0)).tolist():
+        for at in np.flatnonzero(unusual).tolist():
+            if not single[at] or int(slots[at]) not in growth:
                 self._check_tokens(rows, at, growth)
         there = tables.write_block[slots] > 0
         within = (rows.written // self._size == before // self._size) & there
@@ -189,7 +192,7 @@ class JournalWriter:
                 table = int(tables.counter[slot])
                 message = f"written_counts: table {table} has {length} blocks, not room for {int(rows.written[at])}"
                 _refuse(message, "ROW_MISMATCH", "written_counts")
-        return plain
+        return single
 
     def _check_tokens(self, rows: _Rows, at: int, growth: dict[int, list[int]]) -> None:
         """Refuses tokens that differ from those known, or that are too far ahead of the table's blocks."""
@@ -241,19 +244,35 @@ class JournalWriter:
             found = stored[start - first * self._size : min(end, in_blocks) - first * self._size].tolist()
         return found + record.overflow[max(0, start - in_blocks) : max(0, end - in_blocks)]
 
-    def _grow(self, slot: int, new: list[int], now: float) -> None:
-        """Appends leased blocks to a table, and moves tokens that waited for them."""
+    def _grow(self, gateway: int, growth: dict[int, list[int]], now: float) -> None:
+        """Appends leased blocks to tables, and moves tokens that waited for them."""
         tables, pool = self._memory.tables, self._memory.pool
-        record = tables.record(slot)
-        for block in new:
-            pool.adopt(block, now)
-            pool.tenant[block] = record.tenant_tag
-            record.blocks.append(block)
-        if record.overflow:
-            waiting, record.overflow = record.overflow, []
-            tables.tokens[slot] -= len(waiting)
-            self._append_tokens(slot, np.array(waiting, np.int64))
-        self._find_open_blocks(slot)
+        slots: list[int] = []
+        tags: list[int] = []
+        waiting: list[int] = []
+        for slot, new in growth.items():
+            record = tables.record(slot)
+            record.blocks.extend(new)
+            slots += [slot] * len(new)
+            tags += [record.tenant_tag] * len(new)
+            if record.overflow:
+                waiting.append(slot)
+        blocks = np.array([block for new in growth.values() for block in new], np.int64)
+        pool.adopt(blocks, now)
+        pool.tenant[blocks] = tags
+        self._memory.grants_of(gateway).leased -= len(blocks)
+        # Where a table was full up to its end, the first new block is the one that is open now.
+        owners, position = np.array(slots, np.int64), np.arange(len(slots))
+        first = np.concatenate(([True], owners[1:] != owners[:-1])) if len(slots) else position > 0
+        owners, blocks = owners[first], blocks[first]
+        for column in (tables.token_block, tables.write_block):
+            column[owners] = np.where(column[owners] == 0, blocks, column[owners])
+        for slot in waiting:
+            record = tables.record(slot)
+            tokens, record.overflow = np.array(record.overflow, np.int64), []
+            tables.tokens[slot] -= len(tokens)
+            self._append_tokens(slot, tokens)
+            self._find_open_blocks(slot)
 
     def _find_open_blocks(self, slot: int) -> None:
         """Sets where the next token and the next write of a table go."""
@@ -280,24 +299,24 @@ class JournalWriter:
     def _apply_tokens(self, plan: _Plan) -> None:
         tables, rows = self._memory.tables, plan.rows
         slots, offsets = rows.slots, rows.offsets
-        everything = bool(plan.plain.all())
-        if not everything:
-            for at in np.flatnonzero(~plan.plain & (rows.counts > 0)).tolist():
+        plain = plan.single & (tables.token_block[slots] > 0)
+        if not plain.all():
+            for at in np.flatnonzero(~plain & (rows.counts > 0)).tolist():
                 slot = int(slots[at])
                 offset = int(rows.offsets[at])
                 skip = int(tables.tokens[slot]) - int(rows.starts[at])
                 if skip < rows.counts[at]:
                     self._append_tokens(slot, rows.tokens[offset + skip : offset + int(rows.counts[at])])
                     self._find_open_blocks(slot)
-            slots, offsets = slots[plan.plain], offsets[plan.plain]
+            slots, offsets = slots[plain], offsets[plain]
         known = tables.tokens[slots]
         flat = self._memory.prefix.tokens.reshape(-1)
         flat[tables.token_block[slots] * self._size + known % self._size] = rows.tokens[offsets]
         known += 1
         tables.tokens[slots] = known
-        for slot in slots[known % self._size == 0].tolist():
+        filled = known % self._size == 0
+        for slot, index in zip(slots[filled].tolist(), (known[filled] // self._size).tolist(), strict=True):
             blocks = tables.record(slot).blocks
-            index = int(tables.tokens[slot]) // self._size
             tables.token_block[slot] = blocks[index] if index < len(blocks) else 0
 
     def _apply_written(self, rows: _Rows, now: float) -> None:
@@ -317,29 +336,31 @@ class JournalWriter:
             self._memory.pool.filled[blocks] = written % self._size
             return
         self._memory.pool.filled[blocks[within]] = written[within] % self._size
-        for at in np.flatnonzero(~within & (written > before)).tolist():
-            self._commit(int(slots[at]), now)
+        moved = np.flatnonzero(~within & (written > before))
+        for slot, count in zip(slots[moved].tolist(), written[moved].tolist(), strict=True):
+            self._commit(slot, count, now)
 
-    def _commit(self, slot: int, now: float) -> None:
+    def _commit(self, slot: int, written: int, now: float) -> None:
         """Publishes the blocks of a table that became full, and moves on to the block that is written next."""
         memory, tables = self._memory, self._memory.tables
         record = tables.record(slot)
         first = int(tables.committed[slot])
-        last, rest = divmod(int(tables.written[slot]), self._size)
+        last, rest = divmod(written, self._size)
         if last > first:
-            full = np.array(record.blocks[first:last])
+            full = record.blocks[first:last].tolist()
             memory.pool.filled[full] = self._size
             if record.publishes:
                 before = record.blocks[first - 1] if first else 0
                 parent = record.parent
-                for block, identity in zip(full.tolist(), memory.prefix.chain(parent, full), strict=True):
+                for block, identity in zip(full, memory.prefix.chain(parent, full), strict=True):
                     memory.publish(block, parent, identity, before, now)
                     before, parent = block, identity
                 record.parent = parent
             tables.committed[slot] = last
+        following = record.blocks[last] if last < len(record.blocks) else 0
         if rest:
-            memory.pool.filled[record.blocks[last]] = rest
-        tables.write_block[slot] = record.blocks[last] if last < len(record.blocks) else 0
+            memory.pool.filled[following] = rest
+        tables.write_block[slot] = following
 
 
 def _merged(rows: _Rows, tables: TableColumns) -> _Rows:
