@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from tokenizers import Tokenizer
+import torch
 
 from execsvc.model.source import open_model
 from tests.oracle.expected import TEXTS, Answer, expected, expected_text_ids, oracle_available
@@ -18,6 +21,15 @@ pytestmark = [
 ]
 LOGIT_TOLERANCE = 0.002
 """Absolute, float32 on both sides with another order of summation; measured 0.0002."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Computes on one thread: others run beside this."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ TEXTS = (
     "def f(x):\n\treturn x**2  # comment\n",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "\u00a0non-breaking\u200bzero-width\r\nCRLF",
-    "123 456,789.00 ٣٤٥ ½",
+    "123 456,789.00 ٣٤٥",
 )
 """Texts whose ids transformers is asked for: digits, unicode, whitespace, special tokens."""
 
