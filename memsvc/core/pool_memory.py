@@ -20,7 +20,7 @@ from memsvc.core.free_order import BlockIds
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import Grants
 from memsvc.core.pool import BlockPool, BlockState
-from memsvc.core.prefix import PrefixIndex, PrefixMatch, Publication
+from memsvc.core.prefix import FreshContent, PrefixIndex, PrefixMatch, Publication
 from memsvc.core.table import TableColumns, TableRecord, TableState
 from memsvc.core.writer import JournalWriter
 from quire import hashing
@@ -203,13 +203,13 @@ class PoolMemory:
         self.pool.put_back(np.flatnonzero(self.pool.lessee == gateway), now)
         del self.grants[gateway]
 
-    def publish(self, block: int, parent: bytes, identity: bytes, before: int, now: float) -> None:
-        """Makes a full block matchable, in place of an equal one that nobody uses; see the module's text."""
-        other = self.prefix.publish_full(block, parent, identity, before)
-        if other and self.pool.state[other] == BlockState.CACHED:
-            self.prefix.forget(np.array([other]))
-            self.pool.discard_cached(other, now)
-            self.prefix.republish(block)
+    def publish(self, fresh: FreshContent, now: float) -> None:
+        """Makes full blocks matchable, in place of equal ones that nobody uses; see the module's text."""
+        for block, other in self.prefix.publish_full(fresh):
+            if self.pool.state[other] == BlockState.CACHED:
+                self.prefix.forget(np.array([other]))
+                self.pool.discard_cached(other, now)
+                self.prefix.republish(block)
 
     def release_copy_source(self, slot: int, now: float) -> None:
         """Drops the reference on the source of a copy that has run."""

@@ -62,6 +62,26 @@ class PrefixMatch:
     """Tokens of the prompt that are in `partial_block`."""
 
 
+@dataclasses.dataclass(slots=True)
+class FreshContent:
+    """Blocks that became full and written, in columns."""
+
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    parents: list[bytes] = dataclasses.field(default_factory=list)
+    """Identity of the block before each, or the root digest."""
+    identities: list[bytes] = dataclasses.field(default_factory=list)
+    """Of each block."""
+    before: list[int] = dataclasses.field(default_factory=list)
+    """The block before each in its table, 0 for none."""
+
+    def add(self, blocks: list[int], parent: bytes, identities: list[bytes], before: int) -> None:
+        """Adds blocks that follow one another, the first after `before`, whose identity is `parent`."""
+        self.blocks += blocks
+        self.identities += identities
+        self.parents += [parent, *identities[:-1]]
+        self.before += [before, *blocks[:-1]]
+
+
 class DigestChains:
     """A multi-map from digests to blocks. The caller compares digests; this only finds candidates.
 
@@ -216,33 +236,31 @@ class PrefixIndex:
             return self._chain(parent, self._token_bytes[start : start + size], self._block_size)
         return self._chain(parent, self.tokens[blocks].tobytes(), self._block_size)
 
-    def publish_full(self, block: int, parent: bytes, identity: bytes, before: int) -> int:
-        """Makes a full block matchable.
-
-        Args:
-            block: the block; all its tokens are written.
-            parent: identity of the block before, or the root digest.
-            identity: its own.
-            before: the block before it in its table, 0 for none.
+    def publish_full(self, fresh: FreshContent) -> list[tuple[int, int]]:
+        """Makes full blocks matchable, in order.
 
         Returns:
-            0, or the block that already is published under this identity with the same tokens: then `block` is marked
-            DUPLICATE and can be published when that one is gone.
+            (block, other): `other` already is published with the same content. `block` is marked DUPLICATE and can be
+            published when that one is gone.
         """
-        other = self.block_of(identity)
-        if other and not np.array_equal(self.tokens[other], self.tokens[block]):
-            self.collision_count += 1
-            return 0
-        self._unlink(block)
-        self._set_digest(self._identity, block, identity)
-        self._set_digest(self._parent, block, parent)
-        if other:
-            self._published[block] = _DUPLICATE
-            return other
-        self._link(block, identity, parent, _FULL)
-        if before:
-            self._hint[before] = block
-        return 0
+        blocks, linked = fresh.blocks, self._linked
+        for block in blocks:
+            if linked[block]:
+                self._unlink(block)
+        self._identities[blocks] = np.frombuffer(b"".join(fresh.identities), np.uint64).reshape(-1, 2)
+        self._parents[blocks] = np.frombuffer(b"".join(fresh.parents), np.uint64).reshape(-1, 2)
+        duplicates = []
+        for block, parent, identity, before in zip(blocks, fresh.parents, fresh.identities, fresh.before, strict=True):
+            other = self.block_of(identity)
+            if not other:
+                self._link(block, identity, parent, _FULL)
+                self._hint[before] = block
+            elif np.array_equal(self.tokens[other], self.tokens[block]):
+                self._published[block] = _DUPLICATE
+                duplicates.append((block, other))
+            else:
+                self.collision_count += 1
+        return duplicates
 
     def publish_partial(self, block: int, parent: bytes, token_count: int) -> bool:
         """Makes the first `token_count` tokens of `block` matchable by copy; false if they already are elsewhere."""

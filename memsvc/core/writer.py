@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.pool import BlockState
+from memsvc.core.prefix import FreshContent
 from memsvc.core.table import Slots, TableColumns
 from quire.errors import StaleEpochError
 from quire.memory import CloseReason
@@ -337,30 +338,37 @@ class JournalWriter:
             return
         self._memory.pool.filled[blocks[within]] = written[within] % self._size
         moved = np.flatnonzero(~within & (written > before))
-        for slot, count in zip(slots[moved].tolist(), written[moved].tolist(), strict=True):
-            self._commit(slot, count, now)
+        if len(moved):
+            self._commit(slots[moved], written[moved], now)
 
-    def _commit(self, slot: int, written: int, now: float) -> None:
-        """Publishes the blocks of a table that became full, and moves on to the block that is written next."""
-        memory, tables = self._memory, self._memory.tables
-        record = tables.record(slot)
-        first = int(tables.committed[slot])
-        last, rest = divmod(written, self._size)
-        if last > first:
-            full = record.blocks[first:last].tolist()
-            memory.pool.filled[full] = self._size
+    def _commit(self, slots: Slots, written: Column, now: float) -> None:
+        """Publishes the blocks of tables that became full, and moves on to the blocks that are written next."""
+        memory, tables, size = self._memory, self._memory.tables, self._size
+        full: list[int] = []
+        following: list[int] = []
+        fresh = FreshContent()
+        last = written // size
+        rows = zip(slots.tolist(), tables.committed[slots].tolist(), last.tolist(), strict=True)
+        for slot, start, end in rows:
+            record = tables.record(slot)
+            held = record.blocks
+            following.append(held[end] if end < len(held) else 0)
+            if end == start:
+                continue
+            blocks = held[start:end].tolist() if end > start + 1 else [held[start]]
+            full += blocks
             if record.publishes:
-                before = record.blocks[first - 1] if first else 0
-                parent = record.parent
-                for block, identity in zip(full, memory.prefix.chain(parent, full), strict=True):
-                    memory.publish(block, parent, identity, before, now)
-                    before, parent = block, identity
-                record.parent = parent
-            tables.committed[slot] = last
-        following = record.blocks[last] if last < len(record.blocks) else 0
-        if rest:
-            memory.pool.filled[following] = rest
-        tables.write_block[slot] = following
+                identities = memory.prefix.chain(record.parent, blocks)
+                fresh.add(blocks, record.parent, identities, held[start - 1] if start else 0)
+                record.parent = identities[-1]
+        if full:
+            memory.pool.filled[full] = size
+            tables.committed[slots] = last
+        opened, rest = np.array(following, np.int64), written % size
+        memory.pool.filled[opened[rest > 0]] = rest[rest > 0]
+        tables.write_block[slots] = opened
+        if fresh.blocks:
+            memory.publish(fresh, now)
 
 
 def _merged(rows: _Rows, tables: TableColumns) -> _Rows:
