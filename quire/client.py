@@ -21,7 +21,7 @@ import grpc
 
 from protos.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from quire import generation, status
-from quire.errors import NotReadyError, QuireError, RequestCancelledError
+from quire.errors import NotReadyError, QuireError, RequestCancelledError, UnsupportedError
 from quire.generation import (
     Cancellation,
     Delta,
@@ -52,6 +52,8 @@ def as_quire_error(error: grpc.RpcError, address: str, *, started: bool = False)
         started: the server had begun to answer.
     """
     found = status.from_rpc_error(error)
+    if found.code is grpc.StatusCode.UNIMPLEMENTED and found.reason == "UNIMPLEMENTED":
+        return UnsupportedError(f"the service at {address} has no such method", reason="METHOD_UNKNOWN")
     # Without our details the status was made by the transport, not by a server of ours.
     if found.code is grpc.StatusCode.UNAVAILABLE and found.reason == "UNAVAILABLE":
         if started:

@@ -1,4 +1,4 @@
-"""Asks memsvc's AdminService, page by page, and finds sequences by the beginning of their ids."""
+"""Asks memsvc's AdminService, page by page."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import grpc
 
 from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
 from quire.client import as_quire_error
-from quire.errors import InvalidRequestError, SequenceNotFoundError
 from quire.rpc import CHANNEL_OPTIONS
 
 _TIMEOUT_SECONDS: Final = 10.0
 _PAGE: Final = 1000
-_SHOWN_CANDIDATES: Final = 5
 
 _Answer = TypeVar("_Answer")
 
@@ -56,34 +54,15 @@ class AdminClient:
             SequenceNotFoundError: no sequence that holds blocks has such an id.
             InvalidRequestError: several have.
         """
-        try:
-            return self._block_table(sequence)
-        except SequenceNotFoundError:
-            return self._block_table(self._complete(sequence))
-
-    def _block_table(self, sequence_id: str) -> admin_pb2.GetBlockTableResponse:
-        """Returns the table of exactly this sequence."""
-        whole = admin_pb2.GetBlockTableResponse()
-        while True:
-            request = admin_pb2.GetBlockTableRequest(sequence_id=sequence_id, page_token=whole.next_page_token)
+        request = admin_pb2.GetBlockTableRequest(sequence_id=sequence)
+        whole = self._call(self._stub.GetBlockTable, request)
+        token = whole.next_page_token
+        while token:
+            request.page_token = token
             page = self._call(self._stub.GetBlockTable, request)
-            entries = [*whole.entries, *page.entries]
-            whole = page
-            del whole.entries[:]
-            whole.entries.extend(entries)
-            if not whole.next_page_token:
-                return whole
-
-    def _complete(self, beginning: str) -> str:
-        """Returns the id of the only sequence whose id begins so."""
-        found = [one.sequence_id for one in self.sequences() if one.sequence_id.startswith(beginning)]
-        if not found:
-            raise SequenceNotFoundError(f"no sequence that holds blocks has an id that begins with {beginning!r}")
-        if len(found) > 1:
-            shown = ", ".join(found[:_SHOWN_CANDIDATES]) + (", ..." if len(found) > _SHOWN_CANDIDATES else "")
-            message = f"{len(found)} sequences have ids that begin with {beginning!r}: {shown}"
-            raise InvalidRequestError(message, field="sequence")
-        return found[0]
+            whole.entries.extend(page.entries)
+            token = page.next_page_token
+        return whole
 
     def block(self, pool_id: str, block_id: int) -> admin_pb2.GetBlockResponse:
         """Returns one block."""

@@ -11,7 +11,7 @@ from quire.cli import options
 from quire.cli.admin import AdminClient
 from quire.cli.drawing import draw_block_table, draw_pool
 from quire.cli.output import console, format_seconds, notices, print_json, print_table, state_name
-from quire.errors import QuireError
+from quire.errors import QuireError, UnsupportedError
 from quire.healthcheck import check
 from quire.serve.plan import EXECSVC_PORT, LOOPBACK
 
@@ -133,13 +133,15 @@ def block(
 
 
 def _executor_addresses(memsvc: str) -> list[str]:
-    """Returns where memsvc knows executors, or the default address."""
+    """Returns where memsvc knows executors; the default address if it does not answer."""
     try:
         with AdminClient(memsvc) as admin:
-            found = [pool.executor_address for pool in admin.pools()]
+            return [pool.executor_address for pool in admin.pools()]
+    except UnsupportedError:
+        # Everything is in one process: its executor has no address.
+        return []
     except QuireError:
-        found = []
-    return found or [f"{LOOPBACK}:{EXECSVC_PORT}"]
+        return [f"{LOOPBACK}:{EXECSVC_PORT}"]
 
 
 def health(

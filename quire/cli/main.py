@@ -31,6 +31,7 @@ _HINTS: Final = {
     "MODEL_NOT_FOUND": "leave --model out if only one model is served",
     "SEQUENCE_NOT_FOUND": "`quire sequences` lists those that hold blocks; finished ones hold none",
     "POOL_NOT_FOUND": "`quire pools` lists them",
+    "METHOD_UNKNOWN": "is that the right service? With --in-process there is no memsvc to look into",
     "QUEUE_FULL": "the server is busy, try again later",
     "DEADLINE_EXCEEDED": "allow more time with --timeout",
 }

@@ -76,8 +76,8 @@ async def _print_banner(addresses: dict[str, str], log_directory: Path) -> None:
     printer.print(Text.assemble("\nQuire serves ", (model, "bold"), " at ", (gateway, "bold green"), "\n"))
     printer.print(f'  {command} generate "The capital of France is" --max-tokens 32{where}', soft_wrap=True)
     printer.print(f"  {command} chat{where}\n", soft_wrap=True)
-    memsvc = addresses.get("memsvc", gateway)
-    printer.print(Text(f"memory at {memsvc}; logs in {log_directory}; Ctrl-C drains and stops", "dim"), soft_wrap=True)
+    memory = f"memory at {addresses['memsvc']}" if "memsvc" in addresses else "all in one process"
+    printer.print(Text(f"{memory}; logs in {log_directory}; Ctrl-C drains and stops", "dim"), soft_wrap=True)
 
 
 def serve(
