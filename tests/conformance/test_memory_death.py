@@ -249,8 +249,8 @@ async def test_a_stream_that_does_not_begin_with_a_good_hello_is_refused(first: 
 
 async def test_a_silent_stranger_is_not_waited_for() -> None:
     """Otherwise half-open streams pile up."""
-    async with grpc_rig(spec(), test_config(lease_ttl=0.3, heartbeat_interval=0.05)) as rig:
-        async with open_channel(rig.address) as channel:
-            stream = memsvc_pb2_grpc.MemoryServiceStub(channel).Connect()
-            await stream.wait_for_connection()
-            assert await asyncio.wait_for(stream.code(), 5) is grpc.StatusCode.DEADLINE_EXCEEDED
+    config = test_config(lease_ttl=0.3, heartbeat_interval=0.05)
+    async with grpc_rig(spec(), config) as rig, open_channel(rig.address) as channel:
+        stream = memsvc_pb2_grpc.MemoryServiceStub(channel).Connect()
+        await stream.wait_for_connection()
+        assert await asyncio.wait_for(stream.code(), 5) is grpc.StatusCode.DEADLINE_EXCEEDED
