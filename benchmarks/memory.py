@@ -1,8 +1,8 @@
 """Times the memory service: `python benchmarks/memory.py [--json]`. Medians in microseconds, block size 16.
 
 A decode step is 256 sequences that advance by one token each, 16 of which append a block and commit one. In process it
-is the call that the gateway makes; over gRPC the time from sending the journal to its acknowledgement, which the gateway
-does not wait for.
+is the call that the gateway makes; over gRPC the time from sending the journal to its acknowledgement, for which the
+gateway does not wait.
 """
 
 from __future__ import annotations
