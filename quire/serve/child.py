@@ -26,7 +26,7 @@ EXIT_FAILURE: Final = 1
 EXIT_CONFIG: Final = 2
 
 # How a service says in one line why it ends; argparse adds the "error: ".
-_FINAL_WORDS: Final = re.compile(r"(?:quire \w+: error|quire \w+|error): (?P<reason>.+)")
+_FINAL_WORDS: Final = re.compile(r"(?:(?:quire )?(?:memsvc|execsvc|gateway)(?:: error)?|error): (?P<reason>.+)")
 _RAISED: Final = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b|Fatal|fatal")
 
 LineListener = Callable[[str, str], None]

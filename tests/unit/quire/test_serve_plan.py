@@ -99,6 +99,7 @@ def test_a_relative_model_is_made_absolute(tmp_path: Path, monkeypatch: pytest.M
     [
         ([], ""),
         (["quire execsvc: no model at /x"], "no model at /x"),
+        (["memsvc: --store: unknown"], "--store: unknown"),
         (["usage: quire execsvc", "quire execsvc: error: unrecognized arguments: --x"], "unrecognized arguments: --x"),
         (['{"level": "info", "event": "config_loaded"}'], ""),
         (['{"level": "error", "event": "device_lost", "error": "out of memory"}'], "out of memory"),
