@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kernels import checks
-from kernels.kv_write import flat, reference as kv_write_reference
+from kernels.kv_write import flat
+from kernels.kv_write import reference as kv_write_reference
 from kernels.layout import KVLayout, layer_views
 from kernels.paged_attention.reference import paged_attention
 from kernels.paged_attention.tiled import attend_tiles, plan_tiles

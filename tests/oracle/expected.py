@@ -37,9 +37,13 @@ TEXTS = (
     "def f(x):\n\treturn x**2  # comment\n",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "\u00a0non-breaking\u200bzero-width\r\nCRLF",
-    "123 456,789.00 ٣٤٥",
+    "123 456,789.00",
 )
-"""Texts whose ids transformers is asked for: digits, unicode, whitespace, special tokens."""
+"""Texts whose ids transformers is asked for: digits, unicode, whitespace, special tokens.
+
+No numeric characters beyond ASCII: what transformers builds from a GGUF file does not split at those, while the model's
+own tokenizer.json, llama.cpp and we do.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

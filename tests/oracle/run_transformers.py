@@ -39,7 +39,7 @@ def main() -> None:
     """Runs the request."""
     gguf, request_path, result_path = map(Path, sys.argv[1:])
     request = json.loads(request_path.read_text())
-    torch.set_num_threads(request.get("num_threads", 2))
+    torch.set_num_threads(1)  # others run beside this, and threads that wait for each other suffer most
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
