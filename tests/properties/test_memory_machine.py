@@ -26,10 +26,10 @@ from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PromptToo
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
 
 SIZE = 16
-USABLE = 24
+USABLE = 9
 POOL = "executor"
 # Prompts are made of few pieces, shorter and longer than a block, so that they share prefixes of every kind.
-PIECES = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([3, 8, 16, 20])), min_size=1, max_size=6)
+PIECES = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([16, 16, 8, 19])), min_size=1, max_size=4)
 TENANTS = st.sampled_from(["", "a"])
 
 
@@ -205,6 +205,19 @@ class MemoryMachine(RuleBasedStateMachine):
             written_counts=[table.written],
             appended=appended,
         )
+
+    @rule(which=st.integers(0, 1), pieces=PIECES, tenant=TENANTS)
+    def run_to_the_end(self, which: int, pieces: list[tuple[int, int]], tenant: str) -> None:
+        """Opens a table, has all of it written, and closes it: this is what fills the cache."""
+        gateway = self.gateways[which]
+        before = set(gateway.tables)
+        self.admit(which=which, pieces=pieces, tenant=tenant, read=True, write=True)
+        for number in set(gateway.tables) - before:
+            table = gateway.tables.pop(number)
+            self.store(table, table.written, len(table.tokens))
+            count = len(table.tokens)
+            self.tell(gateway, tables=[number], token_starts=[count], token_counts=[0], written_counts=[count])
+            self.tell(gateway, closed=[number], close_reasons=[CloseReason.FINISHED])
 
     @rule(which=st.integers(0, 1), data=st.data(), reason=st.sampled_from(list(CloseReason)))
     def close(self, which: int, data: st.DataObject, reason: CloseReason) -> None:

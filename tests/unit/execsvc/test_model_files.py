@@ -131,7 +131,7 @@ def test_a_truncated_gguf_says_so(damaged: Path, keep: float) -> None:
     data = packaged_model().read_bytes()
     path = damaged / "cut.gguf"
     path.write_bytes(data[: int(keep if keep > 1 or keep == 0 else keep * len(data))])
-    with pytest.raises(ModelFormatError, match="truncated|not a GGUF") as caught:
+    with pytest.raises(ModelFormatError, match=r"truncated|not a GGUF") as caught:
         open_model(str(path))
     assert "\n" not in caught.value.message
 

@@ -21,7 +21,7 @@ def draws(spec: SamplingSpec, count: int, logits: torch.Tensor = LOGITS) -> list
 
 
 def test_philox_gives_the_published_words() -> None:
-    """Otherwise another implementation, on a GPU say, could not draw the same tokens. Vectors: Random123 kat_vectors."""
+    """Otherwise another implementation could not draw the same tokens. Vectors: Random123 kat_vectors."""
     one = np.array([0xFFFFFFFF], dtype=np.uint64)
     zero = np.zeros(1, dtype=np.uint64)
     words = [int(word[0]) for word in philox4x32((zero, zero, zero, zero), (zero, zero))]
