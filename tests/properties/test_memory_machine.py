@@ -154,6 +154,9 @@ class MemoryMachine(RuleBasedStateMachine):
         assert self.read(table, admission.cached_token_count) == tokens[: admission.cached_token_count]
         assert len(table.blocks) == needed
         gateway.tables[table.number] = table
+        # Tells what it was told: the copy has not run by this, and its source must stay.
+        cached = admission.cached_token_count
+        self.tell(gateway, tables=[table.number], token_starts=[len(tokens)], token_counts=[0], written_counts=[cached])
 
     def choose(self, data: st.DataObject, which: int) -> tuple[ModelGateway, ModelTable] | None:
         """Returns one of the open tables of a gateway."""

@@ -143,6 +143,18 @@ def test_a_wrong_hint_costs_a_hash_and_never_a_wrong_block() -> None:
     assert index.match(root, prompt).identity == hashing.chain(root, prompt, 16)[-1]
 
 
+def test_a_hint_to_a_block_of_another_prefix_is_not_believed() -> None:
+    """Otherwise equal tokens after another prefix match, once the block before them was given away."""
+    index, prompt, root = filled_index(2)
+    index.forget(ids(1))
+    index.tokens[1] = range(16)
+    content = FreshContent()
+    content.add([1], root, index.chain(root, [1]), 0)
+    index.publish_full(content)
+    other = pack(list(range(16))) + prompt[64:]
+    assert index.match(root, other).blocks.tolist() == [1]
+
+
 def test_tables_keep_their_slots_apart_while_they_grow() -> None:
     """Otherwise two sequences share a row, and one is told the other's tokens."""
     random_source = random.Random(3)
