@@ -216,10 +216,13 @@ class MemoryMachine(RuleBasedStateMachine):
         before = set(gateway.tables)
         self.admit(which=which, pieces=pieces, tenant=tenant, read=True, write=True)
         for number in set(gateway.tables) - before:
-            table = gateway.tables.pop(number)
+            table = gateway.tables[number]
             self.store(table, table.written, len(table.tokens))
             count = len(table.tokens)
             self.tell(gateway, tables=[number], token_starts=[count], token_counts=[0], written_counts=[count])
+            table.written = count
+            self.holds()
+            del gateway.tables[number]
             self.tell(gateway, closed=[number], close_reasons=[CloseReason.FINISHED])
 
     @rule(which=st.integers(0, 1), data=st.data(), reason=st.sampled_from(list(CloseReason)))
