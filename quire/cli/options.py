@@ -14,6 +14,6 @@ Address: TypeAlias = Annotated[
     str, typer.Option("--address", envvar="QUIRE_ADDRESS", metavar="HOST:PORT", help="Where the gateway listens.")
 ]
 Memsvc: TypeAlias = Annotated[
-    str, typer.Option("--memsvc", envvar="QUIRE_MEMSVC_ADDRESS", metavar="HOST:PORT", help="Where memsvc listens.")
+    str, typer.Option("--memsvc", envvar="QUIRE_ADMIN_ADDRESS", metavar="HOST:PORT", help="Where memsvc listens.")
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

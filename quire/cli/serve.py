@@ -166,4 +166,4 @@ def serve(
 def run_service(name: str, arguments: list[str]) -> None:
     """Becomes `python -m NAME ARGUMENTS`."""
     argv = [sys.executable, "-m", name, *arguments]
-    os.execve(sys.executable, argv, plan.child_environment())  # noqa: S606 - no shell is the point
+    os.execve(sys.executable, argv, dict(os.environ))  # noqa: S606 - no shell is the point

@@ -17,9 +17,6 @@ MEMSVC_PORT: Final = 50061
 EXECSVC_PORT: Final = 50071
 LOOPBACK: Final = "127.0.0.1"
 
-# Read by the command line only. The services would refuse it as a setting they do not know.
-_OWN_VARIABLES: Final = ("QUIRE_MEMSVC_ADDRESS", "QUIRE_ADDRESS")
-
 # Which services an option of `quire serve` is passed to.
 _RECEIVERS: Final[Mapping[str, tuple[str, ...]]] = {
     "store": ("memsvc",),
@@ -75,11 +72,6 @@ class ServiceProcess:
     environment: Mapping[str, str]
     drain_grace: float
     """Seconds that it gets between SIGTERM and SIGKILL, not counting a margin."""
-
-
-def child_environment() -> dict[str, str]:
-    """Returns this process's environment without the variables that only the command line reads."""
-    return {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
 
 
 def _bindable(host: str, port: int) -> int:
@@ -161,7 +153,7 @@ def plan_processes(options: ServeOptions) -> list[ServiceProcess]:
 
     def process(name: str, address: str, flags: list[str], environment: Mapping[str, str]) -> ServiceProcess:
         argv = (sys.executable, "-m", name, *flags, *common)
-        return ServiceProcess(name, address, argv, {**child_environment(), **environment}, options.drain_grace)
+        return ServiceProcess(name, address, argv, {**dict(os.environ), **environment}, options.drain_grace)
 
     gateway_flags = ["--host", options.host, "--port", str(gateway_port), *_flags("gateway", settings)]
     if options.in_process:

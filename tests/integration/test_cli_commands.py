@@ -24,7 +24,7 @@ GREEDY = ["--temperature", "0"]
 def addresses(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands find the services as a user's shell would tell them."""
     monkeypatch.setenv("QUIRE_ADDRESS", stack.address)
-    monkeypatch.setenv("QUIRE_MEMSVC_ADDRESS", stack.memsvc.address)
+    monkeypatch.setenv("QUIRE_ADMIN_ADDRESS", stack.memsvc.address)
 
 
 def quire(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -202,7 +202,7 @@ def test_the_client_of_the_readme_works(stack: Stack) -> None:
 
 def test_a_service_can_be_run_alone() -> None:
     """`quire memsvc` is what an operator puts into a unit file: signals must reach the service itself."""
-    environment = {**os.environ, "QUIRE_MEMSVC_ADDRESS": "127.0.0.1:1"}
+    environment = {**os.environ, "QUIRE_ADMIN_ADDRESS": "127.0.0.1:1"}
     command = [sys.executable, "-m", "quire.cli.main", "memsvc", "--port", "0", "--log-format", "json"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None

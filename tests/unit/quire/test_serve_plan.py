@@ -1,10 +1,15 @@
 """What `quire serve` starts."""
 
+import os
 from pathlib import Path
 import socket
 
 import pytest
 
+from execsvc.config import ExecsvcConfig
+from gateway.config import GatewayConfig
+from memsvc.config import MemsvcConfig
+from quire.config import load
 from quire.errors import ConfigError
 from quire.serve.child import last_error
 from quire.serve.plan import ServeOptions, ServiceProcess, plan_processes, resolve_model
@@ -65,13 +70,12 @@ def test_one_process_gets_the_settings_of_all() -> None:
     assert "--dtype" not in process.argv
 
 
-def test_variables_of_the_command_line_do_not_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory service refuses variables with its prefix that are no settings of its own."""
-    monkeypatch.setenv("QUIRE_MEMSVC_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("QUIRE_MEMSVC_STORE", "memory://")
-    environment = planned()["memsvc"].environment
-    assert "QUIRE_MEMSVC_ADDRESS" not in environment
-    assert environment["QUIRE_MEMSVC_STORE"] == "memory://"
+def test_variables_of_the_command_line_are_no_settings_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable for `quire blocks` must not stop a service that refuses settings it does not know."""
+    for name in ("QUIRE_ADMIN_ADDRESS", "QUIRE_ADDRESS"):
+        monkeypatch.setenv(name, "127.0.0.1:1")
+        for service, config in (("memsvc", MemsvcConfig), ("execsvc", ExecsvcConfig), ("gateway", GatewayConfig)):
+            load(config, service, [], os.environ)
 
 
 def test_a_port_in_use_is_refused_before_anything_starts() -> None:
