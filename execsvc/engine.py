@@ -71,10 +71,10 @@ class Engine:
         """Drops every sequence."""
         self._rows.drop_all()
 
-    def reset(self) -> None:
-        """Forgets everything that was run, as if just made: sequences, epoch, and the content of the cache."""
+    def reset(self, used_block_count: int) -> None:
+        """Forgets what was run, as if just made: sequences, epoch, and the content of blocks below the count given."""
         self._rows.drop_all()
-        self._cache.data.zero_()
+        self._cache.data[:used_block_count].zero_()
         self.epoch = 0
 
     def apply(self, plan: pb.StepPlan, owner: int = _NO_OWNER) -> pb.StepResult:

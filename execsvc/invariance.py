@@ -54,5 +54,5 @@ def measure_batch_invariance(engine: Engine, block_count: int) -> bool:
         run([start(table, table - _TOGETHER) for table in company], company, length)
     finally:
         engine.observe_logits = None
-        engine.reset()
+        engine.reset(1 + (2 + _NEIGHBOURS) * blocks_each)
     return all(torch.equal(seen[_ALONE], seen[table]) for table in (_CHUNKED, _TOGETHER))

@@ -92,8 +92,7 @@ def _draw(logits: torch.Tensor, spec: SamplingSpec, draw: float) -> int:
         # float64 over the whole row: the total of 100,000 float32 weights would be off by more than a draw's bit.
         weights = torch.softmax(scaled, -1, dtype=torch.float64)
         return _pick(torch.cumsum(weights, -1), draw)
-    values, order = _most_likely(scaled, spec)
-    weights = torch.softmax(values, -1, dtype=torch.float64)
+    weights, order = _most_likely(scaled, spec)
     if spec.top_p < 1.0:
         # A token stays while those before it do not reach top_p yet, so the first one always stays.
         reached = torch.cumsum(weights, -1)
@@ -104,14 +103,30 @@ def _draw(logits: torch.Tensor, spec: SamplingSpec, draw: float) -> int:
 
 
 def _most_likely(scaled: torch.Tensor, spec: SamplingSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (values, tokens) of the candidates, most likely first: top_k of them, or all of them.
+    """Returns (probabilities in float64, tokens) of the candidates, most likely first.
 
-    The order among equal values is that of `torch.sort(stable=True)`: by token.
+    They are the top_k tokens, or as many as top_p and min_p can keep: sorting a whole vocabulary takes milliseconds, so
+    the most likely _HEAD_COUNT are tried first. Equal values are in the order of their tokens.
     """
     vocabulary = scaled.shape[-1]
     count = min(spec.top_k, vocabulary) if spec.top_k else vocabulary
+    if vocabulary > _HEAD_COUNT:
+        values, order = _ordered(*torch.topk(scaled, min(count, _HEAD_COUNT)))
+        if count <= _HEAD_COUNT:
+            return torch.softmax(values, -1, dtype=torch.float64), order
+        if not spec.top_k:
+            weights = torch.exp(values.double() - torch.logsumexp(scaled.double(), -1))
+            if float(weights.sum()) >= spec.top_p or float(weights[-1]) < spec.min_p * float(weights[0]):
+                return weights, order
     values, order = torch.sort(scaled, descending=True, stable=True)
-    return values[:count], order[:count]
+    return torch.softmax(values[:count], -1, dtype=torch.float64), order[:count]
+
+
+def _ordered(values: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both sorted by value, equal values by token: `topk` leaves the order of equal values open."""
+    order, by_token = torch.sort(order)
+    values, by_value = torch.sort(values[by_token], descending=True, stable=True)
+    return values, order[by_value]
 
 
 def _pick(cumulative: torch.Tensor, draw: float) -> int:

@@ -10,7 +10,7 @@ from quire.units import div_ceil
 def run_step(engine: Engine, token_count: int, sequence_count: int, block_size: int) -> None:
     """Runs one step of `token_count` tokens over at most `sequence_count` sequences, and drops them.
 
-    The cache must hold them, each in blocks of its own. All of them sample, with every option on.
+    The cache must hold the longest of them. All of them sample, with every option on.
 
     Raises:
         InvariantError: the engine refused its own plan.

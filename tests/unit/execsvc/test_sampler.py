@@ -66,6 +66,33 @@ def test_unlikely_tokens_are_dropped(spec: SamplingSpec, allowed: set[int]) -> N
     assert set(draws(spec, 2000)) == allowed
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 7},
+        {"top_k": 1500},
+        {"top_p": 0.3},
+        {"top_p": 0.999},
+        {"min_p": 0.3},
+        {"min_p": 1e-9},
+        {"top_k": 99999},
+    ],
+)
+def test_a_large_vocabulary_is_not_cut_short(options: dict[str, float]) -> None:
+    """Otherwise looking at the most likely tokens first would change who can be drawn."""
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(5)) * 3
+    spec = SamplingSpec(temperature=1.5, seed=4, **options)  # type: ignore[arg-type]
+    weights, order = torch.sort(torch.softmax(logits.double() / 1.5, -1), descending=True)
+    kept = torch.arange(3000) < (spec.top_k or 3000)
+    weights = weights * kept / (weights * kept).sum()
+    weights = weights * ((weights.cumsum(-1) - weights) < spec.top_p) * (weights >= spec.min_p * weights[0])
+    allowed = order[weights > 0].tolist()
+    drawn = draws(spec, 3000, logits)
+    assert set(drawn) <= set(allowed)
+    likely = weights[: len(allowed)] / weights.sum()
+    assert abs(drawn.count(allowed[0]) / 3000 - float(likely[0])) < 0.03
+
+
 def test_a_draw_depends_on_seed_and_position_only() -> None:
     """Otherwise the same seed would give another text on a busy server, or after a preemption."""
     logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,92 @@
+"""The executor in the same process, and its start-up."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from execsvc.config import ExecsvcConfig
+from execsvc.local import LocalExecutor
+from execsvc.loading import load
+from execsvc.server import main
+from execsvc.warmup import run_step
+from protos.execsvc.v1 import execsvc_pb2 as pb
+from quire import columns
+from quire.errors import ConfigError, NotReadyError, StaleEpochError
+from tests.unit.execsvc import tiny
+from tests.unit.execsvc.tiny import start
+
+
+async def test_a_gateway_in_the_same_process_needs_no_socket(tmp_path: Path) -> None:
+    """Otherwise `quire serve --in-process` would not exist. Plans may be sent before results are there."""
+    directory = str(tiny.write_directory(tmp_path))
+    executor = LocalExecutor(ExecsvcConfig(model=directory, kv_cache_tokens=2048, num_threads=1))
+    try:
+        with pytest.raises(NotReadyError):
+            await executor.tokenizer()
+        await executor.start()
+        await executor.begin_epoch(2)
+        description = await executor.describe()
+        assert description.ready
+        assert description.batch_invariant
+        request = pb.Open(
+            gateway_id="gw", gateway_incarnation=5, executor_incarnation=description.executor_incarnation, epoch=2
+        )
+        assert (await executor.open(request)).epoch == 2
+        prompt = start(1, list(range(20)), [1, 2])
+        plans = [
+            pb.StepPlan(step=step, epoch=2, scheduled_tables=columns.pack([1]), scheduled_counts=columns.pack([count]))
+            for step, count in enumerate([20, 1, 1], start=1)
+        ]
+        plans[0].added.append(prompt)
+        results = await asyncio.gather(*(executor.run(plan) for plan in plans))
+        assert all(result.sampled_tokens for result in results)
+        await executor.fence(pb.FenceRequest(gateway_incarnations=[5]))
+        with pytest.raises(StaleEpochError, match="fenced"):
+            await executor.run(pb.StepPlan(step=4, epoch=2))
+    finally:
+        await executor.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_size": 17}, "block_size: 17"),
+        ({"max_model_len": 5000}, "more than the model's 1024"),
+        ({"kv_cache_tokens": 100}, "max_model_len to"),
+        ({"device": "cuda"}, "no CUDA device"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    """Otherwise a mistake would show as a crash in the first request."""
+    directory = str(tiny.write_directory(tmp_path))
+    with pytest.raises(ConfigError, match=message):
+        load(ExecsvcConfig(**{"model": directory, "kv_cache_tokens": 2048, **settings}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--model", "/nothing/here"], 1, "no such file or directory"),
+        (["--block-size", "8"], 2, "--block-size: 8 is out of range"),
+        (["--kv-cache-bytes", "lots"], 2, "not a size in bytes"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise operators would read stack traces."""
+    assert main([*arguments, "--port", "0", "--log-format", "json"], {}) == code
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in last
+    assert last.startswith("quire execsvc: ")
+
+
+def test_the_measuring_step_runs_whatever_the_sizes() -> None:
+    """Otherwise the memory of a GPU could not be measured."""
+    for tokens, sequences in ((100, 7), (2000, 3), (5, 5), (1, 1)):
+        engine = tiny.engine_of(blocks=60, max_num_batched_tokens=tokens)
+        run_step(engine, tokens, sequences, 16)
+        assert engine.open_tables == []
