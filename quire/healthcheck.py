@@ -18,7 +18,8 @@ def status_code(error: grpc.RpcError) -> grpc.StatusCode:
 
 def check(address: str, timeout: float = 2.0) -> str:
     """Returns the health of the service at `address`: "SERVING", "NOT_SERVING", or the status code of the failure."""
-    with grpc.insecure_channel(address) as channel:
+    # As in quire.rpc, which takes longer to import than this whole command: no proxy of the environment is asked.
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             response = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)

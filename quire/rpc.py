@@ -45,6 +45,8 @@ SERVER_OPTIONS: Final = [
 ]
 CHANNEL_OPTIONS: Final = [
     *_SHARED_OPTIONS,
+    # Services are called directly: `http_proxy` of the environment would be asked even for loopback.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

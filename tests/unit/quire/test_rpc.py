@@ -1,14 +1,18 @@
 """Servers refuse malformed messages and map errors, seen over a real loopback connection."""
 
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 import pytest
 
 from protos.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from quire import status
 from quire.errors import AdmissionError, QuireError
-from quire.rpc import SERVER_OPTIONS, ErrorInterceptor, open_channel
+from quire.healthcheck import check
+from quire.rpc import CHANNEL_OPTIONS, SERVER_OPTIONS, ErrorInterceptor, open_channel
 
 SERVICE = "/quire.gateway.v1.GenerationService/"
 
@@ -109,3 +113,20 @@ async def test_an_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> 
     """A client of another version learns that the method is not there."""
     error = await failure_of(channel.unary_unary(SERVICE + "NoSuchMethod")(b""))
     assert error.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Company machines set http_proxy; a service on loopback would then look as if it were down."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        assert check(address) == "SERVING"
+        with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status == 1
+    finally:
+        server.stop(None).wait(5)
