@@ -76,7 +76,7 @@ class Running:
     async def until_serving(self) -> pb.DescribeResponse:
         """Waits until it serves; returns its description."""
         async with asyncio.timeout(DEADLINE):
-            while not await self.serving():  # noqa: ASYNC110 - health is asked for
+            while not await self.serving():
                 await asyncio.sleep(0.02)
         return await self.stub.Describe(pb.DescribeRequest())
 
@@ -106,14 +106,14 @@ async def running(directory: Path, *, memsvc_starts_late: bool = False) -> Async
     server = Server(config)
     task = asyncio.create_task(server.run())
     async with asyncio.timeout(DEADLINE):
-        while not server._host.address:  # noqa: ASYNC110 - the port is chosen by the system
+        while not server._host.address:
             await asyncio.sleep(0.01)
     async with open_channel(server._host.address) as channel:
         stub = execsvc_pb2_grpc.ExecutorServiceStub(channel)
         found = Running(registry, server, task, stub, health_pb2_grpc.HealthStub(channel))
         if memsvc_starts_late:
             async with asyncio.timeout(DEADLINE):
-                while not (await stub.Describe(pb.DescribeRequest())).HasField("model"):  # noqa: ASYNC110
+                while not (await stub.Describe(pb.DescribeRequest())).HasField("model"):
                     await asyncio.sleep(0.02)
             assert not await found.serving()
             await memsvc.start()
@@ -253,7 +253,7 @@ async def test_a_dead_gateway_s_tables_are_dropped(executor: Running) -> None:
     assert await executor.server.executor.open_tables() == [1]
     call.cancel()
     async with asyncio.timeout(DEADLINE):
-        while await executor.server.executor.open_tables():  # noqa: ASYNC110 - the drop is not announced
+        while await executor.server.executor.open_tables():
             await asyncio.sleep(0.01)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from execsvc.config import ExecsvcConfig
-from execsvc.local import LocalExecutor
 from execsvc.loading import load
+from execsvc.local import LocalExecutor
 from execsvc.server import main
 from execsvc.warmup import run_step
 from protos.execsvc.v1 import execsvc_pb2 as pb
