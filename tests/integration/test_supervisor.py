@@ -86,7 +86,7 @@ async def nothing() -> None:
 async def until(condition: Callable[[], object]) -> None:
     """Waits up to ten seconds until `condition` holds."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the file system tells nobody
+        while not condition():
             await asyncio.sleep(0.02)
 
 
