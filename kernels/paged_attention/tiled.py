@@ -26,7 +26,7 @@ TILE = 256
 ROW_MULTIPLE = 8
 QUERY_PIECE = 128
 """Most queries of one sequence in one go: bounds the scores to [kv_head, 128 * group, context]."""
-_GATHER_ELEMENTS = 2**21
+_GATHER_ELEMENTS = 2**18
 """Most elements of keys gathered for one group of sequences, so that they are still in the cache when used."""
 
 Ints = npt.NDArray[np.int64]
