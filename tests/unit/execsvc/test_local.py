@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from execsvc import server
 from execsvc.config import ExecsvcConfig
 from execsvc.loading import load
 from execsvc.local import LocalExecutor
-from execsvc.server import main
 from execsvc.warmup import run_step
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
@@ -75,10 +75,16 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(
-    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Otherwise operators would read stack traces."""
-    assert main([*arguments, "--port", "0", "--log-format", "json"], {}) == code
+    # Logging is set up once a process: it would keep this test's stderr for all tests after it.
+    monkeypatch.setattr(server, "configure_logging", lambda *_args, **_kwargs: None)
+    assert server.main([*arguments, "--port", "0", "--log-format", "json"], {}) == code
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last
     assert last.startswith("quire execsvc: ")
