@@ -1,5 +1,6 @@
 """Attention over the cache, behind one protocol: torch everywhere, Triton on GPUs."""
 
+import os
 from typing import Protocol
 
 import torch
@@ -126,6 +127,12 @@ def create(name: str, cache: KVCache, window: int) -> AttentionBackend:
         return TorchAttention(cache, window)
     if name != "triton":
         raise ConfigError(f"attention_backend: {name!r} is not one of auto, torch, triton", field="attention_backend")
+    if cache.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "attention_backend: triton needs a GPU (or its slow interpreter, TRITON_INTERPRET=1); "
+            "use --attention-backend torch",
+            field="attention_backend",
+        )
     try:
         return TritonAttention(cache, window)
     except ImportError as error:

@@ -57,6 +57,7 @@ async def test_a_gateway_in_the_same_process_needs_no_socket(tmp_path: Path) -> 
         ({"max_model_len": 5000}, "more than the model's 1024"),
         ({"kv_cache_tokens": 100}, "max_model_len to"),
         ({"device": "cuda"}, "no CUDA device"),
+        ({"attention_backend": "triton"}, "triton needs a GPU"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
