@@ -18,6 +18,7 @@ import tracemalloc
 
 import numpy as np
 
+from gateway.clients.memory import journal_message
 from memsvc.config import MemsvcConfig
 from memsvc.core.memory import MemoryCore, PoolRegistration
 from memsvc.core.pool import BlockPool
@@ -25,7 +26,7 @@ from memsvc.local import columns_of
 from memsvc.server import MemsvcServer
 from memsvc.translate import from_spec
 from protos.memsvc.v1 import memsvc_pb2, memsvc_pb2_grpc
-from quire import columns, hashing
+from quire import hashing
 from quire.logging import configure_logging
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
 from quire.rpc import open_channel
@@ -172,7 +173,7 @@ async def decode_steps_grpc() -> float:
         for number in range(1, 201):
             entry = decoding.step(256)
             begun = time.perf_counter()
-            message = memsvc_pb2.ConnectRequest(journal=message_of(number, entry))
+            message = memsvc_pb2.ConnectRequest(journal=journal_message(entry, number))
             await stream.write(message)
             response = await stream.read()
             samples.append(time.perf_counter() - begun)
@@ -180,21 +181,6 @@ async def decode_steps_grpc() -> float:
         await stream.done_writing()
     await server.stop()
     return median_us(samples)
-
-
-def message_of(number: int, entry: JournalEntry) -> memsvc_pb2.Journal:
-    """Returns a journal as a message."""
-    return memsvc_pb2.Journal(
-        journal_no=number,
-        pool_id=entry.pool_id,
-        epoch=entry.epoch,
-        tables=columns.pack(entry.tables),
-        token_starts=columns.pack(entry.token_starts),
-        token_counts=columns.pack(entry.token_counts),
-        token_ids=columns.pack(entry.token_ids),
-        written_counts=columns.pack(entry.written_counts),
-        appended=columns.pack(entry.appended),
-    )
 
 
 def bytes_per_cached_block() -> float:

@@ -51,11 +51,6 @@ class ModelTokenizer:
         self._template = _compile(files.chat_template) if files.chat_template else None
         self.token_bytes = TokenBytes(self._tokenizer)
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, added ones included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
     async def encode_text(self, text: str) -> array[int]:
         """Returns the tokens of a prompt; special tokens written in it are recognised."""
         return await self._encode(text, add_special_tokens=self._add_special_tokens)

@@ -88,11 +88,6 @@ class ModelConfig:
                 field="max_position_embeddings",
             )
 
-    @property
-    def qkv_size(self) -> int:
-        """Rows of the fused query, key and value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
 
 class _Fields:
     """Typed access to a mapping read from a file; every message names the field and the file."""

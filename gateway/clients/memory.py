@@ -65,7 +65,7 @@ def pool_info(update: pb.PoolUpdate) -> PoolInfo:
     )
 
 
-def _journal_message(entry: JournalEntry, journal_no: int) -> pb.Journal:
+def journal_message(entry: JournalEntry, journal_no: int) -> pb.Journal:
     """Returns an entry as it travels."""
     return pb.Journal(
         journal_no=journal_no,
@@ -185,7 +185,7 @@ class RemoteMemory:
             return  # What it would say is void: the tables died with their connection.
         number = connection.journal_nos.get(entry.pool_id, 0) + 1
         connection.journal_nos[entry.pool_id] = number
-        self._send(connection, pb.ConnectRequest(journal=_journal_message(entry, number)))
+        self._send(connection, pb.ConnectRequest(journal=journal_message(entry, number)))
 
     async def flush(self) -> None:
         """See Memory."""
