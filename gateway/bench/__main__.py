@@ -1,0 +1,51 @@
+"""`python -m gateway.bench`: measures, and prints one JSON document; progress goes to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+
+from gateway.bench.runner import run
+from memsvc.bench.peer import Peer
+from memsvc.bench.report import Report
+from quire.errors import QuireError
+from quire.logging import configure_logging
+
+
+async def _measure(options: argparse.Namespace) -> Report:
+    peer = Peer(options.peer, options.block_size) if options.peer else None
+    try:
+        if peer is not None:
+            _say(f"importing vllm in {options.peer}")
+            await peer.start()
+        return await run(options.block_size, options.repeat, peer, _say)
+    finally:
+        if peer is not None:
+            await peer.close()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def main() -> int:
+    """Runs the command. Errors are a document as well: {"error": {reason, message, field}}, exit status 1."""
+    parser = argparse.ArgumentParser(prog="python -m gateway.bench", description=__doc__)
+    parser.add_argument("--block-size", type=int, choices=(16, 32, 64), default=16, help="tokens in a block")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds")
+    parser.add_argument("--peer", default="", help="a Python in which vllm can be imported")
+    options = parser.parse_args()
+    configure_logging("error", "json", service="bench")
+    try:
+        document = asyncio.run(_measure(options)).document()
+    except QuireError as error:
+        document = {"error": {"reason": error.reason, "message": error.message, "field": error.field}}
+    sys.stdout.write(json.dumps(document) + "\n")
+    return 1 if "error" in document else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

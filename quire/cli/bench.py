@@ -1,0 +1,130 @@
+"""`quire bench`: what Quire costs, measured on this machine, beside a peer if there is one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Annotated, Any, Final
+
+import typer
+
+from quire.cli.options import Json
+from quire.cli.output import console, notices, print_json, print_table
+from quire.errors import ConfigError, QuireError
+
+_BLOCK_SIZES: Final = (16, 32, 64)
+_ROUNDS_MAXIMUM: Final = 20
+
+app = typer.Typer(
+    name="bench",
+    help="Measure what Quire costs on this machine.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure what Quire costs on this machine."""
+
+
+@app.command()
+def memory(
+    *,
+    peer: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="A Python in which vllm is installed: the same work on its classes."),
+    ] = None,
+    block_size: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens in a block: 16, 32 or 64.")] = 16,
+    repeat: Annotated[
+        int, typer.Option(min=1, max=_ROUNDS_MAXIMUM, metavar="N", help="Rounds; ours and the peer's alternate.")
+    ] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure the memory service: blocks, admissions, decode steps in process and over gRPC.
+
+    Everything runs here and on loopback: no model, no device, no other service. Figures are medians.
+
+    For example: quire bench memory --peer ~/vllm/bin/python
+    """
+    if block_size not in _BLOCK_SIZES:
+        raise ConfigError(f"--block-size: found {block_size}, allowed are 16, 32 and 64", field="block_size")
+    command = [sys.executable, "-m", "gateway.bench", "--block-size", str(block_size), "--repeat", str(repeat)]
+    if peer is not None:
+        if shutil.which(peer) is None:
+            message = f"--peer: {peer!r} is not a program; expected a Python in which vllm is installed"
+            raise ConfigError(message, field="peer")
+        command += ["--peer", peer]
+    document = _run(command)
+    if as_json:
+        print_json(document)
+    else:
+        _print(document)
+
+
+def _run(command: list[str]) -> dict[str, Any]:
+    """Runs the measurements in a process of their own and returns their document; shows their progress.
+
+    Raises:
+        QuireError: what they failed with.
+    """
+    with (
+        notices().status("measuring") as status,
+        subprocess.Popen(  # noqa: S603 - our own module
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        last = ""
+        for line in process.stderr:
+            last = line.strip() or last
+            status.update(last)
+        output = process.stdout.read()
+    try:
+        document: dict[str, Any] = json.loads(output)
+    except ValueError:
+        message = f"the measurements ended with status {process.returncode}: {last}"
+        raise QuireError(message, reason="BENCH_FAILED") from None
+    error = document.get("error")
+    if error is not None:
+        cls = ConfigError if error["reason"] == ConfigError.default_reason else QuireError
+        raise cls(error["message"], reason=error["reason"], field=error["field"])
+    return document
+
+
+def _print(document: dict[str, Any]) -> None:
+    """Prints the figures for people, then what each of them is."""
+    figures: dict[str, Any] = document["figures"]
+    peer = document.get("peer", {})
+    headings = [("figure", False), ("median", True), ("10 % .. 90 %", True), ("target", True)]
+    if peer:
+        headings += [(document["peer_environment"]["name"], True), ("better by", True)]
+    rows = []
+    for name, figure in figures.items():
+        spread = document["spreads"].get(name)
+        row = [
+            name,
+            f"{document[name]:,.1f}",
+            f"{spread['low']:,.1f} .. {spread['high']:,.1f}" if spread else "",
+            f"{'>=' if figure['higher'] else '<='} {figure['target']:g}",
+        ]
+        if peer:
+            ratio = document["ratios"].get(name)
+            row += [f"{peer[name]:,.1f}" if name in peer else "", f"{ratio:.1f}x" if ratio is not None else ""]
+        rows.append(row)
+    print_table(headings, rows)
+    printer = console()
+    printer.print()
+    print_table(
+        [("of which, beside which (us)", False), ("median", True), ("", False)],
+        [
+            [name.removesuffix("_us"), f"{value:,.1f}", document["part_notes"][name.removesuffix("_us")]]
+            for name, value in [*document["parts"].items(), *document.get("peer_parts", {}).items()]
+        ],
+    )
+    printer.print()
+    for name, figure in figures.items():
+        printer.print(f"{name}: {figure['note']}.", soft_wrap=True)
