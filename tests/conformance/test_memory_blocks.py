@@ -1,4 +1,4 @@
-"""Rows 1 to 8 and 16 to 22 of the behaviour of memory: blocks and their order."""
+"""Rows 1 to 8, 15 to 24, 32, 69 and 79 of the behaviour of memory: blocks and their order."""
 
 from __future__ import annotations
 
@@ -152,6 +152,22 @@ async def test_row_23_tokens_that_are_not_written_are_never_matched(rig: Rig) ->
     await sequence.close()
     later = await rig.admit([*sequence.tokens, 7])
     assert later.admission.cached_token_count == 20
+
+
+async def test_row_24_blocks_reserved_ahead_are_used_before_any_other_is_taken(rig: Rig) -> None:
+    """Otherwise a sequence that drafts takes the same room twice."""
+    sequence = await rig.admit(prompt(10))
+    ahead = await rig.lease(2)
+    appended = [value for index, block in enumerate(ahead, 1) for value in (sequence.table, index, block)]
+    await rig.journal(appended=appended)
+    sequence.blocks += ahead
+    assert (await rig.pool()).used_block_count == 3
+    await sequence.extend(range(500, 538))
+    assert (await rig.pool()).used_block_count == 3
+    assert sequence.blocks[1:] == ahead
+    assert [len((await rig.block(block)).identity) for block in ahead] == [16, 16]
+    await sequence.close()
+    assert (await rig.pool()).used_block_count == 0
 
 
 async def test_row_32_when_all_have_finished_everything_is_free_or_cached(rig: Rig) -> None:

@@ -71,6 +71,7 @@ class Beating:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.invariant(11)
 @pytest.mark.parametrize("how", ["goodbye", "break", "silence", "reconnect"])
 async def test_rows_70_and_74_a_gateway_that_is_gone_is_fenced_before_its_blocks_are_free(how: str) -> None:
     """Otherwise a step in flight writes into a block that another sequence was just given."""
@@ -175,6 +176,7 @@ async def lost(rig: Rig) -> bool:
     return bool((await rig.pool()).state == memsvc_pb2.POOL_STATE_LOST)
 
 
+@pytest.mark.invariant(7)
 async def test_rows_66_and_71_a_new_incarnation_of_an_executor_voids_the_old_one() -> None:
     """Otherwise a restarted executor, whose memory is empty, is believed to hold old content."""
     async with grpc_rig(spec()) as rig:

@@ -193,6 +193,18 @@ async def test_row_57_the_target_of_a_copy_is_not_matchable_until_it_is_written(
     assert block.state == admin_pb2.BLOCK_STATE_FREE
 
 
+async def test_row_58_a_block_that_has_filled_is_found_as_a_full_one_and_not_by_its_head(rig: Rig) -> None:
+    """Otherwise every turn of a conversation copies a block that it could share."""
+    first = await rig.run(prompt(24))
+    second = await rig.admit(prompt(32))
+    assert second.admission.copies == [(first.blocks[1], second.blocks[1])]
+    await second.write()
+    third = await rig.admit([*prompt(32), 7])
+    assert third.blocks[:2] == second.blocks[:2]
+    assert third.admission.cached_token_count == 32
+    assert third.admission.copies == []
+
+
 async def test_a_prompt_that_leaves_a_cached_block_in_its_middle_copies_what_is_equal(rig: Rig) -> None:
     """Otherwise two prompts with a common beginning compute the common part of a block twice."""
     first = await rig.run(prompt(32))

@@ -338,5 +338,6 @@ MemoryMachine.TestCase.settings = settings(
 )
 
 
+@pytest.mark.invariant(1, 2, 3, 4, 5, 6, 14)
 class TestMemoryMachine(MemoryMachine.TestCase):  # type: ignore[misc,name-defined]
     """Runs the machine: a failure here is a wrong token, a leak or another tenant's text."""

@@ -143,6 +143,7 @@ async def test_samples_share_the_prompt_and_differ_in_their_draws() -> None:
         await world.settle()
 
 
+@pytest.mark.invariant(8, 9, 14)
 @pytest.mark.parametrize("seed", range(6))
 async def test_results_never_depend_on_company(seed: int) -> None:
     """Requests under memory pressure, preemption, shared prefixes and cancellation give what each gives alone."""
@@ -172,6 +173,7 @@ async def test_results_never_depend_on_company(seed: int) -> None:
         await world.settle()
 
 
+@pytest.mark.invariant(13)
 async def test_memory_pressure_preempts_and_everyone_finishes() -> None:
     """A pool far smaller than the demand must neither hang nor fail anybody."""
     async with running(World(24)) as world:
@@ -192,6 +194,7 @@ async def test_memory_pressure_preempts_and_everyone_finishes() -> None:
         await world.settle()
 
 
+@pytest.mark.invariant(9, 10)
 async def test_an_executor_failure_is_a_pause_not_an_error() -> None:
     """When the session with the executor breaks, requests go on afterwards with the same tokens."""
     async with running(World(64)) as world:
@@ -230,6 +233,7 @@ async def test_cancel_confirms_that_blocks_are_back() -> None:
         await world.settle()
 
 
+@pytest.mark.invariant(12)
 async def test_a_full_queue_refuses_with_a_retry_delay() -> None:
     """Overload is a status with a delay, at once; those already queued are not disturbed."""
     async with running(World(24, queue_size=4)) as world:

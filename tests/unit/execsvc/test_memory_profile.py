@@ -31,6 +31,7 @@ def test_the_default_leaves_the_machine_its_memory() -> None:
     assert "1 of" not in budget.table().splitlines()[0]
 
 
+@pytest.mark.row(64)
 def test_a_cache_too_small_names_the_length_that_fits() -> None:
     """Otherwise an operator would have to guess."""
     with pytest.raises(ConfigError, match="max_model_len to 992 or less") as caught:
