@@ -6,6 +6,8 @@ from collections.abc import Callable
 import time
 
 from memsvc.store.base import ServiceRecord
+from memsvc.store.memory_hints import MemoryHints
+from memsvc.store.memory_journals import MemoryJournals
 
 
 class MemoryStore:
@@ -19,12 +21,23 @@ class MemoryStore:
         self._clock = clock
         self._epochs: dict[str, int] = {}
         self._services: dict[tuple[str, str], tuple[ServiceRecord, float]] = {}
+        self.journals = MemoryJournals()
+        self.hints = MemoryHints(clock)
+        self.losses = 0
 
     async def start(self) -> None:
         """Does nothing."""
 
     async def close(self) -> None:
         """Does nothing."""
+
+    def forget_everything(self) -> None:
+        """Loses all contents, as a server does that is flushed."""
+        self._epochs.clear()
+        self._services.clear()
+        self.journals.forget_everything()
+        self.hints.forget_everything()
+        self.losses += 1
 
     async def raise_epoch(self, pool_id: str, floor: int) -> int:
         """See `Store.raise_epoch`."""
