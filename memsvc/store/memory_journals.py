@@ -72,11 +72,7 @@ class MemoryJournals:
         if journal is None:
             return None
         snapshot: list[bytes] | None = None
-        if (
-            position is None
-            or position.life != journal.life
-            or not journal.floor <= position.sequence <= journal.last
-        ):
+        if position is None or position.life != journal.life or not journal.floor <= position.sequence <= journal.last:
             snapshot = list(journal.snapshot)
             position = JournalPosition(journal.life, journal.snapshot_at)
         start = position.sequence - journal.floor
