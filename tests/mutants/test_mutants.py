@@ -1,0 +1,53 @@
+"""The tests have teeth: every rule that is taken out of the memory core or the scheduler is missed by its scenario."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from memsvc.core.pool import BlockPool
+from quire.errors import QuireError
+from tests.mutants import core_scenarios, gateway_scenarios
+from tests.mutants.mutants import MUTANTS
+from tests.mutants.mutation import Mutant, applied
+
+SCENARIOS = core_scenarios.SCENARIOS | gateway_scenarios.SCENARIOS
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_unmutated_program_passes(name: str) -> None:
+    """A scenario that fails by itself kills every mutant and proves nothing."""
+    SCENARIOS[name]()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_the_mutant_is_killed(mutant: Mutant) -> None:
+    """A rule whose removal nobody notices is not held by any test, and will be lost."""
+    # Nothing else: a mutant that does not even run would be killed by its own typing error.
+    with applied(mutant), pytest.raises((AssertionError, IndexError, QuireError)):
+        SCENARIOS[mutant.killer]()
+
+
+def test_each_rule_of_the_protocol_has_its_mutants() -> None:
+    """The six rules were found by losing tokens without them."""
+    assert {mutant.protocol_rule for mutant in MUTANTS} == set(range(7))
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 25
+    assert {mutant.killer for mutant in MUTANTS} <= set(SCENARIOS)
+
+
+def test_a_mutant_whose_text_is_gone_is_reported() -> None:
+    """Otherwise a mutant that changes nothing would be counted as one."""
+    lost = Mutant("lost", "memsvc.core.pool:BlockPool.take", "text that is not there", "", "limits_hold")
+    with pytest.raises(LookupError, match="0 times"), applied(lost):
+        pass
+
+
+def test_a_mutant_leaves_no_trace() -> None:
+    """Otherwise the next test runs on a broken program."""
+    original = vars(BlockPool)["share"]
+    (mutant,) = [mutant for mutant in MUTANTS if mutant.name == "sharing a block forgets who else holds it"]
+    with contextlib.suppress(ZeroDivisionError), applied(mutant):
+        assert vars(BlockPool)["share"] is not original
+        raise ZeroDivisionError
+    assert vars(BlockPool)["share"] is original
