@@ -73,3 +73,10 @@ def chain(parent: bytes, tokens: bytes | memoryview, block_size: int) -> list[by
         parent = blake2b(parent + data[start : start + stride], digest_size=size).digest()
         identities.append(parent)
     return identities
+
+
+def with_extra(parent: bytes, extra: bytes) -> bytes:
+    """Returns the digest to chain a block to whose identity covers `extra` beside its tokens; `parent` without any."""
+    return (
+        hashlib.blake2b(parent + extra, digest_size=DIGEST_BYTES, person=b"quire-extra").digest() if extra else parent
+    )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 
+from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, PoolChanged
 from memsvc.core.pool_memory import AdmitContext, PoolMemory
@@ -73,6 +74,7 @@ class MemoryCore:
         block_count_limit: most blocks that a pool may have.
         pool_limit: most pools.
         chain: computes identities; another one only in tests of collisions.
+        cache_events: keep what becomes matchable and what ceases to be, for `take_cache_events`.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class MemoryCore:
         block_count_limit: int = 2**31 - 1,
         pool_limit: int = 1024,
         chain: Callable[[bytes, bytes | memoryview, int], list[bytes]] = hashing.chain,
+        cache_events: bool = False,
     ) -> None:
         self.lease_ttl = lease_ttl
+        self._cache_events = cache_events
         self._tenant_secret = tenant_secret
         self._block_count_limit = block_count_limit
         self._pool_limit = pool_limit
@@ -128,6 +132,32 @@ class MemoryCore:
         """Returns what happened since the last call."""
         events, self._events = self._events, []
         return events
+
+    def take_cache_events(self, pool_id: str) -> list[CacheEvent]:
+        """Returns what was published and forgotten in a pool since the last call, oldest first.
+
+        A change of the pool's epoch voids everything published before it, and what was not taken by then.
+        """
+        return self.pool(pool_id).memory.take_cache_events()
+
+    def published(self, pool_id: str, *, with_tokens: bool = True) -> BlocksStored:
+        """Returns everything that can be matched in a pool as full blocks."""
+        return self.pool(pool_id).memory.published(with_tokens=with_tokens)
+
+    def prefix_root(self, pool_id: str, adapter: str = "", tenant: str = "", cache_salt: str = "") -> bytes:
+        """Returns the digest to which the first block of such a sequence is chained."""
+        return self._root(self.pool(pool_id).registration.spec, adapter, tenant, cache_salt)[0]
+
+    def locate(self, request: AdmitRequest) -> int:
+        """Returns how many leading tokens of a prompt an admission would find in `request.pool_id`; changes nothing.
+
+        Raises:
+            PoolNotFoundError, InvalidRequestError: as `admit`.
+        """
+        pool = self.pool(request.pool_id)
+        _check_admission(request)
+        root, _ = self._root(pool.registration.spec, request.adapter, request.tenant, request.cache_salt)
+        return pool.memory.locate(request, root) if pool.ready else 0
 
     # Executors
 
@@ -181,7 +211,7 @@ class MemoryCore:
             epoch=epoch,
             ready=True,
             expires_at=now + self.lease_ttl,
-            memory=PoolMemory(registration.spec, epoch, self._chain),
+            memory=self._new_memory(registration.spec, epoch),
         )
         if pool is not None:
             fresh.superseded = pool.superseded
@@ -217,7 +247,7 @@ class MemoryCore:
         pool = self.pool(pool_id)
         pool.ready = False
         pool.epoch += 1
-        pool.memory = PoolMemory(pool.registration.spec, pool.epoch, self._chain)
+        pool.memory = self._new_memory(pool.registration.spec, pool.epoch)
         self._events.append(PoolChanged(pool_id))
         self._forget_fenced_gateways()
 
@@ -368,6 +398,9 @@ class MemoryCore:
             pool.expires_at += seconds
 
     # Inside
+
+    def _new_memory(self, spec: PoolSpec, epoch: int) -> PoolMemory:
+        return PoolMemory(spec, epoch, self._chain, cache_events=self._cache_events)
 
     def _open_gateway(self, number: int) -> Gateway:
         gateway = self.gateway(number)

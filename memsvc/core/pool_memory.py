@@ -16,6 +16,7 @@ import dataclasses
 
 import numpy as np
 
+from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.free_order import BlockIds
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import Grants
@@ -64,6 +65,7 @@ class PoolMemory:
         spec: geometry.
         epoch: epoch of every table and grant.
         chain: computes identities.
+        cache_events: keep what is published and forgotten, for `take_cache_events`.
     """
 
     def __init__(
@@ -71,11 +73,14 @@ class PoolMemory:
         spec: PoolSpec,
         epoch: int,
         chain: Callable[[bytes, bytes | memoryview, int], list[bytes]] = hashing.chain,
+        *,
+        cache_events: bool = False,
     ) -> None:
         self.spec = spec
         self.epoch = epoch
         self.pool = BlockPool(spec.block_count)
-        self.prefix = PrefixIndex(spec.block_count, spec.block_size, chain)
+        self.prefix = PrefixIndex(spec.block_count, spec.block_size, chain, self.pool.tenant)
+        self.prefix.events = [] if cache_events else None
         self.tables = TableColumns()
         self.grants: dict[int, Grants] = {}
         self.statistics = PoolStatistics()
@@ -144,6 +149,23 @@ class PoolMemory:
         grants.leased += count
         granted: list[int] = blocks.tolist()
         return granted
+
+    def take_cache_events(self) -> list[CacheEvent]:
+        """Returns what was published and forgotten since the last call, oldest first."""
+        if not self.prefix.events:
+            return []
+        events, self.prefix.events = self.prefix.events, []
+        return events
+
+    def published(self, *, with_tokens: bool = True) -> BlocksStored:
+        """Returns everything that can be matched as full blocks."""
+        blocks = np.flatnonzero(self.prefix.published == Publication.FULL)
+        return self.prefix.describe(blocks, with_tokens=with_tokens)
+
+    def locate(self, request: AdmitRequest, root: bytes) -> int:
+        """Returns how many leading tokens an admission would find; changes nothing."""
+        match = self._match(request, root)
+        return len(match.blocks) * self.spec.block_size + match.partial_token_count
 
     def journal(self, gateway: int, journal: JournalColumns, now: float) -> None:
         """Applies a journal, whole or not at all; see `JournalWriter.apply`."""

@@ -13,23 +13,28 @@ one vector operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 import dataclasses
 import enum
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
+from memsvc.core.digest_chains import DigestChains
+from memsvc.core.events import BlocksRemoved, BlocksStored, CacheEvent
 from memsvc.core.free_order import BlockIds
 from quire import hashing
-from quire.errors import InvariantError
 
 _TOKEN_BYTES = 4
 _DIGEST_BYTES = hashing.DIGEST_BYTES
 # Blocks after one prefix that are compared for a partial match; bounds the work, not the correctness.
 _SIBLING_LIMIT = 8
 _HINT_WALK = 8
+# From so many blocks on, vector operations beat a loop.
+_MANY = 24
 _EMPTY: BlockIds = np.zeros(0, np.int64)
+_NO_EXTRAS: Mapping[int, bytes] = MappingProxyType({})
 
 
 class Publication(enum.IntEnum):
@@ -73,57 +78,26 @@ class FreshContent:
     """Of each block."""
     before: list[int] = dataclasses.field(default_factory=list)
     """The block before each in its table, 0 for none."""
+    indexes: list[int] = dataclasses.field(default_factory=list)
+    """Position of each block in its table."""
+    with_extra: list[int] = dataclasses.field(default_factory=list)
+    """Those of `blocks` whose identity covers more than tokens."""
 
-    def add(self, blocks: list[int], parent: bytes, identities: list[bytes], before: int) -> None:
-        """Adds blocks that follow one another, the first after `before`, whose identity is `parent`."""
+    def add(self, blocks: list[int], parent: bytes, identities: list[bytes], before: int, index: int = 0) -> None:
+        """Adds blocks that follow one another.
+
+        Args:
+            blocks: block ids.
+            parent: identity of the block before the first, or the root digest.
+            identities: of each block.
+            before: block before the first, 0 for none.
+            index: position of the first in its table.
+        """
         self.blocks += blocks
         self.identities += identities
         self.parents += [parent, *identities[:-1]]
         self.before += [before, *blocks[:-1]]
-
-
-class DigestChains:
-    """A multi-map from digests to blocks. The caller compares digests; this only finds candidates.
-
-    Args:
-        block_count: blocks of the pool.
-    """
-
-    __slots__ = ("_heads", "_mask", "_next")
-
-    def __init__(self, block_count: int) -> None:
-        size = 1 << max(4, (block_count - 1).bit_length())
-        self._mask = size - 1
-        self._heads = np.zeros(size, np.int32).data
-        self._next = np.zeros(block_count, np.int32).data
-
-    def candidates(self, digest: bytes) -> Iterator[int]:
-        """Yields the blocks that may belong to `digest`, the newest first."""
-        block = self._heads[int.from_bytes(digest[:8], "little") & self._mask]
-        while block:
-            yield block
-            block = self._next[block]
-
-    def link(self, digest: bytes, block: int) -> None:
-        """Adds `block`, which is not linked."""
-        bucket = int.from_bytes(digest[:8], "little") & self._mask
-        self._next[block] = self._heads[bucket]
-        self._heads[bucket] = block
-
-    def unlink(self, digest: bytes, block: int) -> None:
-        """Removes `block`, which was linked under `digest`."""
-        bucket = int.from_bytes(digest[:8], "little") & self._mask
-        following = self._next
-        at = self._heads[bucket]
-        if at == block:
-            self._heads[bucket] = following[block]
-            return
-        while following[at] != block:
-            at = following[at]
-            if not at:
-                message = f"block {block} is not linked under its digest"
-                raise InvariantError(message, metadata={"block_id": block})
-        following[at] = following[block]
+        self.indexes += range(index, index + len(blocks))
 
 
 class PrefixIndex:
@@ -133,11 +107,14 @@ class PrefixIndex:
         block_count: blocks of the pool, the null block included.
         block_size: tokens in a block.
         chain: computes identities; `quire.hashing.chain` but in tests of collisions.
+        tenants: `[block]` tag of the tenant of each block, kept by the caller, for events.
 
     Attributes:
         tokens: `[block, block_size]` token ids, as far as they are known.
         published: `[block]` a Publication.
+        index: `[block]` position of the block in the sequence that filled it.
         collision_count: times that equal identities had different tokens.
+        events: what was published and forgotten, oldest first; None while nobody wants to know.
     """
 
     __slots__ = (
@@ -145,6 +122,7 @@ class PrefixIndex:
         "_by_identity",
         "_by_parent",
         "_chain",
+        "_has_extra",
         "_hint",
         "_identities",
         "_identity",
@@ -153,8 +131,11 @@ class PrefixIndex:
         "_parents",
         "_partial_length",
         "_published",
+        "_tenants",
         "_token_bytes",
         "collision_count",
+        "events",
+        "index",
         "published",
         "tokens",
     )
@@ -164,8 +145,10 @@ class PrefixIndex:
         block_count: int,
         block_size: int,
         chain: Callable[[bytes, bytes | memoryview, int], list[bytes]] = hashing.chain,
+        tenants: npt.NDArray[np.uint32] | None = None,
     ) -> None:
         self._block_size = block_size
+        self._tenants = np.zeros(block_count, np.uint32) if tenants is None else tenants
         self._chain = chain
         self.tokens: npt.NDArray[np.uint32] = np.zeros((block_count, block_size), np.uint32)
         self._token_bytes = self.tokens.data.cast("B")
@@ -181,6 +164,10 @@ class PrefixIndex:
         self._linked = bytearray(block_count)
         # Tokens of a PARTIAL block that can be matched.
         self._partial_length = bytearray(block_count)
+        # Whether a block's identity covers more than its tokens, for example a picture.
+        self._has_extra: npt.NDArray[np.bool_] = np.zeros(block_count, np.bool_)
+        self.index = np.zeros(block_count, np.int32)
+        self.events: list[CacheEvent] | None = None
         self._hint = np.zeros(block_count, np.int32).data
         self._by_identity = DigestChains(block_count)
         self._by_parent = DigestChains(block_count)
@@ -196,45 +183,101 @@ class PrefixIndex:
                 return block
         return 0
 
-    def match(self, root: bytes, prompt: bytes) -> PrefixMatch:
+    def match(self, root: bytes, prompt: bytes, extras: Mapping[int, bytes] = _NO_EXTRAS) -> PrefixMatch:
         """Finds the longest known prefix of `prompt` that leaves at least one token to compute.
 
         Args:
             root: root digest of the sequence.
             prompt: token ids, packed little-endian u32.
+            extras: what the identity of some blocks covers beside their tokens, by position of the block.
         """
         size = self._block_size
         token_count = len(prompt) // _TOKEN_BYTES
         limit = (token_count - 1) // size
         words = np.frombuffer(prompt, "<u4", limit * size).reshape(limit, size)
+        stops = [index for index in sorted(extras) if index < limit]
         path: list[int] = []
         identity = root
         while len(path) < limit:
-            self._follow_hints(path, root, words)
+            stop = next((index for index in stops if index >= len(path)), limit)
+            self._follow_hints(path, root, words[:stop])
             if path:
                 identity = self._digest(self._identity, path[-1])
             if len(path) == limit:
                 break
             start = len(path) * size * _TOKEN_BYTES
-            block = self._find(identity, prompt[start : start + size * _TOKEN_BYTES])
+            block = self._find(identity, prompt[start : start + size * _TOKEN_BYTES], extras.get(len(path), b""))
             if not block:
                 break
             if path:
                 self._hint[path[-1]] = block
             path.append(block)
             identity = self._digest(self._identity, block)
+        blocks = np.array(path, np.int64) if path else _EMPTY
+        if len(path) in extras:
+            return PrefixMatch(blocks, identity, 0, 0)
         done = len(path) * size
         rest = np.frombuffer(prompt, "<u4", min(size, token_count - 1 - done), done * _TOKEN_BYTES)
         partial, count = self._match_partial(identity, rest, is_end=len(path) == limit)
-        return PrefixMatch(np.array(path, np.int64) if path else _EMPTY, identity, partial, count)
+        return PrefixMatch(blocks, identity, partial, count)
 
-    def chain(self, parent: bytes, blocks: list[int]) -> list[bytes]:
-        """Returns the identities of `blocks`, all full, the first of which follows `parent`."""
-        if len(blocks) == 1:
+    def match_window(
+        self, root: bytes, prompt: bytes, needed: int, extras: Mapping[int, bytes] = _NO_EXTRAS
+    ) -> PrefixMatch:
+        """Finds the longest prefix of full blocks whose last `needed` blocks are known; those before may be gone.
+
+        For attention over a sliding window: what is outside of it is never read. Blocks before the run that was found
+        are 0 in the result.
+        """
+        size = self._block_size
+        limit = (len(prompt) // _TOKEN_BYTES - 1) // size
+        if not limit:
+            return PrefixMatch(_EMPTY, root, 0, 0)
+        data = prompt[: limit * size * _TOKEN_BYTES]
+        identities = self.chain_tokens(root, data, 0, extras)
+        digests = np.frombuffer(b"".join(identities), np.uint64).reshape(-1, 2)
+        found = self._by_identity.find_many(digests, self._identities, self.published == _FULL)
+        words = np.frombuffer(data, "<u4").reshape(limit, size)
+        wrong = (found > 0) & (self.tokens[found] != words).any(axis=1)
+        self.collision_count += int(wrong.sum())
+        found[wrong] = 0
+        run, best = 0, 0
+        for position, block in enumerate(found.tolist(), start=1):
+            run = run + 1 if block else 0
+            if run >= min(needed, position):
+                best = position
+        blocks = found[:best].copy()
+        blocks[: max(0, best - needed)] = 0
+        return PrefixMatch(blocks, identities[best - 1] if best else root, 0, 0)
+
+    def chain(
+        self, parent: bytes, blocks: list[int], first: int = 0, extras: Mapping[int, bytes] = _NO_EXTRAS
+    ) -> list[bytes]:
+        """Returns the identities of `blocks`, all full, the first of which follows `parent`.
+
+        Args:
+            parent: identity of the block before, or the root digest.
+            blocks: block ids.
+            first: position of the first in its sequence.
+            extras: as in `match`.
+        """
+        if len(blocks) == 1 and not extras:
             size = self._block_size * _TOKEN_BYTES
             start = blocks[0] * size
             return self._chain(parent, self._token_bytes[start : start + size], self._block_size)
-        return self._chain(parent, self.tokens[blocks].tobytes(), self._block_size)
+        return self.chain_tokens(parent, self.tokens[blocks].tobytes(), first, extras)
+
+    def chain_tokens(self, parent: bytes, data: bytes, first: int, extras: Mapping[int, bytes]) -> list[bytes]:
+        """Returns the identities of the full blocks in `data`, packed token ids; see `chain`."""
+        if not extras:
+            return self._chain(parent, data, self._block_size)
+        stride = self._block_size * _TOKEN_BYTES
+        identities: list[bytes] = []
+        for index, start in enumerate(range(0, len(data) - stride + 1, stride), start=first):
+            parent = hashing.with_extra(parent, extras.get(index, b""))
+            parent = self._chain(parent, data[start : start + stride], self._block_size)[0]
+            identities.append(parent)
+        return identities
 
     def publish_full(self, fresh: FreshContent) -> list[tuple[int, int]]:
         """Makes full blocks matchable, in order.
@@ -244,22 +287,31 @@ class PrefixIndex:
             published when that one is gone.
         """
         blocks, linked = fresh.blocks, self._linked
-        for block in blocks:
-            if linked[block]:
-                self._unlink(block)
-        self._identities[blocks] = np.frombuffer(b"".join(fresh.identities), np.uint64).reshape(-1, 2)
-        self._parents[blocks] = np.frombuffer(b"".join(fresh.parents), np.uint64).reshape(-1, 2)
-        duplicates = []
-        for block, parent, identity, before in zip(blocks, fresh.parents, fresh.identities, fresh.before, strict=True):
-            other = self.block_of(identity)
-            if not other:
-                self._link(block, identity, parent, _FULL)
-                self._hint[before] = block
-            elif np.array_equal(self.tokens[other], self.tokens[block]):
-                self._published[block] = _DUPLICATE
-                duplicates.append((block, other))
-            else:
-                self.collision_count += 1
+        rows = np.array(blocks, np.int64)
+        digests = np.frombuffer(b"".join(fresh.identities), np.uint64).reshape(-1, 2)
+        parents = np.frombuffer(b"".join(fresh.parents), np.uint64).reshape(-1, 2)
+        many = len(blocks) >= _MANY and len(np.unique(digests[:, 0])) == len(blocks)
+        if many:
+            self._unlink_many(rows)
+        else:
+            for block in blocks:
+                if linked[block]:
+                    self._unlink(block)
+        self._identities[rows] = digests
+        self._parents[rows] = parents
+        self.index[rows] = fresh.indexes
+        self._has_extra[rows] = False
+        if fresh.with_extra:
+            self._has_extra[fresh.with_extra] = True
+        duplicates: list[tuple[int, int]] = []
+        if many and not self._by_identity.find_many(digests, self._identities, self.published == _FULL).any():
+            self._link_many(rows, digests, parents, fresh)
+            stored = rows
+        else:
+            duplicates, done = self._publish_each(fresh)
+            stored = rows if done is None else rows[done]
+        if self.events is not None and len(stored):
+            self.events.append(self.describe(stored))
         return duplicates
 
     def publish_partial(self, block: int, parent: bytes, token_count: int) -> bool:
@@ -269,6 +321,7 @@ class PrefixIndex:
             return False
         self._unlink(block)
         self._set_digest(self._parent, block, parent)
+        self._has_extra[block] = False
         self._link(block, b"", parent, _PARTIAL)
         self._partial_length[block] = token_count
         return True
@@ -279,17 +332,76 @@ class PrefixIndex:
         if self.block_of(identity):
             return False
         self._link(block, identity, self._digest(self._parent, block), _FULL)
+        if self.events is not None:
+            self.events.append(self.describe(np.array([block])))
         return True
 
     def forget(self, blocks: BlockIds) -> None:
         """Makes `blocks` match nothing."""
+        if self.events is not None:
+            full = blocks[self.published[blocks] == _FULL]
+            if len(full):
+                self.events.append(
+                    BlocksRemoved(full, self.index[full].astype(np.int64), self._identities[full].tobytes())
+                )
         self.published[blocks] = _NONE
 
-    def _find(self, parent: bytes, tokens: bytes) -> int:
+    def describe(self, blocks: BlockIds, *, with_tokens: bool = True) -> BlocksStored:
+        """Returns what is published in `blocks`."""
+        return BlocksStored(
+            blocks=blocks,
+            indexes=self.index[blocks].astype(np.int64),
+            identities=self._identities[blocks].tobytes(),
+            parents=self._parents[blocks].tobytes(),
+            tenant_tags=self._tenants[blocks],
+            token_ids=self.tokens[blocks].tobytes() if with_tokens else b"",
+            block_size=self._block_size,
+        )
+
+    def _publish_each(self, fresh: FreshContent) -> tuple[list[tuple[int, int]], list[int] | None]:
+        """Links blocks one by one; returns the duplicates, and which rows were linked if not all were."""
+        duplicates: list[tuple[int, int]] = []
+        linked: list[int] = []
+        rows = zip(fresh.blocks, fresh.parents, fresh.identities, fresh.before, strict=True)
+        for row, (block, parent, identity, before) in enumerate(rows):
+            other = self.block_of(identity)
+            if not other:
+                self._link(block, identity, parent, _FULL)
+                self._hint[before] = block
+                linked.append(row)
+            elif np.array_equal(self.tokens[other], self.tokens[block]):
+                self._published[block] = _DUPLICATE
+                duplicates.append((block, other))
+            else:
+                self.collision_count += 1
+        return duplicates, None if len(linked) == len(fresh.blocks) else linked
+
+    def _link_many(
+        self, rows: BlockIds, digests: npt.NDArray[np.uint64], parents: npt.NDArray[np.uint64], fresh: FreshContent
+    ) -> None:
+        """Links blocks whose identities are new and distinct."""
+        self._by_identity.link_many(digests, rows)
+        self._by_parent.link_many(parents, rows)
+        np.asarray(self._hint)[fresh.before] = rows
+        np.frombuffer(self._linked, np.uint8)[rows] = _FULL
+        self.published[rows] = _FULL
+
+    def _unlink_many(self, rows: BlockIds) -> None:
+        """Takes forgotten blocks out of the chains."""
+        linked = np.frombuffer(self._linked, np.uint8)
+        states = linked[rows]
+        full, any_state = rows[states == _FULL], rows[states != 0]
+        if len(full):
+            self._by_identity.unlink_many(self._identities[full], full)
+        if len(any_state):
+            self._by_parent.unlink_many(self._parents[any_state], any_state)
+            linked[any_state] = 0
+
+    def _find(self, parent: bytes, tokens: bytes, extra: bytes = b"") -> int:
         """Returns the block that holds `tokens` (one full block) after `parent`, or 0."""
-        identity = self._chain(parent, tokens, self._block_size)[0]
+        identity = self._chain(hashing.with_extra(parent, extra), tokens, self._block_size)[0]
         block = self.block_of(identity)
-        if block and self.tokens[block].tobytes() != tokens:
+        if block and (self.tokens[block].tobytes() != tokens or bool(self._has_extra[block]) != bool(extra)):
             self.collision_count += 1
             return 0
         return block
@@ -310,7 +422,7 @@ class PrefixIndex:
             if not guess:
                 return
             blocks = np.array(guess)
-            good = self.published[blocks] == _FULL
+            good = (self.published[blocks] == _FULL) & ~self._has_extra[blocks]
             good &= (self.tokens[blocks] == words[start : start + len(blocks)]).all(axis=1)
             before = np.frombuffer(root, np.uint64) if not start else self._identities[path[-1]]
             expected = np.concatenate((before[None], self._identities[blocks[:-1]]))
@@ -333,7 +445,7 @@ class PrefixIndex:
         seen = 0
         for block in self._by_parent.candidates(parent):
             state = self._published[block]
-            if state not in {_FULL, _PARTIAL} or self._digest(self._parent, block) != parent:
+            if state not in {_FULL, _PARTIAL} or self._has_extra[block] or self._digest(self._parent, block) != parent:
                 continue
             length = len(rest)
             if state == _PARTIAL:

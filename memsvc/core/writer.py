@@ -359,7 +359,7 @@ class JournalWriter:
             full += blocks
             if record.publishes:
                 identities = memory.prefix.chain(record.parent, blocks)
-                fresh.add(blocks, record.parent, identities, held[start - 1] if start else 0)
+                fresh.add(blocks, record.parent, identities, held[start - 1] if start else 0, start)
                 record.parent = identities[-1]
         if full:
             memory.pool.filled[full] = size
