@@ -2,8 +2,8 @@
 
 For each space a hash `index` (epoch, generation, bucket_count, next_tag, cursor), the leases `owner:TAG` with a TTL,
 `owners` (tag -> capacity), `pools` (pool -> tag), `updates` (tag -> how many), and the buckets `GENERATION:NUMBER`:
-hashes from 14 bytes of an identity to the 2-byte tags of those who hold it. Small hashes with short values are one packed list each on the
-server, which is what makes an entry cost some 20 bytes instead of 100.
+hashes from 14 bytes of an identity to the 2-byte tags of those who hold it. Small hashes with short values are one
+packed list each on the server, which is what makes an entry cost some 20 bytes instead of 100.
 
 A bucket is meant to hold 64 entries at most. When a pool joins for which there is no room, the index begins again with
 more buckets: the epoch changes, and every writer finds its ticket void and writes its hints again, as after a flush.

@@ -2,8 +2,8 @@
 
 For each pool: a hash `head` (what the journal should look like), the stream `entries` whose ids are the entries'
 numbers, and a list with the pieces of the snapshot. The head names the list, so that a new snapshot is written aside
-and appears in one instant. Every script compares the lengths of stream and list with the head: what was trimmed or flushed
-behind our back is noticed by the writer, which begins again, and never read as if it were whole.
+and appears in one instant. Every script compares the lengths of stream and list with the head: what was trimmed or
+flushed behind our back is noticed by the writer, which begins again, and never read as if it were whole.
 """
 
 from __future__ import annotations
