@@ -17,6 +17,8 @@ import numpy.typing as npt
 from memsvc.core.free_order import BlockIds
 
 _CAPACITY_MINIMUM = 64
+# Up to so many values a loop beats vector operations.
+_FEW = 32
 TABLE_LIMIT = 2**32
 
 Slots = npt.NDArray[np.int64]
@@ -179,6 +181,8 @@ class TableColumns:
 
     def has_repeats(self, slots: Slots) -> bool:
         """Returns whether a slot is given twice."""
+        if len(slots) <= _FEW:
+            return len(set(slots.tolist())) < len(slots)
         order = np.arange(len(slots))
         self._scratch[slots] = order
         return not bool((self._scratch[slots] == order).all())

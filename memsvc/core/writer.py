@@ -6,6 +6,7 @@ Rows that do more are handled one by one.
 
 from __future__ import annotations
 
+from array import array
 import dataclasses
 from typing import TYPE_CHECKING, NoReturn
 
@@ -181,35 +182,40 @@ class JournalWriter:
                 "ROW_MISMATCH",
                 "tables",
             )
-        for at in np.flatnonzero(unusual).tolist():
-            if not single[at] or int(slots[at]) not in growth:
-                self._check_tokens(rows, at, growth)
         there = tables.write_block[slots] > 0
-        within = (rows.written // self._size == before // self._size) & there
-        for at in np.flatnonzero(~within & (rows.written > before)).tolist():
-            slot = int(slots[at])
-            length = len(tables.record(slot).blocks) + len(growth.get(slot, ()))
-            if rows.written[at] > length * self._size:
-                table = int(tables.counter[slot])
-                message = f"written_counts: table {table} has {length} blocks, not room for {int(rows.written[at])}"
-                _refuse(message, "ROW_MISMATCH", "written_counts")
+        moved = ((rows.written // self._size != before // self._size) | ~there) & (rows.written > before)
+        doubtful = np.flatnonzero(unusual | moved)
+        if len(doubtful):
+            self._check_room(rows, doubtful, growth)
         return single
 
-    def _check_tokens(self, rows: _Rows, at: int, growth: dict[int, list[int]]) -> None:
-        """Refuses tokens that differ from those known, or that are too far ahead of the table's blocks."""
-        tables = self._memory.tables
-        slot, start, count = int(rows.slots[at]), int(rows.starts[at]), int(rows.counts[at])
-        record = tables.record(slot)
-        length = len(record.blocks) + len(growth.get(slot, ()))
-        if start + count > (length + 1) * self._size:
-            message = f"token_ids: table {record.table} has {length} blocks, token {start + count} is too far ahead"
-            _refuse(message, "ROW_MISMATCH", "token_ids")
-        overlap = min(int(tables.tokens[slot]), start + count) - start
-        if overlap > 0:
-            given = rows.tokens[rows.offsets[at] : rows.offsets[at] + overlap].tolist()
-            if given != self.known_tokens(slot, start, start + overlap):
-                message = f"token_ids: table {record.table} has other tokens at {start} .. {start + overlap}"
-                _refuse(message, "TOKEN_MISMATCH", "token_ids")
+    def _check_room(self, rows: _Rows, doubtful: Column, growth: dict[int, list[int]]) -> None:
+        """Refuses rows that give or confirm tokens for which the table has no blocks, or other tokens than known."""
+        tables, size = self._memory.tables, self._size
+        slots = rows.slots[doubtful]
+        columns = (slots, rows.starts[doubtful], rows.counts[doubtful], rows.written[doubtful], tables.tokens[slots])
+        listed = zip(doubtful.tolist(), *(column.tolist() for column in columns), strict=True)
+        for at, slot, start, count, written, known in listed:
+            length = len(tables.record(slot).blocks) + (len(growth[slot]) if slot in growth else 0)
+            if written > length * size:
+                message = (
+                    f"written_counts: table {int(tables.counter[slot])} has {length} blocks, not room for {written}"
+                )
+                _refuse(message, "ROW_MISMATCH", "written_counts")
+            if count and start + count > (length + 1) * size:
+                table = int(tables.counter[slot])
+                message = f"token_ids: table {table} has {length} blocks, token {start + count} is too far ahead"
+                _refuse(message, "ROW_MISMATCH", "token_ids")
+            if count and start < known:
+                self._check_known(rows, at, slot, min(known, start + count))
+
+    def _check_known(self, rows: _Rows, at: int, slot: int, end: int) -> None:
+        """Refuses a row whose tokens before `end` are not those known."""
+        start, offset = int(rows.starts[at]), int(rows.offsets[at])
+        if rows.tokens[offset : offset + end - start].tolist() != self.known_tokens(slot, start, end):
+            table = int(self._memory.tables.counter[slot])
+            message = f"token_ids: table {table} has other tokens at {start} .. {end}"
+            _refuse(message, "TOKEN_MISMATCH", "token_ids")
 
     def _check_closed(self, gateway: int, journal: JournalColumns) -> list[tuple[int, CloseReason]]:
         closed: dict[int, CloseReason] = {}
@@ -270,45 +276,46 @@ class JournalWriter:
             column[owners] = np.where(column[owners] == 0, blocks, column[owners])
         for slot in waiting:
             record = tables.record(slot)
-            tokens, record.overflow = np.array(record.overflow, np.int64), []
+            tokens, record.overflow = array("I", record.overflow), []
             tables.tokens[slot] -= len(tokens)
-            self._append_tokens(slot, tokens)
-            self._find_open_blocks(slot)
+            self._append_tokens(slot, memoryview(tokens))
 
-    def _find_open_blocks(self, slot: int) -> None:
-        """Sets where the next token and the next write of a table go."""
-        tables = self._memory.tables
-        blocks = tables.record(slot).blocks
-        for position, column in ((tables.tokens, tables.token_block), (tables.written, tables.write_block)):
-            index = int(position[slot]) // self._size
-            column[slot] = blocks[index] if index < len(blocks) else 0
-
-    def _append_tokens(self, slot: int, tokens: Column) -> None:
-        """Adds tokens after those known."""
-        tables = self._memory.tables
+    def _append_tokens(self, slot: int, tokens: memoryview) -> None:
+        """Adds tokens (u32) after those known."""
+        tables, size = self._memory.tables, self._size
         record = tables.record(slot)
+        blocks = record.blocks
         position = int(tables.tokens[slot])
-        tables.tokens[slot] += len(tokens)
-        while len(tokens) and position < len(record.blocks) * self._size:
-            offset = position % self._size
-            fit = tokens[: self._size - offset]
-            self._memory.prefix.tokens[record.blocks[position // self._size], offset : offset + len(fit)] = fit
-            tokens = tokens[len(fit) :]
-            position += len(fit)
-        record.overflow.extend(tokens.tolist())
+        end = position + len(tokens)
+        tables.tokens[slot] = end
+        words = self._memory.prefix.token_words
+        done, limit = 0, min(end, len(blocks) * size)
+        while position < limit:
+            index, offset = divmod(position, size)
+            count = min(size - offset, limit - position)
+            first = blocks[index] * size + offset
+            words[first : first + count] = tokens[done : done + count]
+            done += count
+            position += count
+        if position < end:
+            record.overflow.extend(tokens[done:])
+        index = end // size
+        tables.token_block[slot] = blocks[index] if index < len(blocks) else 0
 
     def _apply_tokens(self, plan: _Plan) -> None:
         tables, rows = self._memory.tables, plan.rows
         slots, offsets = rows.slots, rows.offsets
         plain = plan.single & (tables.token_block[slots] > 0)
         if not plain.all():
-            for at in np.flatnonzero(~plain & (rows.counts > 0)).tolist():
-                slot = int(slots[at])
-                offset = int(rows.offsets[at])
-                skip = int(tables.tokens[slot]) - int(rows.starts[at])
-                if skip < rows.counts[at]:
-                    self._append_tokens(slot, rows.tokens[offset + skip : offset + int(rows.counts[at])])
-                    self._find_open_blocks(slot)
+            others = np.flatnonzero(~plain & (rows.counts > 0))
+            given = rows.tokens.astype(np.uint32).data
+            skips = tables.tokens[slots[others]] - rows.starts[others]
+            columns = (slots[others], offsets[others], skips, rows.counts[others])
+            for slot, offset, skip, count in zip(*(column.tolist() for column in columns), strict=True):
+                if skip < count:
+                    self._append_tokens(slot, given[offset + skip : offset + count])
+            if not plain.any():
+                return
             slots, offsets = slots[plain], offsets[plain]
         known = tables.tokens[slots]
         flat = self._memory.prefix.tokens.reshape(-1)
@@ -348,6 +355,7 @@ class JournalWriter:
         following: list[int] = []
         fresh = FreshContent()
         last = written // size
+        chain = memory.prefix.chain
         rows = zip(slots.tolist(), tables.committed[slots].tolist(), last.tolist(), strict=True)
         for slot, start, end in rows:
             record = tables.record(slot)
@@ -355,10 +363,10 @@ class JournalWriter:
             following.append(held[end] if end < len(held) else 0)
             if end == start:
                 continue
-            blocks = held[start:end].tolist() if end > start + 1 else [held[start]]
+            blocks = held[start:end].tolist()
             full += blocks
             if record.publishes:
-                identities = memory.prefix.chain(record.parent, blocks)
+                identities = chain(record.parent, blocks)
                 fresh.add(blocks, record.parent, identities, held[start - 1] if start else 0, start)
                 record.parent = identities[-1]
         if full:
