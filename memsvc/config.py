@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 import secrets
 
+from memsvc.store.credentials import Credentials
 from quire.config import ServiceConfig, setting
 from quire.errors import ConfigError
 
@@ -19,7 +20,19 @@ class MemsvcConfig(ServiceConfig):
     """The memory service: owns every block pool, its block tables and its prefix cache."""
 
     port: int = setting(DEFAULT_PORT, "Port to listen on; 0 lets the system choose.", minimum=0, maximum=65535)
-    store: str = setting("memory://", "Where shared metadata lives: memory:// or redis://[USER:PASS@]HOST:PORT/DB.")
+    store: str = setting(
+        "memory://", "Where shared metadata lives: memory:// or redis[s][+cluster]://[USER:PASS@]HOST:PORT[/DB]."
+    )
+    store_username: str | None = setting(None, "User of the store's access list; before the one in its address.")
+    store_password_file: str | None = setting(
+        None, "File whose first line is the store's password; before the one in its address."
+    )
+    store_ca_file: str | None = setting(None, "Certificates that sign the store's, PEM; none for those of the system.")
+    store_cert_file: str | None = setting(None, "Certificate that the store asks of its clients, PEM.")
+    store_key_file: str | None = setting(None, "Key of --store-cert-file, PEM.")
+    store_queue_blocks: int = setting(
+        65_536, "Most blocks of a pool that wait to be written to the store before all are written anew.", minimum=64
+    )
     memsvc_id: str = setting("memsvc", "Name of this service in the shared store, stable over restarts.")
     tenant_secret_file: str | None = setting(
         None, "File with 16 bytes or more from which tenants' salts are derived; without it, random at each start."
@@ -44,8 +57,23 @@ class MemsvcConfig(ServiceConfig):
                 f"--lease-ttl: {self.lease_ttl} s is less than two heartbeat intervals of {self.heartbeat_interval} s"
             )
             raise ConfigError(message, field="lease_ttl")
+        if self.store == "memory://":
+            for name in ("username", "password_file", "ca_file", "cert_file", "key_file"):
+                if getattr(self, f"store_{name}") is not None:
+                    flag = f"--store-{name.replace('_', '-')}"
+                    raise ConfigError(f"{flag}: is used only with a store on a server", field=f"store_{name}")
         if not self.memsvc_id:
             raise ConfigError("--memsvc-id: is empty", field="memsvc_id")
+
+    def store_credentials(self) -> Credentials:
+        """Returns who to be for the store."""
+        return Credentials(
+            username=self.store_username or "",
+            password_file=self.store_password_file or "",
+            ca_file=self.store_ca_file or "",
+            certificate_file=self.store_cert_file or "",
+            key_file=self.store_key_file or "",
+        )
 
     def tenant_secret(self) -> bytes:
         """Returns the 32 secret bytes.

@@ -18,9 +18,9 @@ import structlog
 from memsvc.config import MemsvcConfig
 from memsvc.core import invariants
 from memsvc.core.lease import FenceRequired, LeaseRecalled
-from memsvc.core.memory import EPOCH_MAXIMUM, MemoryCore, PoolRegistration
+from memsvc.core.memory import EPOCH_MAXIMUM, MemoryCore, PoolRegistration, RegisteredPool
 from memsvc.fences import Fencer
-from memsvc.store import ServiceRecord, Store
+from memsvc.store import HintSpace, ServiceRecord, Store
 from quire.errors import InvalidRequestError, InvariantError, QuireError, StaleEpochError, StoreUnavailableError
 from quire.memory import BlocksRecalled, MemoryEvent, PoolUpdated
 
@@ -51,6 +51,7 @@ class Keeper:
         store: shared metadata, started.
         fail: called when an invariant is broken: the process must stop.
         clock: seconds, never going back.
+        changed: called after commands; must not wait.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Keeper:
         store: Store,
         fail: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.core = core
@@ -67,6 +69,9 @@ class Keeper:
         self._store = store
         self._fail = fail
         self._clock = clock
+        self._changed = changed
+        self._store_losses = store.losses
+        self._record: ServiceRecord | None = None
         self._listeners: dict[int, Listener] = {}
         self._fencer = Fencer(config.fence_timeout, self._is_due, self._fence_answered)
         self._registration_lock = asyncio.Lock()
@@ -80,13 +85,14 @@ class Keeper:
         """Seconds of the clock that all commands use."""
         return self._clock()
 
-    async def start(self, address: str) -> None:
-        """Starts to let time pass, and to announce this service under `address`."""
-        record = ServiceRecord("memsvc", self.config.memsvc_id, self.incarnation, address)
+    async def start(self, address: str) -> ServiceRecord:
+        """Starts to let time pass, and to announce this service under `address`; returns as what."""
+        record = self._record = ServiceRecord("memsvc", self.config.memsvc_id, self.incarnation, address)
         self._tasks = [
             asyncio.create_task(self._sweep(), name="sweep"),
             asyncio.create_task(self._announce(record), name="announce"),
         ]
+        return record
 
     async def close(self) -> None:
         """Stops everything that `start` began."""
@@ -94,6 +100,7 @@ class Keeper:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._fencer.close()
+        await self._withdraw()
 
     # Executors
 
@@ -164,6 +171,7 @@ class Keeper:
                 for listener in list(self._listeners.values()):
                     listener.push(PoolUpdated(pool))
         self._end_void_streams()
+        self._changed()
 
     def _end_void_streams(self) -> None:
         """Ends the streams of gateways whose lease is over."""
@@ -229,15 +237,13 @@ class Keeper:
                 if not await self._store.announce(record, self.config.lease_ttl, takeover=takeover):
                     log.warning("service_superseded", memsvc_id=record.name)
                 takeover = False
-                for pool_id, pool in list(self.core.pools.items()):
-                    registration = pool.registration
-                    executor = ServiceRecord(
-                        "executor", pool_id, registration.executor_incarnation, registration.address
-                    )
+                for pool in list(self.core.pools.values()):
+                    executor = _executor_record(pool)
                     if pool.ready:
                         await self._store.announce(executor, self.config.lease_ttl, takeover=True)
                     else:
                         await self._store.withdraw(executor)
+                self._note_losses()
                 for pool_id, epoch in list(self._unsaved_epochs.items()):
                     await self._store.keep_epoch(pool_id, epoch)
                     self._unsaved_epochs.pop(pool_id, None)
@@ -245,3 +251,29 @@ class Keeper:
                 # The store has said so once; this loop is what finds out that it is back.
                 pass
             await asyncio.sleep(self.config.lease_ttl / _ANNOUNCEMENTS_PER_TTL)
+
+    def _note_losses(self) -> None:
+        """Has every epoch stored again if the store has lost its contents."""
+        if self._store.losses != self._store_losses:
+            self._store_losses = self._store.losses
+            self._unsaved_epochs |= {pool_id: pool.epoch for pool_id, pool in self.core.pools.items()}
+
+    async def _withdraw(self) -> None:
+        """Takes this service and its executors out of the registry."""
+        if self._record is None:
+            return
+        try:
+            for pool in self.core.pools.values():
+                await self._store.withdraw(_executor_record(pool))
+            await self._store.withdraw(self._record)
+        except StoreUnavailableError as error:
+            log.info("withdrawal_skipped", reason=error.message, effect="the notes expire")
+
+
+def _executor_record(pool: RegisteredPool) -> ServiceRecord:
+    """Returns the executor of a pool as it is noted in the registry."""
+    registration, spec = pool.registration, pool.registration.spec
+    space = HintSpace(spec.model_id, spec.block_size, spec.kv_dtype)
+    return ServiceRecord(
+        "executor", registration.executor_id, registration.executor_incarnation, registration.address, space.text
+    )

@@ -11,10 +11,14 @@ from memsvc.config import MemsvcConfig
 from memsvc.core.memory import MemoryCore
 from memsvc.keeper import Keeper
 from memsvc.service import MemoryServicer
+from memsvc.sharing.locate import Locator
+from memsvc.sharing.tail import Tail
 from memsvc.store import open_store
 from protos.memsvc.v1 import admin_pb2_grpc, memsvc_pb2_grpc
 from quire.config import describe
 from quire.service_host import ServiceHost
+
+_REFRESHES_PER_TTL = 3
 
 log = structlog.get_logger(__name__)
 
@@ -34,30 +38,48 @@ class MemsvcServer:
 
     def __init__(self, config: MemsvcConfig, host: ServiceHost | None = None) -> None:
         config.check()
+        secret = config.tenant_secret()
+        # Nobody else can look into the embedded store: there is no one to write for.
+        shared = config.store != "memory://"
         core = MemoryCore(
-            config.tenant_secret(),
+            secret,
             lease_ttl=config.lease_ttl,
             block_count_limit=config.max_pool_blocks,
             pool_limit=config.max_pools,
+            cache_events=shared,
         )
-        self._store = open_store(config.store)
+        self._store = open_store(config.store, config.store_credentials())
+        self.tail = (
+            Tail(core, self._store, lease_ttl=config.lease_ttl, queue_limit=config.store_queue_blocks)
+            if shared
+            else None
+        )
+        self.locator = Locator(core, self._store, secret, refresh_interval=config.lease_ttl / _REFRESHES_PER_TTL)
         self.host = host if host is not None else ServiceHost(config, SERVICE_NAMES)
         self.failed = False
-        self.keeper = Keeper(config, core, self._store, self._fail)
+        changed = self.tail.notify if self.tail is not None else lambda: None
+        self.keeper = Keeper(config, core, self._store, self._fail, changed=changed)
+        if shared and config.tenant_secret_file is None:
+            log.info("tenant_secret_drawn", effect="no other memory service finds the prefixes of this one")
 
     async def start(self) -> str:
         """Listens, serves, and returns "host:port"; raises ConfigError if it cannot listen."""
-        memsvc_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(self.keeper), self.host.server)
+        memsvc_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(self.keeper, self.locator), self.host.server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self.keeper), self.host.server)
         address = await self.host.start()
         await self._store.start()
-        await self.keeper.start(address)
+        service = await self.keeper.start(address)
+        self.locator.start(service)
+        if self.tail is not None:
+            self.tail.start(service)
         await self.host.set_serving(serving=True)
         return address
 
     async def stop(self) -> None:
         """Stops serving. Gateways go on with their leases and executors with their steps; both find a new start."""
         await self.host.stop()
+        if self.tail is not None:
+            await self.tail.close()
         await self.keeper.close()
         await self._store.close()
 

@@ -10,6 +10,7 @@ import grpc
 from memsvc import translate
 from memsvc.keeper import Keeper
 from memsvc.session import Session
+from memsvc.sharing.locate import Locator
 from protos.memsvc.v1 import memsvc_pb2, memsvc_pb2_grpc
 
 
@@ -18,10 +19,12 @@ class MemoryServicer(memsvc_pb2_grpc.MemoryServiceServicer):
 
     Args:
         keeper: the owner of the core.
+        locator: finds prompts.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Keeper, locator: Locator) -> None:
         self._keeper = keeper
+        self._locator = locator
 
     async def RegisterPool(
         self, request: memsvc_pb2.RegisterPoolRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -52,3 +55,9 @@ class MemoryServicer(memsvc_pb2_grpc.MemoryServiceServicer):
         """Serves one gateway for as long as its stream is open."""
         async for response in Session(self._keeper).run(aiter(request_iterator)):
             yield response
+
+    async def Locate(
+        self, request: memsvc_pb2.LocateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> memsvc_pb2.LocateResponse:
+        """Finds which pools hold the beginning of a prompt."""
+        return translate.from_located(await self._locator.locate(translate.to_query(request)))

@@ -7,6 +7,7 @@ import numpy as np
 
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.memory import PoolRegistration
+from memsvc.sharing.locate import Located, Query
 from protos.memsvc.v1 import memsvc_pb2
 from quire import columns
 from quire.errors import QuireError
@@ -137,3 +138,34 @@ def to_journal(message: memsvc_pb2.Journal) -> JournalColumns:
 def _column(data: bytes, field: str, row_count: int | None = None) -> Column:
     """Returns a u32 column as int64, in which sums do not overflow."""
     return columns.unpack(data, field, row_count=row_count).astype(np.int64)
+
+
+def to_query(message: memsvc_pb2.LocateRequest) -> Query:
+    """Returns the prompt to find in a message."""
+    return Query(
+        token_ids=message.token_ids,
+        tenant=message.tenant,
+        cache_salt=message.cache_salt,
+        adapter=message.adapter,
+        model_id=message.model_id,
+    )
+
+
+def from_located(located: Located) -> memsvc_pb2.LocateResponse:
+    """Returns where a prompt was found as a message."""
+    return memsvc_pb2.LocateResponse(
+        locations=[
+            memsvc_pb2.PoolLocation(
+                pool_id=location.owner.pool_id,
+                token_count=location.token_count,
+                exact=location.is_exact,
+                executor_address=location.owner.executor_address,
+                executor_incarnation=location.owner.executor_incarnation,
+                memsvc_id=location.owner.memsvc_id,
+                memsvc_address=location.owner.memsvc_address,
+                memsvc_incarnation=location.owner.memsvc_incarnation,
+            )
+            for location in located.locations
+        ],
+        hints_searched=located.hints_searched,
+    )

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import time
 
-from memsvc.core.memory import MemoryCore
+from memsvc.core.memory import TEXT_LENGTH_MAXIMUM, MemoryCore
 from memsvc.store.base import HintOwner, HintSpace, ServiceRecord, Store
 from quire import hashing
-from quire.errors import StoreUnavailableError
+from quire.errors import InvalidRequestError, StoreUnavailableError
 from quire.memory import AdmitRequest
 
 _TOKEN_BYTES = 4
@@ -96,6 +96,7 @@ class Locator:
         Raises:
             InvalidRequestError: a field of the query cannot be.
         """
+        _check(query)
         locations = self._local(query)
         searched = True
         try:
@@ -175,6 +176,18 @@ class Locator:
             for owner, count in depths.items()
             if owner.memsvc_incarnation != incarnation
         ]
+
+
+def _check(query: Query) -> None:
+    """Raises InvalidRequestError if a field cannot be."""
+    if not query.token_ids or len(query.token_ids) % _TOKEN_BYTES:
+        message = f"token_ids: {len(query.token_ids)} bytes, expected at least one token of {_TOKEN_BYTES} bytes"
+        raise InvalidRequestError(message, field="token_ids")
+    for field in ("tenant", "cache_salt", "adapter", "model_id"):
+        length = len(getattr(query, field))
+        if length > TEXT_LENGTH_MAXIMUM:
+            message = f"{field}: {length} characters, allowed are at most {TEXT_LENGTH_MAXIMUM}"
+            raise InvalidRequestError(message, field=field)
 
 
 def _pieces(token_ids: bytes, space: HintSpace, root: bytes) -> Iterator[tuple[int, Iterator[list[bytes]]]]:

@@ -3,8 +3,8 @@
     entry   = record ...
     record  = kind u8 || widths u8 || rows u16 LE || identities (16 a row) || blocks || indexes
 
-Blocks and indexes are each the value less the one before, as signed little-endian numbers of 1 byte, or of 4 where
-`widths` has bit 0 (blocks) or bit 1 (indexes).
+Blocks and indexes are each the first value as i32 LE, then every other less the one before it, as signed little-endian
+numbers of 1 byte, or of 4 where `widths` has bit 0 (blocks) or bit 1 (indexes).
 """
 
 from __future__ import annotations
@@ -124,16 +124,19 @@ class _Reader:
         return taken
 
     def take_sums(self, rows: int, *, wide: bool) -> Numbers:
-        """Returns a column of differences, summed up."""
-        data = self.take(rows * (4 if wide else 1))
-        return np.cumsum(np.frombuffer(data, "<i4" if wide else "i1"), dtype=np.int64)
+        """Returns a column of a first value and differences, summed up."""
+        values = np.zeros(rows, np.int64)
+        if rows:
+            values[:1] = np.frombuffer(self.take(4), "<i4")
+            values[1:] = np.frombuffer(self.take((rows - 1) * (4 if wide else 1)), "<i4" if wide else "i1")
+        return np.cumsum(values)
 
 
-def _differences(values: npt.NDArray[np.integer]) -> tuple[bytes, bool]:
-    """Returns each value less the one before, the first less 0, and whether they take 4 bytes each."""
-    differences = np.diff(values.astype(np.int64), prepend=0)
-    wide = bool(len(differences)) and int(np.abs(differences).max()) > _NARROW
-    return differences.astype("<i4" if wide else "i1").tobytes(), wide
+def _differences(values: npt.NDArray[np.int64]) -> tuple[bytes, bool]:
+    """Returns a column as its first value and differences, and whether these take 4 bytes each."""
+    differences = np.diff(values)
+    wide = bool((np.abs(differences) > _NARROW).any())
+    return values[:1].astype("<i4").tobytes() + differences.astype("<i4" if wide else "i1").tobytes(), wide
 
 
 def rows_of(events: Sequence[CacheEvent]) -> int:

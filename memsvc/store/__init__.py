@@ -1,7 +1,5 @@
 """Shared metadata behind one protocol: embedded, or on Redis."""
 
-from typing import TYPE_CHECKING
-
 from memsvc.store.base import (
     HintMatch,
     HintOwner,
@@ -13,11 +11,9 @@ from memsvc.store.base import (
     Store,
     StoreFencedError,
 )
+from memsvc.store.credentials import Credentials
 from memsvc.store.memory import MemoryStore
 from quire.errors import ConfigError
-
-if TYPE_CHECKING:
-    from memsvc.store.connection import Credentials
 
 __all__ = [
     "HintMatch",
@@ -35,7 +31,7 @@ __all__ = [
 _EXPECTED = "memory:// or redis[s][+cluster]://[USER:PASS@]HOST:PORT[/DB]"
 
 
-def open_store(url: str, credentials: "Credentials | None" = None) -> Store:
+def open_store(url: str, credentials: Credentials | None = None) -> Store:
     """Returns the store at `url`, not yet started.
 
     Args:
@@ -53,8 +49,9 @@ def open_store(url: str, credentials: "Credentials | None" = None) -> Store:
 
         try:
             return RedisStore(url, credentials)
-        except ValueError as error:
-            message = f"--store: {error}; expected {_EXPECTED}"
-            raise ConfigError(message, field="store") from error
+        except ValueError:
+            # What the library says may quote a password.
+            message = f"--store: the address cannot be read; expected {_EXPECTED}"
+            raise ConfigError(message, field="store") from None
     message = f"--store: expected {_EXPECTED}, found scheme {scheme[:32]!r}"
     raise ConfigError(message, field="store")

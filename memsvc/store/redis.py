@@ -15,7 +15,8 @@ from typing import Any
 import structlog
 
 from memsvc.store.base import ServiceRecord
-from memsvc.store.connection import TIMEOUT_SECONDS, Argument, Credentials, RedisConnection, Script
+from memsvc.store.connection import TIMEOUT_SECONDS, Argument, RedisConnection, Script
+from memsvc.store.credentials import Credentials
 from memsvc.store.redis_hints import RedisHints
 from memsvc.store.redis_journals import RedisJournals
 from quire.errors import StoreUnavailableError

@@ -859,3 +859,113 @@ class Recall(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Recall: _TypeAlias = Recall  # noqa: Y015
+
+@_typing.final
+class LocateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    token_ids: _builtins.bytes
+    """u32 column: the prompt. At least one token."""
+    tenant: _builtins.str
+    """Tenant that the caller authenticated; empty for the default tenant."""
+    cache_salt: _builtins.str
+    """Further separation inside the tenant; empty for none."""
+    adapter: _builtins.str
+    """Adapter whose weights take part, empty for none."""
+    model_id: _builtins.str
+    """Only pools of this model; empty for those of every model."""
+    def __init__(
+        self,
+        *,
+        token_ids: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "model_id", b"model_id", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateRequest: _TypeAlias = LocateRequest  # noqa: Y015
+
+@_typing.final
+class LocateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOCATIONS_FIELD_NUMBER: _builtins.int
+    HINTS_SEARCHED_FIELD_NUMBER: _builtins.int
+    hints_searched: _builtins.bool
+    """Whether the store answered. If not, pools of other memory services are missing."""
+    @_builtins.property
+    def locations(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolLocation]:
+        """Pools that hold something of the prompt, those that hold most first."""
+
+    def __init__(
+        self,
+        *,
+        locations: _abc.Iterable[Global___PoolLocation] | None = ...,
+        hints_searched: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hints_searched", b"hints_searched", "locations", b"locations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateResponse: _TypeAlias = LocateResponse  # noqa: Y015
+
+@_typing.final
+class PoolLocation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    EXECUTOR_ADDRESS_FIELD_NUMBER: _builtins.int
+    EXECUTOR_INCARNATION_FIELD_NUMBER: _builtins.int
+    MEMSVC_ID_FIELD_NUMBER: _builtins.int
+    MEMSVC_ADDRESS_FIELD_NUMBER: _builtins.int
+    MEMSVC_INCARNATION_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    token_count: _builtins.int
+    """Leading tokens of the prompt that it holds; at most all but one where `exact`, else a multiple of 64."""
+    exact: _builtins.bool
+    """Whether the pool itself was asked. If not, this is a hint from the store, which Admit has the last word on."""
+    executor_address: _builtins.str
+    """Where the pool's executor listens, host:port."""
+    executor_incarnation: _builtins.int
+    """Incarnation of the executor."""
+    memsvc_id: _builtins.str
+    """Name of the memory service that owns the pool."""
+    memsvc_address: _builtins.str
+    """Where it listens, host:port."""
+    memsvc_incarnation: _builtins.int
+    """Its incarnation."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        exact: _builtins.bool = ...,
+        executor_address: _builtins.str = ...,
+        executor_incarnation: _builtins.int = ...,
+        memsvc_id: _builtins.str = ...,
+        memsvc_address: _builtins.str = ...,
+        memsvc_incarnation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "executor_address", b"executor_address", "executor_incarnation", b"executor_incarnation", "memsvc_address", b"memsvc_address", "memsvc_id", b"memsvc_id", "memsvc_incarnation", b"memsvc_incarnation", "pool_id", b"pool_id", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolLocation: _TypeAlias = PoolLocation  # noqa: Y015

@@ -50,6 +50,11 @@ class MemoryServiceStub(object):
                 request_serializer=protos_dot_memsvc_dot_v1_dot_memsvc__pb2.ConnectRequest.SerializeToString,
                 response_deserializer=protos_dot_memsvc_dot_v1_dot_memsvc__pb2.ConnectResponse.FromString,
                 _registered_method=True)
+        self.Locate = channel.unary_unary(
+                '/quire.memsvc.v1.MemoryService/Locate',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_memsvc__pb2.LocateRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_memsvc__pb2.LocateResponse.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer(object):
@@ -83,6 +88,15 @@ class MemoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Locate(self, request, context):
+        """Finds which pools hold the beginning of a prompt, those of other memory services on the same store included. Changes
+        nothing and promises nothing: what was found may be gone when it is asked for.
+        INVALID_ARGUMENT: a field is not possible.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -100,6 +114,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_memsvc__pb2.ConnectRequest.FromString,
                     response_serializer=protos_dot_memsvc_dot_v1_dot_memsvc__pb2.ConnectResponse.SerializeToString,
+            ),
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_memsvc__pb2.LocateRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_memsvc__pb2.LocateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,6 +203,33 @@ class MemoryService(object):
             '/quire.memsvc.v1.MemoryService/Connect',
             protos_dot_memsvc_dot_v1_dot_memsvc__pb2.ConnectRequest.SerializeToString,
             protos_dot_memsvc_dot_v1_dot_memsvc__pb2.ConnectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.MemoryService/Locate',
+            protos_dot_memsvc_dot_v1_dot_memsvc__pb2.LocateRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_memsvc__pb2.LocateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,11 @@ class MemoryServiceStub:
     acknowledged in order. When the stream ends the gateway's grants live on for the lease TTL of `welcome`; then its
     tables are fenced at the executor and freed.
     """
+    Locate: _grpc.UnaryUnaryMultiCallable[_memsvc_pb2.LocateRequest, _memsvc_pb2.LocateResponse]
+    """Finds which pools hold the beginning of a prompt, those of other memory services on the same store included. Changes
+    nothing and promises nothing: what was found may be gone when it is asked for.
+    INVALID_ARGUMENT: a field is not possible.
+    """
 
 @_typing.type_check_only
 class MemoryServiceAsyncStub(MemoryServiceStub):
@@ -79,6 +84,11 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     `admit` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
     acknowledged in order. When the stream ends the gateway's grants live on for the lease TTL of `welcome`; then its
     tables are fenced at the executor and freed.
+    """
+    Locate: _aio.UnaryUnaryMultiCallable[_memsvc_pb2.LocateRequest, _memsvc_pb2.LocateResponse]  # type: ignore[assignment]
+    """Finds which pools hold the beginning of a prompt, those of other memory services on the same store included. Changes
+    nothing and promises nothing: what was found may be gone when it is asked for.
+    INVALID_ARGUMENT: a field is not possible.
     """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -115,6 +125,17 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         `admit` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
         acknowledged in order. When the stream ends the gateway's grants live on for the lease TTL of `welcome`; then its
         tables are fenced at the executor and freed.
+        """
+
+    @_abc_1.abstractmethod
+    def Locate(
+        self,
+        request: _memsvc_pb2.LocateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memsvc_pb2.LocateResponse, _abc.Awaitable[_memsvc_pb2.LocateResponse]]:
+        """Finds which pools hold the beginning of a prompt, those of other memory services on the same store included. Changes
+        nothing and promises nothing: what was found may be gone when it is asked for.
+        INVALID_ARGUMENT: a field is not possible.
         """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
