@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+import contextlib
 import secrets
 import time
 from typing import Protocol
@@ -72,6 +73,7 @@ class Keeper:
         self._changed = changed
         self._store_losses = store.losses
         self._record: ServiceRecord | None = None
+        self._pools_changed = asyncio.Event()
         self._listeners: dict[int, Listener] = {}
         self._fencer = Fencer(config.fence_timeout, self._is_due, self._fence_answered)
         self._registration_lock = asyncio.Lock()
@@ -168,6 +170,7 @@ class Keeper:
             else:
                 pool = self.core.pool(event.pool_id).info()
                 log.info("pool_changed", pool_id=pool.pool_id, epoch=pool.epoch, ready=pool.ready)
+                self._pools_changed.set()
                 for listener in list(self._listeners.values()):
                     listener.push(PoolUpdated(pool))
         self._end_void_streams()
@@ -233,6 +236,7 @@ class Keeper:
         """Keeps this service and its executors in the registry, and hands over epochs that the store missed."""
         takeover = True
         while True:
+            self._pools_changed.clear()
             try:
                 if not await self._store.announce(record, self.config.lease_ttl, takeover=takeover):
                     log.warning("service_superseded", memsvc_id=record.name)
@@ -250,7 +254,8 @@ class Keeper:
             except StoreUnavailableError:
                 # The store has said so once; this loop is what finds out that it is back.
                 pass
-            await asyncio.sleep(self.config.lease_ttl / _ANNOUNCEMENTS_PER_TTL)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._pools_changed.wait(), self.config.lease_ttl / _ANNOUNCEMENTS_PER_TTL)
 
     def _note_losses(self) -> None:
         """Has every epoch stored again if the store has lost its contents."""
