@@ -75,6 +75,7 @@ class MemoryCore:
         pool_limit: most pools.
         chain: computes identities; another one only in tests of collisions.
         cache_events: keep what becomes matchable and what ceases to be, for `take_cache_events`.
+        forecast: refuse admissions for which there will be no room soon; see `memsvc.core.forecast`.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class MemoryCore:
         pool_limit: int = 1024,
         chain: Callable[[bytes, bytes | memoryview, int], list[bytes]] = hashing.chain,
         cache_events: bool = False,
+        forecast: bool = False,
     ) -> None:
         self.lease_ttl = lease_ttl
+        self._forecast = forecast
         self._cache_events = cache_events
         self._tenant_secret = tenant_secret
         self._block_count_limit = block_count_limit
@@ -400,7 +403,7 @@ class MemoryCore:
     # Inside
 
     def _new_memory(self, spec: PoolSpec, epoch: int) -> PoolMemory:
-        return PoolMemory(spec, epoch, self._chain, cache_events=self._cache_events)
+        return PoolMemory(spec, epoch, self._chain, cache_events=self._cache_events, forecast=self._forecast)
 
     def _open_gateway(self, number: int) -> Gateway:
         gateway = self.gateway(number)

@@ -17,6 +17,7 @@ import dataclasses
 import numpy as np
 
 from memsvc.core.events import BlocksStored, CacheEvent
+from memsvc.core.forecast import AdmissionForecast
 from memsvc.core.free_order import BlockIds
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import Grants
@@ -66,6 +67,7 @@ class PoolMemory:
         epoch: epoch of every table and grant.
         chain: computes identities.
         cache_events: keep what is published and forgotten, for `take_cache_events`.
+        forecast: refuse admissions for which there will be no room soon.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class PoolMemory:
         chain: Callable[[bytes, bytes | memoryview, int], list[bytes]] = hashing.chain,
         *,
         cache_events: bool = False,
+        forecast: bool = False,
     ) -> None:
         self.spec = spec
         self.epoch = epoch
@@ -84,6 +87,7 @@ class PoolMemory:
         self.tables = TableColumns()
         self.grants: dict[int, Grants] = {}
         self.statistics = PoolStatistics()
+        self.forecast = AdmissionForecast(spec) if forecast else None
         self._writer = JournalWriter(self)
 
     def admit(self, request: AdmitRequest, context: AdmitContext, now: float) -> Admission:
@@ -104,6 +108,8 @@ class PoolMemory:
             else:
                 available = kept
         self.pool.require(new_count, available)
+        if self.forecast is not None:
+            self.forecast.require_room(request, self.tables, self.pool, new_count, available)
         counter = self.tables.reserve()
         held = np.append(match.blocks, source) if source else match.blocks
         if len(held):
@@ -129,7 +135,9 @@ class PoolMemory:
             parent=match.identity,
             copy_source=source,
         )
-        self._open(record, token_count, len(match.blocks))
+        slot = self._open(record, token_count, len(match.blocks))
+        if self.forecast is not None:
+            self.forecast.opened(request, self.tables, slot)
         if not (request.resumed or request.skip_cache_read):
             self.statistics.query_token_count += token_count
             self.statistics.hit_token_count += cached
@@ -193,6 +201,8 @@ class PoolMemory:
             self.prefix.forget(blocks[published == Publication.DUPLICATE])
         reusable = (published == Publication.FULL) | (published == Publication.PARTIAL)
         self.pool.drop(blocks, reusable, now)
+        if self.forecast is not None:
+            self.forecast.closed(record, reason, self.tables, slot)
         self.tables.close(slot)
         self.grants[record.gateway].tables.discard(record.table)
         if reason == CloseReason.PREEMPTED:
@@ -283,8 +293,8 @@ class PoolMemory:
         if rest:
             self.prefix.tokens[fresh[full], :rest] = words[full * size :]
 
-    def _open(self, record: TableRecord, token_count: int, shared_count: int) -> None:
-        """Enters a table whose first `shared_count` blocks are committed."""
+    def _open(self, record: TableRecord, token_count: int, shared_count: int) -> int:
+        """Enters a table whose first `shared_count` blocks are committed; returns its slot."""
         size = self.spec.block_size
         tables = self.tables
         slot = tables.open(record)
@@ -295,6 +305,8 @@ class PoolMemory:
         tables.committed[slot] = shared_count
         tables.token_block[slot] = record.blocks[token_count // size] if token_count % size else 0
         tables.write_block[slot] = record.blocks[shared_count]
+        tables.found[slot] = shared_count
+        return slot
 
     def _publish_tail(self, slot: int, record: TableRecord) -> None:
         """Makes the written head of the last, partly filled block matchable by copy."""

@@ -20,6 +20,19 @@ _CAPACITY_MINIMUM = 64
 # Up to so many values a loop beats vector operations.
 _FEW = 32
 TABLE_LIMIT = 2**32
+_GROWING = (
+    "tokens",
+    "written",
+    "written_floor",
+    "committed",
+    "gateway",
+    "token_block",
+    "write_block",
+    "prompt",
+    "opened",
+    "limit",
+    "found",
+)
 
 Slots = npt.NDArray[np.int64]
 
@@ -96,6 +109,10 @@ class TableColumns:
         gateway: `[slot]` number of the owner.
         token_block: `[slot]` block in which token number `tokens` goes, 0 if it is not there yet.
         write_block: `[slot]` block in which token number `written` goes, 0 if it is not there yet.
+        prompt: `[slot]` tokens that were not generated.
+        opened: `[slot]` tokens known when the table was opened; more than `prompt` after a preemption.
+        limit: `[slot]` most tokens that the sequence may have.
+        found: `[slot]` leading blocks that were found in the cache.
     """
 
     __slots__ = (
@@ -105,8 +122,12 @@ class TableColumns:
         "_scratch",
         "committed",
         "counter",
+        "found",
         "gateway",
+        "limit",
         "open_count",
+        "opened",
+        "prompt",
         "token_block",
         "tokens",
         "write_block",
@@ -127,6 +148,10 @@ class TableColumns:
         self.gateway = np.zeros(self._capacity, np.int64)
         self.token_block = np.zeros(self._capacity, np.int64)
         self.write_block = np.zeros(self._capacity, np.int64)
+        self.prompt = np.zeros(self._capacity, np.int64)
+        self.opened = np.zeros(self._capacity, np.int64)
+        self.limit = np.zeros(self._capacity, np.int64)
+        self.found = np.zeros(self._capacity, np.int64)
         self._scratch = np.zeros(self._capacity, np.int64)
 
     @property
@@ -202,7 +227,7 @@ class TableColumns:
         for source, target in zip(old.tolist(), new.tolist(), strict=True):
             records[target] = self._records[source]
         self._records = records
-        for name in ("tokens", "written", "written_floor", "committed", "gateway", "token_block", "write_block"):
+        for name in _GROWING:
             column = np.zeros(capacity, np.int64)
             column[new] = getattr(self, name)[old]
             setattr(self, name, column)
