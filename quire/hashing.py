@@ -75,6 +75,16 @@ def chain(parent: bytes, tokens: bytes | memoryview, block_size: int) -> list[by
     return identities
 
 
+def each(parents: list[bytes], data: bytes, stride: int) -> list[bytes]:
+    """Returns the identities of blocks of `stride` bytes, one after the other, each with its own parent."""
+    blake2b, size = hashlib.blake2b, DIGEST_BYTES
+    starts = range(0, len(data), stride)
+    return [
+        blake2b(parent + data[start : start + stride], digest_size=size).digest()
+        for parent, start in zip(parents, starts, strict=True)
+    ]
+
+
 def with_extra(parent: bytes, extra: bytes) -> bytes:
     """Returns the digest to chain a block to whose identity covers `extra` beside its tokens; `parent` without any."""
     return (

@@ -101,6 +101,8 @@ def _check_tables(memory: PoolMemory) -> None:
         limit = div_ceil(memory.spec.max_model_len + size, size)
         _require(len(record.blocks) <= limit, f"{name}: {len(record.blocks)} blocks, at most {limit}")
         blocks = record.block_ids()
+        _require(memory.tables.length[slot] == len(blocks), f"{name}: {memory.tables.length[slot]} blocks counted")
+        _require(memory.tables.tenant_tag[slot] == record.tenant_tag, f"{name}: another tenant in its column")
         _require(len(set(blocks.tolist())) == len(blocks), f"{name}: names a block twice")
         _require((pool.tenant[record.held_block_ids()] == record.tenant_tag).all(), f"{name}: another tenant's block")
         writable = blocks[committed:]

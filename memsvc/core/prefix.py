@@ -69,7 +69,10 @@ class PrefixMatch:
 
 @dataclasses.dataclass(slots=True)
 class FreshContent:
-    """Blocks that became full and written, in columns."""
+    """Blocks that became full and written, in columns.
+
+    Blocks that are `expect`ed have no identity until `PrefixIndex.identify` has computed all of them.
+    """
 
     blocks: list[int] = dataclasses.field(default_factory=list)
     parents: list[bytes] = dataclasses.field(default_factory=list)
@@ -80,6 +83,8 @@ class FreshContent:
     """The block before each in its table, 0 for none."""
     indexes: list[int] = dataclasses.field(default_factory=list)
     """Position of each block in its table."""
+    expected: list[int] = dataclasses.field(default_factory=list)
+    """Rows that have no identity yet."""
     with_extra: list[int] = dataclasses.field(default_factory=list)
     """Those of `blocks` whose identity covers more than tokens."""
 
@@ -98,6 +103,15 @@ class FreshContent:
         self.parents += [parent, *identities[:-1]]
         self.before += [before, *blocks[:-1]]
         self.indexes += range(index, index + len(blocks))
+
+    def expect(self, block: int, parent: bytes, before: int, index: int) -> None:
+        """Adds one block whose identity is still to be computed; the arguments are those of `add`."""
+        self.expected.append(len(self.blocks))
+        self.blocks.append(block)
+        self.parents.append(parent)
+        self.identities.append(b"")
+        self.before.append(before)
+        self.indexes.append(index)
 
 
 class PrefixIndex:
@@ -281,6 +295,23 @@ class PrefixIndex:
             parent = self._chain(parent, data[start : start + stride], self._block_size)[0]
             identities.append(parent)
         return identities
+
+    def identify(self, fresh: FreshContent) -> list[bytes]:
+        """Computes the identities that `fresh` expects, notes them there and returns them."""
+        rows = fresh.expected
+        stride = self._block_size * _TOKEN_BYTES
+        data = self.tokens[[fresh.blocks[row] for row in rows]].tobytes()
+        parents = [fresh.parents[row] for row in rows]
+        if self._chain is hashing.chain:
+            found = hashing.each(parents, data, stride)
+        else:
+            pieces = [data[start : start + stride] for start in range(0, len(data), stride)]
+            found = [
+                self._chain(parent, piece, self._block_size)[0] for parent, piece in zip(parents, pieces, strict=True)
+            ]
+        for row, identity in zip(rows, found, strict=True):
+            fresh.identities[row] = identity
+        return found
 
     def publish_full(self, fresh: FreshContent) -> list[tuple[int, int]]:
         """Makes full blocks matchable, in order.

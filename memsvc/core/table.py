@@ -32,6 +32,8 @@ _GROWING = (
     "opened",
     "limit",
     "found",
+    "length",
+    "tenant_tag",
 )
 
 Slots = npt.NDArray[np.int64]
@@ -109,6 +111,8 @@ class TableColumns:
         gateway: `[slot]` number of the owner.
         token_block: `[slot]` block in which token number `tokens` goes, 0 if it is not there yet.
         write_block: `[slot]` block in which token number `written` goes, 0 if it is not there yet.
+        length: `[slot]` blocks of the table.
+        tenant_tag: `[slot]` tag that its blocks carry.
         prompt: `[slot]` tokens that were not generated.
         opened: `[slot]` tokens known when the table was opened; more than `prompt` after a preemption.
         limit: `[slot]` most tokens that the sequence may have.
@@ -124,10 +128,12 @@ class TableColumns:
         "counter",
         "found",
         "gateway",
+        "length",
         "limit",
         "open_count",
         "opened",
         "prompt",
+        "tenant_tag",
         "token_block",
         "tokens",
         "write_block",
@@ -152,6 +158,8 @@ class TableColumns:
         self.opened = np.zeros(self._capacity, np.int64)
         self.limit = np.zeros(self._capacity, np.int64)
         self.found = np.zeros(self._capacity, np.int64)
+        self.length = np.zeros(self._capacity, np.int64)
+        self.tenant_tag = np.zeros(self._capacity, np.int64)
         self._scratch = np.zeros(self._capacity, np.int64)
 
     @property
@@ -179,6 +187,8 @@ class TableColumns:
         self._records[slot] = record
         self.counter[slot] = record.table
         self.gateway[slot] = record.gateway
+        self.length[slot] = len(record.blocks)
+        self.tenant_tag[slot] = record.tenant_tag
         return slot
 
     def close(self, slot: int) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.pool import BlockState
 from memsvc.core.prefix import FreshContent
-from memsvc.core.table import Slots, TableColumns
+from memsvc.core.table import Slots, TableColumns, TableRecord
 from quire.errors import StaleEpochError
 from quire.memory import CloseReason
 from quire.units import div_ceil
@@ -42,11 +42,29 @@ class _Rows:
     tokens: Column
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Growth:
+    """New blocks of tables, in the order in which each table gets them."""
+
+    slots: Slots
+    blocks: Column
+
+    def counts(self) -> dict[int, int]:
+        """Returns how many blocks each slot gets."""
+        counts: dict[int, int] = {}
+        for slot in self.slots.tolist():
+            counts[slot] = counts.get(slot, 0) + 1
+        return counts
+
+
+_NO_GROWTH = _Growth(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
 @dataclasses.dataclass(slots=True)
 class _Plan:
     """A checked journal. `single`: rows that give just the next token."""
 
-    growth: dict[int, list[int]]
+    growth: _Growth
     rows: _Rows
     single: npt.NDArray[np.bool_]
     closed: list[tuple[int, CloseReason]]
@@ -77,7 +95,7 @@ class JournalWriter:
         """
         journal.check()
         plan = self._check(gateway, journal)
-        if plan.growth:
+        if len(plan.growth.slots):
             self._grow(gateway, plan.growth, now)
         if len(plan.rows.slots):
             self._apply_tokens(plan)
@@ -91,12 +109,12 @@ class JournalWriter:
     # Checking
 
     def _check(self, gateway: int, journal: JournalColumns) -> _Plan:
-        growth, taken = self._check_appended(gateway, journal.appended) if len(journal.appended) else ({}, set())
+        growth = self._check_appended(gateway, journal.appended) if len(journal.appended) else _NO_GROWTH
         rows = self._select_rows(gateway, journal)
         single = self._check_rows(rows, growth)
         closed = self._check_closed(gateway, journal) if len(journal.closed) else []
         if len(journal.returned):
-            self._check_returned(gateway, journal.returned, taken)
+            self._check_returned(gateway, journal.returned, set(growth.blocks.tolist()))
         return _Plan(growth, rows, single, closed, journal.returned)
 
     def _owned_slot(self, gateway: int, table: int, field: str) -> int:
@@ -110,8 +128,26 @@ class JournalWriter:
             _refuse(f"{field}: table {table} belongs to another gateway", "FOREIGN_TABLE", field)
         return slot
 
-    def _check_appended(self, gateway: int, appended: Column) -> tuple[dict[int, list[int]], set[int]]:
-        """Returns the new blocks by slot, and all of them."""
+    def _check_appended(self, gateway: int, appended: Column) -> _Growth:
+        """Returns the new blocks; those that a table has already are left out."""
+        pool, tables = self._memory.pool, self._memory.tables
+        slots, blocks = tables.slots(appended[:, 0]), appended[:, 2]
+        # The usual case: every table gets its next block, which is leased to this gateway.
+        usual = (
+            slots.min() >= 0
+            and blocks.min() > 0
+            and blocks.max() < pool.block_count
+            and (appended[:, 1] == tables.length[slots]).all()
+            and (tables.gateway[slots] == gateway).all()
+            and (pool.lessee[blocks] == gateway).all()
+            and appended[:, 1].max() < self._block_limit
+            and not tables.has_repeats(slots)
+            and len(set(blocks.tolist())) == len(blocks)
+        )
+        return _Growth(slots, blocks) if usual else self._check_appended_each(gateway, appended)
+
+    def _check_appended_each(self, gateway: int, appended: Column) -> _Growth:
+        """Checks growth row by row; see `_check_appended`."""
         pool, tables = self._memory.pool, self._memory.tables
         growth: dict[int, list[int]] = {}
         taken: set[int] = set()
@@ -141,7 +177,8 @@ class JournalWriter:
                 _refuse(f"appended: block {block} is not leased to this gateway", "BLOCK_NOT_LEASED", "appended")
             taken.add(block)
             growth.setdefault(slot, []).append(block)
-        return growth, taken
+        owned = [slot for slot, new in growth.items() for _ in new]
+        return _Growth(np.array(owned, np.int64), np.array([b for new in growth.values() for b in new], np.int64))
 
     def _select_rows(self, gateway: int, journal: JournalColumns) -> _Rows:
         """Returns the rows whose tables are open, several of one table merged."""
@@ -162,7 +199,7 @@ class JournalWriter:
         rows = _Rows(slots, starts, counts, offsets, written, journal.token_ids)
         return _merged(rows, tables) if tables.has_repeats(slots) else rows
 
-    def _check_rows(self, rows: _Rows, growth: dict[int, list[int]]) -> npt.NDArray[np.bool_]:
+    def _check_rows(self, rows: _Rows, growth: _Growth) -> npt.NDArray[np.bool_]:
         """Checks rows and returns which of them give just the next token."""
         tables = self._memory.tables
         slots = rows.slots
@@ -186,17 +223,19 @@ class JournalWriter:
         moved = ((rows.written // self._size != before // self._size) | ~there) & (rows.written > before)
         doubtful = np.flatnonzero(unusual | moved)
         if len(doubtful):
-            self._check_room(rows, doubtful, growth)
+            self._check_room(rows, doubtful, growth.counts())
         return single
 
-    def _check_room(self, rows: _Rows, doubtful: Column, growth: dict[int, list[int]]) -> None:
+    def _check_room(self, rows: _Rows, doubtful: Column, growth: dict[int, int]) -> None:
         """Refuses rows that give or confirm tokens for which the table has no blocks, or other tokens than known."""
         tables, size = self._memory.tables, self._size
         slots = rows.slots[doubtful]
-        columns = (slots, rows.starts[doubtful], rows.counts[doubtful], rows.written[doubtful], tables.tokens[slots])
-        listed = zip(doubtful.tolist(), *(column.tolist() for column in columns), strict=True)
-        for at, slot, start, count, written, known in listed:
-            length = len(tables.record(slot).blocks) + (len(growth[slot]) if slot in growth else 0)
+        known = tables.tokens[slots]
+        columns = (slots, rows.starts[doubtful], rows.counts[doubtful], rows.written[doubtful], known)
+        lengths = tables.length[slots].tolist()
+        listed = zip(doubtful.tolist(), lengths, *(column.tolist() for column in columns), strict=True)
+        for at, length, slot, start, count, written, before in listed:
+            length += growth.get(slot, 0)  # noqa: PLW2901 - what it will be
             if written > length * size:
                 message = (
                     f"written_counts: table {int(tables.counter[slot])} has {length} blocks, not room for {written}"
@@ -206,8 +245,8 @@ class JournalWriter:
                 table = int(tables.counter[slot])
                 message = f"token_ids: table {table} has {length} blocks, token {start + count} is too far ahead"
                 _refuse(message, "ROW_MISMATCH", "token_ids")
-            if count and start < known:
-                self._check_known(rows, at, slot, min(known, start + count))
+            if count and start < before:
+                self._check_known(rows, at, slot, min(before, start + count))
 
     def _check_known(self, rows: _Rows, at: int, slot: int, end: int) -> None:
         """Refuses a row whose tokens before `end` are not those known."""
@@ -251,69 +290,77 @@ class JournalWriter:
             found = stored[start - first * self._size : min(end, in_blocks) - first * self._size].tolist()
         return found + record.overflow[max(0, start - in_blocks) : max(0, end - in_blocks)]
 
-    def _grow(self, gateway: int, growth: dict[int, list[int]], now: float) -> None:
+    def _grow(self, gateway: int, growth: _Growth, now: float) -> None:
         """Appends leased blocks to tables, and moves tokens that waited for them."""
         tables, pool = self._memory.tables, self._memory.pool
-        slots: list[int] = []
-        tags: list[int] = []
+        owners, blocks = growth.slots, growth.blocks
         waiting: list[int] = []
-        for slot, new in growth.items():
+        for slot, block in zip(owners.tolist(), blocks.tolist(), strict=True):
             record = tables.record(slot)
-            record.blocks.extend(new)
-            slots += [slot] * len(new)
-            tags += [record.tenant_tag] * len(new)
-            if record.overflow:
+            record.blocks.append(block)
+            if record.overflow and slot not in waiting:
                 waiting.append(slot)
-        blocks = np.array([block for new in growth.values() for block in new], np.int64)
+        np.add.at(tables.length, owners, 1)
         pool.adopt(blocks, now)
-        pool.tenant[blocks] = tags
+        pool.tenant[blocks] = tables.tenant_tag[owners]
         self._memory.grants_of(gateway).leased -= len(blocks)
         # Where a table was full up to its end, the first new block is the one that is open now.
-        owners, position = np.array(slots, np.int64), np.arange(len(slots))
-        first = np.concatenate(([True], owners[1:] != owners[:-1])) if len(slots) else position > 0
+        first = np.concatenate(([True], owners[1:] != owners[:-1]))
         owners, blocks = owners[first], blocks[first]
         for column in (tables.token_block, tables.write_block):
             column[owners] = np.where(column[owners] == 0, blocks, column[owners])
         for slot in waiting:
             record = tables.record(slot)
             tokens, record.overflow = array("I", record.overflow), []
-            tables.tokens[slot] -= len(tokens)
-            self._append_tokens(slot, memoryview(tokens))
+            before = int(tables.tokens[slot]) - len(tokens)
+            tables.token_block[slot] = self._append_tokens(slot, before, memoryview(tokens))
 
-    def _append_tokens(self, slot: int, tokens: memoryview) -> None:
-        """Adds tokens (u32) after those known."""
-        tables, size = self._memory.tables, self._size
-        record = tables.record(slot)
+    def _append_tokens(self, slot: int, known: int, tokens: memoryview) -> int:
+        """Adds tokens (u32) after the `known` ones; returns the block in which the next one goes, 0 for none yet."""
+        size, words = self._size, self._memory.prefix.token_words
+        record = self._memory.tables.record(slot)
         blocks = record.blocks
-        position = int(tables.tokens[slot])
-        end = position + len(tokens)
-        tables.tokens[slot] = end
-        words = self._memory.prefix.token_words
-        done, limit = 0, min(end, len(blocks) * size)
-        while position < limit:
-            index, offset = divmod(position, size)
-            count = min(size - offset, limit - position)
+        length, end, done = len(blocks), known + len(tokens), 0
+        index, offset = divmod(known, size)
+        while known < end and index < length:
+            count = min(size - offset, end - known)
             first = blocks[index] * size + offset
             words[first : first + count] = tokens[done : done + count]
             done += count
-            position += count
-        if position < end:
+            known += count
+            index, offset = (index + 1, 0) if offset + count == size else (index, offset + count)
+        if known < end:
             record.overflow.extend(tokens[done:])
-        index = end // size
-        tables.token_block[slot] = blocks[index] if index < len(blocks) else 0
+            return 0
+        return blocks[index] if index < length else 0
+
+    def _append_rows(self, rows: _Rows, at: Slots) -> None:
+        """Adds the tokens of the rows `at`, those left out that are known."""
+        tables = self._memory.tables
+        given = rows.tokens.astype(np.uint32).data
+        slots, offsets = rows.slots[at], rows.offsets[at]
+        known = tables.tokens[slots]
+        ends = np.maximum(rows.starts[at] + rows.counts[at], known)
+        firsts = offsets + known - rows.starts[at]
+        listed = zip(slots.tolist(), known.tolist(), firsts.tolist(), (ends - known).tolist(), strict=True)
+        tables.token_block[slots] = [
+            self._append_tokens(slot, before, given[first : first + count]) if count else self._open_block(slot, before)
+            for slot, before, first, count in listed
+        ]
+        tables.tokens[slots] = ends
+
+    def _open_block(self, slot: int, position: int) -> int:
+        """Returns the block that holds a position of a table, or 0."""
+        blocks = self._memory.tables.record(slot).blocks
+        index = position // self._size
+        return blocks[index] if index < len(blocks) else 0
 
     def _apply_tokens(self, plan: _Plan) -> None:
         tables, rows = self._memory.tables, plan.rows
         slots, offsets = rows.slots, rows.offsets
         plain = plan.single & (tables.token_block[slots] > 0)
         if not plain.all():
-            others = np.flatnonzero(~plain & (rows.counts > 0))
-            given = rows.tokens.astype(np.uint32).data
-            skips = tables.tokens[slots[others]] - rows.starts[others]
-            columns = (slots[others], offsets[others], skips, rows.counts[others])
-            for slot, offset, skip, count in zip(*(column.tolist() for column in columns), strict=True):
-                if skip < count:
-                    self._append_tokens(slot, given[offset + skip : offset + count])
+            self._append_rows(rows, np.flatnonzero(~plain & (rows.counts > 0)))
             if not plain.any():
                 return
             slots, offsets = slots[plain], offsets[plain]
@@ -323,9 +370,8 @@ class JournalWriter:
         known += 1
         tables.tokens[slots] = known
         filled = known % self._size == 0
-        for slot, index in zip(slots[filled].tolist(), (known[filled] // self._size).tolist(), strict=True):
-            blocks = tables.record(slot).blocks
-            tables.token_block[slot] = blocks[index] if index < len(blocks) else 0
+        for slot, position in zip(slots[filled].tolist(), known[filled].tolist(), strict=True):
+            tables.token_block[slot] = self._open_block(slot, position)
 
     def _apply_written(self, rows: _Rows, now: float) -> None:
         tables = self._memory.tables
@@ -353,22 +399,29 @@ class JournalWriter:
         memory, tables, size = self._memory, self._memory.tables, self._size
         full: list[int] = []
         following: list[int] = []
+        chained: list[TableRecord] = []
         fresh = FreshContent()
         last = written // size
-        chain = memory.prefix.chain
         rows = zip(slots.tolist(), tables.committed[slots].tolist(), last.tolist(), strict=True)
         for slot, start, end in rows:
             record = tables.record(slot)
             held = record.blocks
             following.append(held[end] if end < len(held) else 0)
-            if end == start:
-                continue
-            blocks = held[start:end].tolist()
-            full += blocks
-            if record.publishes:
-                identities = chain(record.parent, blocks)
-                fresh.add(blocks, record.parent, identities, held[start - 1] if start else 0, start)
-                record.parent = identities[-1]
+            if end == start + 1:
+                full.append(held[start])
+                if record.publishes:
+                    fresh.expect(held[start], record.parent, held[start - 1] if start else 0, start)
+                    chained.append(record)
+            elif end > start:
+                blocks = held[start:end].tolist()
+                full += blocks
+                if record.publishes:
+                    identities = memory.prefix.chain(record.parent, blocks)
+                    fresh.add(blocks, record.parent, identities, held[start - 1] if start else 0, start)
+                    record.parent = identities[-1]
+        if chained:
+            for record, identity in zip(chained, memory.prefix.identify(fresh), strict=True):
+                record.parent = identity
         if full:
             memory.pool.filled[full] = size
             tables.committed[slots] = last
