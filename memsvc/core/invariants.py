@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from memsvc.core.content import Publication
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import PoolMemory
-from memsvc.core.prefix import Publication
 from memsvc.core.table import TableRecord, TableState
 from quire.errors import InvariantError
 from quire.units import div_ceil

@@ -16,13 +16,14 @@ import dataclasses
 
 import numpy as np
 
+from memsvc.core.content import FreshContent, PrefixMatch, Publication
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.forecast import AdmissionForecast
 from memsvc.core.free_order import BlockIds
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import Grants
 from memsvc.core.pool import BlockPool, BlockState
-from memsvc.core.prefix import FreshContent, PrefixIndex, PrefixMatch, Publication
+from memsvc.core.prefix import PrefixIndex
 from memsvc.core.table import TableColumns, TableRecord, TableState
 from memsvc.core.writer import JournalWriter
 from quire import hashing

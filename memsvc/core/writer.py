@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from memsvc.core.content import FreshContent
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.pool import BlockState
-from memsvc.core.prefix import FreshContent
 from memsvc.core.table import Slots, TableColumns, TableRecord
 from quire.errors import StaleEpochError
 from quire.memory import CloseReason

@@ -375,13 +375,13 @@ CONTENT: Final = (
     Mutant(
         "a block that was never leased is put into a table",
         f"{_WRITER}._check_appended",
-        "holder != gateway or block in taken",
-        "block in taken",
+        "and (pool.lessee[blocks] == gateway).all()",
+        "",
         "a_gateway_touches_only_what_is_its_own",
     ),
     Mutant(
         "one block is put into a table twice",
-        f"{_WRITER}._check_appended",
+        f"{_WRITER}._check_appended_each",
         "holder != gateway or block in taken",
         "holder != gateway",
         "a_gateway_touches_only_what_is_its_own",
@@ -402,8 +402,8 @@ CONTENT: Final = (
     ),
     Mutant(
         "other tokens than known are taken for the same",
-        f"{_WRITER}._check_tokens",
-        "if given != self.known_tokens(slot, start, start + overlap):",
+        f"{_WRITER}._check_known",
+        "if rows.tokens[offset : offset + end - start].tolist() != self.known_tokens(slot, start, end):",
         "if False:",
         "rows_must_fit_what_is_known",
     ),

@@ -8,10 +8,11 @@ import random
 import numpy as np
 import pytest
 
+from memsvc.core.content import FreshContent
 from memsvc.core.free_order import BlankOrder, CachedOrder
 from memsvc.core.lease import ANSWER_LIMIT, AnswerLog
 from memsvc.core.pool import BlockPool, BlockState
-from memsvc.core.prefix import FreshContent, PrefixIndex
+from memsvc.core.prefix import PrefixIndex
 from memsvc.core.table import TableColumns, TableRecord
 from quire import hashing
 from quire.columns import pack
