@@ -200,7 +200,8 @@ def draw(distribution: str, count: int, seed: int) -> Workload:
 
     Args:
         distribution: `sharegpt`: lognormal prompts and outputs with the means of the ShareGPT set (161 and 338 tokens)
-            and sigma 1, a prompt of at most 1024 tokens and 2048 together, or `fixed:PROMPT,OUTPUT`: all alike, and the request says so.
+            and sigma 1, a prompt of at most 1024 tokens and 2048 together, or `fixed:PROMPT,OUTPUT`: all alike, and the
+            request says so.
         count: how many.
         seed: the same seed gives the same lengths.
 
@@ -213,11 +214,10 @@ def draw(distribution: str, count: int, seed: int) -> Workload:
         return Workload("sharegpt", prompts, outputs, arrivals)
     kind, _, lengths = distribution.partition(":")
     parts = lengths.split(",")
-    if kind == "fixed" and len(parts) == 2 and all(part.isdigit() and 0 < int(part) < _LENGTH_MAXIMUM for part in parts):  # noqa: PLR2004 - prompt and output
+    possible = all(part.isdigit() and 0 < int(part) < _LENGTH_MAXIMUM for part in parts)
+    if kind == "fixed" and possible and len(parts) == 2:  # noqa: PLR2004 - prompt and output
         prompt, output = int(parts[0]), int(parts[1])
-        return Workload(
-            distribution, np.full(count, prompt), np.full(count, output), arrivals, knows_output=True
-        )
+        return Workload(distribution, np.full(count, prompt), np.full(count, output), arrivals, knows_output=True)
     raise ConfigError(f"--distribution: found {distribution!r}, expected {DISTRIBUTIONS}", field="distribution")
 
 

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from memsvc.core.pool import RETRY_AFTER_SECONDS, BlockPool
+from memsvc.core.pool import RETRY_AFTER_SECONDS
 from memsvc.core.table import TableColumns, TableRecord
 from quire.errors import BlockPoolExhaustedError
 from quire.memory import AdmitRequest, CloseReason, PoolSpec
@@ -34,6 +34,11 @@ _MEMORY: Final = 512.0
 """Sequences after which an observation counts 1/e."""
 _DOUBT: Final = 0.5
 """Sequences that are assumed to have survived every span, besides those seen."""
+
+_EXTINCT: Final = 1e-12
+"""A chance below this is none."""
+_PROMPT_LIMIT: Final = 65_536
+"""Preempted sequences whose prompt lengths are remembered."""
 
 HORIZONS = np.array([8, 16, 32, 64], np.int64)
 MARGIN = 0.0
@@ -103,10 +108,12 @@ def trajectory(
     """
     now = np.interp(ages, _EDGES, survival)
     later = np.interp(ages[:, None] + horizons, _EDGES, survival)
-    alive = later / np.maximum(now, 1e-12)[:, None]
+    alive = later / np.maximum(now, _EXTINCT)[:, None]
     alive[(tokens[:, None] + horizons) >= limits[:, None]] = 0.0
-    alive[now <= 1e-12] = 0.0
-    grown = -(-np.minimum(tokens[:, None] + horizons, limits[:, None]) // block_size) - (-(-tokens // block_size))[:, None]
+    alive[now <= _EXTINCT] = 0.0
+    grown = (
+        -(-np.minimum(tokens[:, None] + horizons, limits[:, None]) // block_size) - (-(-tokens // block_size))[:, None]
+    )
     mean = (alive * grown - (1 - alive) * blocks[:, None]).sum(axis=0)
     variance = (alive * (1 - alive) * (grown + blocks[:, None]) ** 2).sum(axis=0)
     return mean, variance
@@ -121,9 +128,7 @@ class AdmissionForecast:
         # Lengths of the prompts of preempted sequences, whose next admission names more tokens than these.
         self._prompts: dict[str, int] = {}
 
-    def require_room(
-        self, request: AdmitRequest, tables: TableColumns, pool: BlockPool, new_count: int, available: int
-    ) -> None:
+    def require_room(self, request: AdmitRequest, tables: TableColumns, new_count: int, available: int) -> None:
         """Raises BlockPoolExhaustedError if the admission of `new_count` blocks would leave too few for what runs."""
         slots = np.flatnonzero(tables.counter >= 0)
         if not len(slots):
@@ -154,6 +159,7 @@ class AdmissionForecast:
             )
 
     def opened(self, request: AdmitRequest, tables: TableColumns, slot: int) -> None:
+        """Notes the prompt and the limit of a table that was opened; a resumed one keeps the prompt it began with."""
         known = int(tables.tokens[slot])
         prompt = self._prompts.pop(f"{request.request_id}/{request.sample_index}", known)
         tables.prompt[slot] = prompt
@@ -161,9 +167,13 @@ class AdmissionForecast:
         tables.limit[slot] = known + request.max_new_tokens
 
     def closed(self, record: TableRecord, reason: CloseReason, tables: TableColumns, slot: int) -> None:
+        """Learns from a table that is about to be closed."""
         prompt = int(tables.prompt[slot])
         age = int(tables.tokens[slot]) - prompt
         start = int(tables.opened[slot]) - prompt
         self.outputs.observe(start, age, ended=reason == CloseReason.FINISHED)
         if reason == CloseReason.PREEMPTED:
+            # One that is cancelled while it waits is never admitted again: the oldest make room.
+            if len(self._prompts) >= _PROMPT_LIMIT:
+                del self._prompts[next(iter(self._prompts))]
             self._prompts[record.sequence_id] = prompt

@@ -110,7 +110,7 @@ class PoolMemory:
                 available = kept
         self.pool.require(new_count, available)
         if self.forecast is not None:
-            self.forecast.require_room(request, self.tables, self.pool, new_count, available)
+            self.forecast.require_room(request, self.tables, new_count, available)
         counter = self.tables.reserve()
         held = np.append(match.blocks, source) if source else match.blocks
         if len(held):
