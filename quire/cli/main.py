@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 
 import quire
-from quire.cli import bench, demo, generate, inspect, locate, serve
+from quire.cli import bench, demo, generate, inspect, locate, serve, simulate
 from quire.cli.output import print_error
 from quire.errors import ConfigError, QuireError
 
@@ -76,6 +76,7 @@ app.command()(inspect.sequences)
 app.command()(inspect.blocks)
 app.command()(inspect.block)
 app.command()(locate.locate)
+app.command()(simulate.simulate)
 app.add_typer(bench.app)
 
 
