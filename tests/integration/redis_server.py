@@ -106,7 +106,7 @@ class RedisCluster:
             place.mkdir(parents=True)
             bus = free_port()
             self._bus_ports.append(bus)
-            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(bus))
+            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "15000", "--cluster-port", str(bus))
             self.nodes.append(RedisServer(place, *options))
 
     @property
