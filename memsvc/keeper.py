@@ -19,7 +19,8 @@ import structlog
 from memsvc.config import MemsvcConfig
 from memsvc.core import invariants
 from memsvc.core.lease import FenceRequired, LeaseRecalled
-from memsvc.core.memory import EPOCH_MAXIMUM, MemoryCore, PoolRegistration, RegisteredPool
+from memsvc.core.memory import EPOCH_MAXIMUM, MemoryCore, RegisteredPool
+from memsvc.core.validation import PoolRegistration
 from memsvc.fences import Fencer
 from memsvc.store import HintSpace, ServiceRecord, Store
 from quire.errors import InvalidRequestError, InvariantError, QuireError, StaleEpochError, StoreUnavailableError

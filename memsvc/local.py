@@ -12,7 +12,8 @@ import structlog
 
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.lease import FenceRequired, LeaseRecalled
-from memsvc.core.memory import MemoryCore, PoolRegistration
+from memsvc.core.memory import MemoryCore
+from memsvc.core.validation import PoolRegistration
 from quire.errors import MemoryUnavailableError
 from quire.memory import (
     Admission,

@@ -6,7 +6,7 @@ from google.protobuf import duration_pb2
 import numpy as np
 
 from memsvc.core.journal import Column, JournalColumns
-from memsvc.core.memory import PoolRegistration
+from memsvc.core.validation import PoolRegistration
 from memsvc.sharing.locate import Located, Query
 from protos.memsvc.v1 import memsvc_pb2
 from quire import columns

@@ -11,8 +11,9 @@ import tracemalloc
 import numpy as np
 
 from memsvc.bench.samples import Samples, timed
-from memsvc.core.memory import MemoryCore, PoolRegistration
+from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockPool, BlockState
+from memsvc.core.validation import PoolRegistration
 from memsvc.local import LocalMemory, columns_of
 from quire import hashing
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, MemoryEvent, PoolSpec

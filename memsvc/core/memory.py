@@ -16,27 +16,20 @@ from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, PoolChanged
 from memsvc.core.pool_memory import AdmitContext, PoolMemory
+from memsvc.core.validation import (
+    TEXT_LENGTH_MAXIMUM,
+    PoolRegistration,
+    check_admission,
+    check_incarnation,
+    check_name,
+    check_registration,
+)
 from quire import hashing
 from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PoolNotFoundError, StaleEpochError
 from quire.memory import Admission, AdmitRequest, PoolInfo, PoolSpec
 
-BLOCK_SIZES = (16, 32, 64)
-KV_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3")
-NAME_LENGTH_MAXIMUM = 128
-TEXT_LENGTH_MAXIMUM = 512
 EPOCH_MAXIMUM = 2**32 - 1
-_TOKEN_BYTES = 4
 _SUPERSEDED_LIMIT = 64
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PoolRegistration:
-    """An executor and its pool."""
-
-    executor_id: str
-    executor_incarnation: int
-    address: str
-    spec: PoolSpec
 
 
 @dataclasses.dataclass(slots=True)
@@ -158,7 +151,7 @@ class MemoryCore:
             PoolNotFoundError, InvalidRequestError: as `admit`.
         """
         pool = self.pool(request.pool_id)
-        _check_admission(request)
+        check_admission(request)
         root, _ = self._root(pool.registration.spec, request.adapter, request.tenant, request.cache_salt)
         return pool.memory.locate(request, root) if pool.ready else 0
 
@@ -171,7 +164,7 @@ class MemoryCore:
             InvalidRequestError: the geometry is not possible, or not that of this incarnation so far.
             StaleEpochError: a newer incarnation has taken the pool over.
         """
-        self._check_registration(registration)
+        check_registration(registration, self._block_count_limit)
         pool = self._pools.get(registration.executor_id)
         if pool is None:
             return None
@@ -262,8 +255,8 @@ class MemoryCore:
         Raises:
             InvalidRequestError: the name or the incarnation is not possible.
         """
-        _check_name(gateway_id, "gateway_id")
-        _check_incarnation(incarnation, "gateway_incarnation")
+        check_name(gateway_id, "gateway_id")
+        check_incarnation(incarnation, "gateway_incarnation")
         if any(other.incarnation == incarnation for other in self._gateways.values()):
             raise InvalidRequestError("gateway_incarnation: is in use", field="gateway_incarnation")
         older = self._gateway_by_id.get(gateway_id)
@@ -313,7 +306,7 @@ class MemoryCore:
         """Opens a table; see `quire.memory.Memory.admit`. Also raises InvalidRequestError."""
         gateway = self._open_gateway(number)
         pool = self._current(request.pool_id, request.epoch)
-        _check_admission(request)
+        check_admission(request)
         root, tenant_tag = self._root(pool.registration.spec, request.adapter, request.tenant, request.cache_salt)
         context = AdmitContext(gateway.number, root, tenant_tag, self._admission_count)
         try:
@@ -446,50 +439,3 @@ class MemoryCore:
         salt = hashing.tenant_salt(self._tenant_secret, tenant)
         root = hashing.PrefixRoot(spec.model_id, spec.block_size, spec.kv_dtype, adapter, salt, cache_salt)
         return root.digest(), int.from_bytes(salt[:4], "little")
-
-    def _check_registration(self, registration: PoolRegistration) -> None:
-        """Raises InvalidRequestError if the pool is not possible."""
-        _check_name(registration.executor_id, "executor_id")
-        _check_incarnation(registration.executor_incarnation, "executor_incarnation")
-        if not 0 < len(registration.address) <= TEXT_LENGTH_MAXIMUM or ":" not in registration.address:
-            raise InvalidRequestError("address: expected host:port", field="address")
-        spec = registration.spec
-        if not 1 < spec.block_count <= self._block_count_limit:
-            message = f"spec.block_count: found {spec.block_count}, allowed are 2 .. {self._block_count_limit}"
-            raise InvalidRequestError(message, field="spec.block_count")
-        if spec.block_size not in BLOCK_SIZES:
-            message = f"spec.block_size: found {spec.block_size}, allowed are 16, 32 and 64"
-            raise InvalidRequestError(message, field="spec.block_size")
-        if spec.kv_dtype not in KV_DTYPES:
-            message = f"spec.kv_dtype: found {spec.kv_dtype[:64]!r}, allowed are {', '.join(KV_DTYPES)}"
-            raise InvalidRequestError(message, field="spec.kv_dtype")
-        if not 0 < len(spec.model_id) <= TEXT_LENGTH_MAXIMUM:
-            raise InvalidRequestError("spec.model_id: 1 .. 512 characters are expected", field="spec.model_id")
-        if not 0 < spec.max_model_len < 2**31:
-            message = f"spec.max_model_len: found {spec.max_model_len}, allowed are 1 .. 2147483647"
-            raise InvalidRequestError(message, field="spec.max_model_len")
-
-
-def _check_name(name: str, field: str) -> None:
-    if not 0 < len(name) <= NAME_LENGTH_MAXIMUM:
-        message = f"{field}: {len(name)} characters, allowed are 1 .. {NAME_LENGTH_MAXIMUM}"
-        raise InvalidRequestError(message, field=field)
-
-
-def _check_incarnation(incarnation: int, field: str) -> None:
-    if not 0 < incarnation < 2**64:
-        raise InvalidRequestError(f"{field}: found {incarnation}, must not be 0", field=field)
-
-
-def _check_admission(request: AdmitRequest) -> None:
-    """Raises InvalidRequestError if a field of the request cannot be."""
-    if not request.token_ids or len(request.token_ids) % _TOKEN_BYTES:
-        message = f"token_ids: {len(request.token_ids)} bytes, expected at least one token of {_TOKEN_BYTES} bytes"
-        raise InvalidRequestError(message, field="token_ids")
-    for field in ("request_id", "tenant", "cache_salt", "adapter"):
-        length = len(getattr(request, field))
-        if length > TEXT_LENGTH_MAXIMUM:
-            message = f"{field}: {length} characters, allowed are at most {TEXT_LENGTH_MAXIMUM}"
-            raise InvalidRequestError(message, field=field)
-    if not request.request_id:
-        raise InvalidRequestError("request_id: is empty", field="request_id")

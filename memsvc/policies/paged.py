@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from memsvc.core.memory import MemoryCore, PoolRegistration
+from memsvc.core.memory import MemoryCore
+from memsvc.core.validation import PoolRegistration
 from memsvc.local import columns_of
 from memsvc.policies.interface import Wish
 from quire.memory import Admission, JournalEntry, PoolInfo, PoolSpec

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import time
 
-from memsvc.core.memory import TEXT_LENGTH_MAXIMUM, MemoryCore
+from memsvc.core.memory import MemoryCore
+from memsvc.core.validation import TEXT_LENGTH_MAXIMUM
 from memsvc.store.base import HintOwner, HintSpace, ServiceRecord, Store
 from quire import hashing
 from quire.errors import InvalidRequestError, StoreUnavailableError

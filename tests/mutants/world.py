@@ -11,8 +11,9 @@ import numpy as np
 
 from memsvc.core import invariants, views
 from memsvc.core.lease import FenceRequired, LeaseRecalled
-from memsvc.core.memory import MemoryCore, PoolRegistration
+from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockPool, BlockState
+from memsvc.core.validation import PoolRegistration
 from memsvc.local import columns_of
 from quire.columns import pack
 from quire.errors import QuireError

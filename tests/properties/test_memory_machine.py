@@ -18,8 +18,9 @@ import pytest
 
 from memsvc.core import invariants
 from memsvc.core.lease import FenceRequired
-from memsvc.core.memory import MemoryCore, PoolRegistration
+from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
+from memsvc.core.validation import PoolRegistration
 from memsvc.local import columns_of
 from quire.columns import pack
 from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PromptTooLongError, StaleEpochError

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from memsvc.core import invariants
-from memsvc.core.memory import MemoryCore, PoolRegistration
+from memsvc.core.memory import MemoryCore
 from memsvc.core.pool_memory import PoolMemory
+from memsvc.core.validation import PoolRegistration
 from memsvc.local import columns_of
 from quire.columns import pack
 from quire.errors import InvariantError
