@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from google.protobuf import duration_pb2
 import numpy as np
 
@@ -11,6 +13,7 @@ from memsvc.sharing.locate import Located, Query
 from protos.memsvc.v1 import memsvc_pb2
 from quire import columns
 from quire.errors import QuireError
+from quire.media import MediaItem
 from quire.memory import Admission, AdmitRequest, PoolInfo, PoolSpec
 
 _REFUSAL_TEXT_MAXIMUM = 1000
@@ -84,7 +87,13 @@ def to_admit(message: memsvc_pb2.AdmitRequest) -> AdmitRequest:
         skip_cache_write=message.skip_cache_write,
         max_new_tokens=message.max_new_tokens,
         resumed=message.resumed,
+        media=_to_media(message.media),
     )
+
+
+def _to_media(items: Iterable[memsvc_pb2.MediaItem]) -> tuple[MediaItem, ...]:
+    """Returns the media items in a message."""
+    return tuple(MediaItem(item.start, item.token_count, item.digest) for item in items)
 
 
 def from_admission(request_no: int, admission: Admission) -> memsvc_pb2.ConnectResponse:
@@ -148,6 +157,7 @@ def to_query(message: memsvc_pb2.LocateRequest) -> Query:
         cache_salt=message.cache_salt,
         adapter=message.adapter,
         model_id=message.model_id,
+        media=_to_media(message.media),
     )
 
 

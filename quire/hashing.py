@@ -6,9 +6,13 @@ The identity of a full block is a chained digest over everything that determines
     identity[0] = H(root        || tokens[0 : block_size] as u32 LE)
     identity[i] = H(identity[i - 1] || tokens[i * block_size : (i + 1) * block_size] as u32 LE)
 
+A block whose identity covers more than its tokens, `extra` (`quire.media.block_extras`), is chained to
+H'(identity[i - 1] || extra) in place of identity[i - 1], where H' is H with the person "quire-extra".
+
 H is BLAKE2b with a digest of 16 bytes. The format version is in the root: a change of it never matches old blocks.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import struct
@@ -72,6 +76,36 @@ def chain(parent: bytes, tokens: bytes | memoryview, block_size: int) -> list[by
     for start in range(0, len(data) - stride + 1, stride):
         parent = blake2b(parent + data[start : start + stride], digest_size=size).digest()
         identities.append(parent)
+    return identities
+
+
+def chain_with(
+    parent: bytes,
+    tokens: bytes | memoryview,
+    block_size: int,
+    first: int,
+    extras: Mapping[int, bytes],
+    link: Callable[[bytes, bytes | memoryview, int], list[bytes]] = chain,
+) -> list[bytes]:
+    """Returns the identities of the full blocks in `tokens`, some of which cover more than their tokens.
+
+    Args:
+        parent: as in `chain`.
+        tokens: as in `chain`.
+        block_size: tokens in a block.
+        first: position of the first block in its sequence.
+        extras: what the identity of a block covers beside its tokens, by position of the block.
+        link: computes the identities of blocks that follow one another.
+    """
+    stride = block_size * _TOKEN_BYTES
+    last = first + len(tokens) // stride
+    identities: list[bytes] = []
+    start = first
+    # Runs of plain blocks are chained at once; a block with an extra begins one.
+    for stop in [*sorted(index for index in extras if first < index < last), last]:
+        parent = with_extra(parent, extras.get(start, b""))
+        identities += link(parent, tokens[(start - first) * stride : (stop - first) * stride], block_size)
+        start, parent = stop, identities[-1] if identities else parent
     return identities
 
 

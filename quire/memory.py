@@ -13,6 +13,8 @@ import dataclasses
 import enum
 from typing import Protocol
 
+from quire.media import MediaItem
+
 EPOCH_SHIFT = 32
 
 
@@ -71,6 +73,8 @@ class AdmitRequest:
     skip_cache_write: bool = False
     max_new_tokens: int = 0
     resumed: bool = False
+    media: tuple[MediaItem, ...] = ()
+    """What placeholder tokens stand for, in order."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -156,6 +156,10 @@ class RemoteMemory:
             skip_cache_write=request.skip_cache_write,
             max_new_tokens=request.max_new_tokens,
             resumed=request.resumed,
+            media=[
+                pb.MediaItem(start=item.start, token_count=item.token_count, digest=item.digest)
+                for item in request.media
+            ],
         )
         self._request_no += 1
         message.request_no = self._request_no

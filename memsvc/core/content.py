@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import enum
+from types import MappingProxyType
 
 from memsvc.core.free_order import BlockIds
+
+NO_EXTRAS: Mapping[int, bytes] = MappingProxyType({})
 
 
 class Publication(enum.IntEnum):

@@ -11,12 +11,12 @@ when its sequence ends, or is published then if the other is gone.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 
 import numpy as np
 
-from memsvc.core.content import FreshContent, PrefixMatch, Publication
+from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publication
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.forecast import AdmissionForecast
 from memsvc.core.free_order import BlockIds
@@ -26,7 +26,7 @@ from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.prefix import PrefixIndex
 from memsvc.core.table import TableColumns, TableRecord, TableState
 from memsvc.core.writer import JournalWriter
-from quire import hashing
+from quire import hashing, media
 from quire.errors import PromptTooLongError
 from quire.memory import Admission, AdmitRequest, CloseReason, PoolSpec
 from quire.units import div_ceil
@@ -97,7 +97,8 @@ class PoolMemory:
         token_count = len(request.token_ids) // _TOKEN_BYTES
         block_count = div_ceil(token_count, size)
         self._require_possible(token_count, block_count)
-        match = self._match(request, context.root)
+        extras = media.block_extras(request.media, size) if request.media else NO_EXTRAS
+        match = self._match(request, context.root, extras)
         new_count = block_count - len(match.blocks)
         source, cached = match.partial_block, len(match.blocks) * size + match.partial_token_count
         available = self.pool.available_block_count - self._cached_among(match.blocks)
@@ -135,6 +136,7 @@ class PoolMemory:
             blocks=array("q", blocks.tobytes()),
             parent=match.identity,
             copy_source=source,
+            extras=extras,
         )
         slot = self._open(record, token_count, len(match.blocks))
         if self.forecast is not None:
@@ -173,7 +175,8 @@ class PoolMemory:
 
     def locate(self, request: AdmitRequest, root: bytes) -> int:
         """Returns how many leading tokens an admission would find; changes nothing."""
-        match = self._match(request, root)
+        extras = media.block_extras(request.media, self.spec.block_size) if request.media else NO_EXTRAS
+        match = self._match(request, root, extras)
         return len(match.blocks) * self.spec.block_size + match.partial_token_count
 
     def journal(self, gateway: int, journal: JournalColumns, now: float) -> None:
@@ -274,10 +277,10 @@ class PoolMemory:
             },
         )
 
-    def _match(self, request: AdmitRequest, root: bytes) -> PrefixMatch:
+    def _match(self, request: AdmitRequest, root: bytes, extras: Mapping[int, bytes]) -> PrefixMatch:
         if request.skip_cache_read:
             return PrefixMatch(np.zeros(0, np.int64), root, 0, 0)
-        return self.prefix.match(root, request.token_ids)
+        return self.prefix.match(root, request.token_ids, extras)
 
     def _cached_among(self, blocks: BlockIds) -> int:
         """Returns how many of `blocks` nobody uses: sharing them makes that many unavailable."""
@@ -312,5 +315,7 @@ class PoolMemory:
     def _publish_tail(self, slot: int, record: TableRecord) -> None:
         """Makes the written head of the last, partly filled block matchable by copy."""
         index, count = divmod(int(self.tables.written[slot]), self.spec.block_size)
-        if count and self.tables.committed[slot] == index and self.pool.refs[record.blocks[index]] == 1:
+        # A head is matched by its tokens alone: what covers more is found only as a full block.
+        plain = index not in record.extras
+        if count and plain and self.tables.committed[slot] == index and self.pool.refs[record.blocks[index]] == 1:
             self.prefix.publish_partial(record.blocks[index], record.parent, count)

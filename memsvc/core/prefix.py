@@ -14,12 +14,11 @@ one vector operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
-from memsvc.core.content import FreshContent, PrefixMatch, Publication
+from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publication
 from memsvc.core.digest_chains import DigestChains
 from memsvc.core.events import BlocksRemoved, BlocksStored, CacheEvent
 from memsvc.core.free_order import BlockIds
@@ -33,7 +32,6 @@ _HINT_WALK = 8
 # From so many blocks on, vector operations beat a loop.
 _MANY = 8
 _EMPTY: BlockIds = np.zeros(0, np.int64)
-_NO_EXTRAS: Mapping[int, bytes] = MappingProxyType({})
 
 
 _NONE, _FULL, _PARTIAL, _DUPLICATE = (int(item) for item in Publication)
@@ -125,7 +123,7 @@ class PrefixIndex:
                 return block
         return 0
 
-    def match(self, root: bytes, prompt: bytes, extras: Mapping[int, bytes] = _NO_EXTRAS) -> PrefixMatch:
+    def match(self, root: bytes, prompt: bytes, extras: Mapping[int, bytes] = NO_EXTRAS) -> PrefixMatch:
         """Finds the longest known prefix of `prompt` that leaves at least one token to compute.
 
         Args:
@@ -164,7 +162,7 @@ class PrefixIndex:
         return PrefixMatch(blocks, identity, partial, count)
 
     def match_window(
-        self, root: bytes, prompt: bytes, needed: int, extras: Mapping[int, bytes] = _NO_EXTRAS
+        self, root: bytes, prompt: bytes, needed: int, extras: Mapping[int, bytes] = NO_EXTRAS
     ) -> PrefixMatch:
         """Finds the longest prefix of full blocks whose last `needed` blocks are known; those before may be gone.
 
@@ -193,7 +191,7 @@ class PrefixIndex:
         return PrefixMatch(blocks, identities[best - 1] if best else root, 0, 0)
 
     def chain(
-        self, parent: bytes, blocks: list[int], first: int = 0, extras: Mapping[int, bytes] = _NO_EXTRAS
+        self, parent: bytes, blocks: list[int], first: int = 0, extras: Mapping[int, bytes] = NO_EXTRAS
     ) -> list[bytes]:
         """Returns the identities of `blocks`, all full, the first of which follows `parent`.
 
@@ -213,13 +211,7 @@ class PrefixIndex:
         """Returns the identities of the full blocks in `data`, packed token ids; see `chain`."""
         if not extras:
             return self._chain(parent, data, self._block_size)
-        stride = self._block_size * _TOKEN_BYTES
-        identities: list[bytes] = []
-        for index, start in enumerate(range(0, len(data) - stride + 1, stride), start=first):
-            parent = hashing.with_extra(parent, extras.get(index, b""))
-            parent = self._chain(parent, data[start : start + stride], self._block_size)[0]
-            identities.append(parent)
-        return identities
+        return hashing.chain_with(parent, data, self._block_size, first, extras, self._chain)
 
     def identify(self, fresh: FreshContent) -> list[bytes]:
         """Computes the identities that `fresh` expects, notes them there and returns them."""

@@ -8,12 +8,14 @@ below the next counter and not open is closed for good, which is all the tombsto
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 import dataclasses
 import enum
 
 import numpy as np
 import numpy.typing as npt
 
+from memsvc.core.content import NO_EXTRAS
 from memsvc.core.free_order import BlockIds
 
 _CAPACITY_MINIMUM = 64
@@ -66,6 +68,7 @@ class TableRecord:
         copy_source: block that is copied before the first write, 0 for none; referenced as if it were in the table.
         overflow: known tokens for which there is no block yet.
         state: open or closing.
+        extras: what the identity of some blocks covers beside their tokens, by position of the block.
     """
 
     table: int
@@ -83,6 +86,7 @@ class TableRecord:
     copy_source: int = 0
     overflow: list[int] = dataclasses.field(default_factory=list)
     state: TableState = TableState.OPEN
+    extras: Mapping[int, bytes] = dataclasses.field(default_factory=lambda: NO_EXTRAS)
 
     @property
     def sequence_id(self) -> str:

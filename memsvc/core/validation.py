@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from quire import media
 from quire.errors import InvalidRequestError
 from quire.memory import AdmitRequest, PoolSpec
 
@@ -72,3 +73,5 @@ def check_admission(request: AdmitRequest) -> None:
             raise InvalidRequestError(message, field=field)
     if not request.request_id:
         raise InvalidRequestError("request_id: is empty", field="request_id")
+    if request.media:
+        media.check(request.media, len(request.token_ids) // _TOKEN_BYTES)

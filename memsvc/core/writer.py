@@ -407,7 +407,7 @@ class JournalWriter:
             record = tables.record(slot)
             held = record.blocks
             following.append(held[end] if end < len(held) else 0)
-            if end == start + 1:
+            if end == start + 1 and not record.extras:
                 full.append(held[start])
                 if record.publishes:
                     fresh.expect(held[start], record.parent, held[start - 1] if start else 0, start)
@@ -416,8 +416,9 @@ class JournalWriter:
                 blocks = held[start:end].tolist()
                 full += blocks
                 if record.publishes:
-                    identities = memory.prefix.chain(record.parent, blocks)
+                    identities = memory.prefix.chain(record.parent, blocks, start, record.extras)
                     fresh.add(blocks, record.parent, identities, held[start - 1] if start else 0, start)
+                    fresh.with_extra += [held[index] for index in range(start, end) if index in record.extras]
                     record.parent = identities[-1]
         if chained:
             for record, identity in zip(chained, memory.prefix.identify(fresh), strict=True):

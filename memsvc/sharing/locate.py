@@ -14,7 +14,7 @@ import time
 from memsvc.core.memory import MemoryCore
 from memsvc.core.validation import TEXT_LENGTH_MAXIMUM
 from memsvc.store.base import HintOwner, HintSpace, ServiceRecord, Store
-from quire import hashing
+from quire import hashing, media
 from quire.errors import InvalidRequestError, StoreUnavailableError
 from quire.memory import AdmitRequest
 
@@ -35,6 +35,7 @@ class Query:
     adapter: str = ""
     model_id: str = ""
     """Only pools of this model; empty for all."""
+    media: tuple[media.MediaItem, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ class Locator:
                 tenant=query.tenant,
                 cache_salt=query.cache_salt,
                 adapter=query.adapter,
+                media=query.media,
             )
             token_count = self._core.locate(request)
             if token_count:
@@ -158,7 +160,7 @@ class Locator:
         ).digest()
         depths: dict[HintOwner, int] = {}
         depth = 0
-        for size, slices in _pieces(query.token_ids, space, root):
+        for size, slices in _pieces(query, space, root):
             identities = []
             for part in slices:
                 identities += part
@@ -189,13 +191,16 @@ def _check(query: Query) -> None:
         if length > TEXT_LENGTH_MAXIMUM:
             message = f"{field}: {length} characters, allowed are at most {TEXT_LENGTH_MAXIMUM}"
             raise InvalidRequestError(message, field=field)
+    media.check(query.media, len(query.token_ids) // _TOKEN_BYTES)
 
 
-def _pieces(token_ids: bytes, space: HintSpace, root: bytes) -> Iterator[tuple[int, Iterator[list[bytes]]]]:
+def _pieces(query: Query, space: HintSpace, root: bytes) -> Iterator[tuple[int, Iterator[list[bytes]]]]:
     """Yields the identities that hints are kept for, in pieces: how many, and the piece in slices, hashed lazily.
 
     A piece must be taken whole before the next.
     """
+    token_ids = query.token_ids
+    extras = media.block_extras(query.media, space.block_size)
     stride_tokens = space.block_size * space.stride
     strides = len(token_ids) // _TOKEN_BYTES // stride_tokens
     last = root
@@ -205,7 +210,7 @@ def _pieces(token_ids: bytes, space: HintSpace, root: bytes) -> Iterator[tuple[i
         for begin in range(start, stop, _SLICE_TOKENS // stride_tokens):
             end = min(stop, begin + _SLICE_TOKENS // stride_tokens)
             data = token_ids[begin * stride_tokens * _TOKEN_BYTES : end * stride_tokens * _TOKEN_BYTES]
-            chain = hashing.chain(last, data, space.block_size)
+            chain = hashing.chain_with(last, data, space.block_size, begin * space.stride, extras)
             last = chain[-1]
             yield chain[space.stride - 1 :: space.stride]
 

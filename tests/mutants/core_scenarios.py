@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from memsvc.core.lease import AnswerLog
 from memsvc.core.pool import BlockState
-from quire.errors import BlockPoolExhaustedError, PromptTooLongError, StaleEpochError
-from quire.memory import CloseReason
+from quire.columns import pack
+from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PromptTooLongError, StaleEpochError
+from quire.media import MediaItem
+from quire.memory import AdmitRequest, CloseReason
 from tests.mutants.world import SIZE, USABLE, World, prompt, refused
 
 
@@ -130,6 +132,29 @@ def tenants_share_nothing() -> None:
     assert world.admit([*prompt(2 * SIZE), 1], tenant="a", cache_salt="s").cached == 0
     assert world.admit([*prompt(2 * SIZE), 1], tenant="a", adapter="x").cached == 0
     assert world.admit([*prompt(2 * SIZE), 1], tenant="a").cached == 2 * SIZE
+
+
+def media_are_part_of_what_is_shared() -> None:
+    """Equal placeholders of another picture, or of the same one elsewhere, are other content from there on."""
+    world = World(32)
+    tokens = [*prompt(SIZE), *[7] * SIZE, *prompt(SIZE, 1)]
+    cat, dog = (MediaItem(SIZE + 2, 8, digest * 16) for digest in (b"c", b"d"))
+    shifted = MediaItem(SIZE + 3, 8, b"c" * 16)
+    first = world.admit(tokens, media=(cat,))
+    for count in (SIZE, 2 * SIZE, 3 * SIZE):
+        world.write(first, count)
+    world.close(first)
+    for other in ((dog,), (shifted,), ()):
+        assert world.admit([*tokens, 1], media=other).cached == SIZE
+    assert world.admit([*tokens, 1], media=(cat,)).cached == 3 * SIZE
+    world.run(tokens[: SIZE + 12], media=(dog,))
+    assert world.admit(tokens[: SIZE + 12]).cached == SIZE
+    assert world.admit(tokens[: 2 * SIZE], media=(cat,)).cached == SIZE
+    bare = world.run(tokens[: 2 * SIZE])
+    assert world.admit([*tokens[: 2 * SIZE], 1], media=(shifted,)).cached == SIZE
+    assert world.admit([*tokens[: 2 * SIZE], 1]).blocks[:2] == bare.blocks
+    assert world.core.locate(AdmitRequest("pool", world.epoch, "r", 0, pack(tokens), media=(dog,))) == SIZE
+    refused(InvalidRequestError, world.admit, tokens, media=(cat, shifted))
 
 
 def the_cache_can_be_left_out() -> None:
@@ -336,6 +361,7 @@ SCENARIOS = {
         a_repeated_prompt_computes_one_token,
         equal_content_is_kept_once,
         tenants_share_nothing,
+        media_are_part_of_what_is_shared,
         the_cache_can_be_left_out,
         a_collision_is_a_miss,
         a_dead_gateway_is_fenced_before_its_blocks_are_free,

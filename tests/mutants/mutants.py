@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from tests.mutants.media_mutants import MEDIA
 from tests.mutants.mutation import Mutant
 
 _CORE: Final = "memsvc.core.memory:MemoryCore"
@@ -482,4 +483,4 @@ GATEWAY: Final = (
     ),
 )
 
-MUTANTS: Final = PROTOCOL + BLOCKS + CONTENT + GATEWAY
+MUTANTS: Final = PROTOCOL + BLOCKS + CONTENT + MEDIA + GATEWAY

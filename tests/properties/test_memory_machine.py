@@ -24,13 +24,17 @@ from memsvc.core.validation import PoolRegistration
 from memsvc.local import columns_of
 from quire.columns import pack
 from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PromptTooLongError, StaleEpochError
+from quire.media import MediaItem
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
 
 SIZE = 16
 USABLE = 9
 POOL = "executor"
 # Prompts are made of few pieces, shorter and longer than a block, so that they share prefixes of every kind.
-PIECES = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([16, 16, 8, 19])), min_size=1, max_size=4)
+# Kinds 3 and 4 are pictures: their tokens are equal, their contents are not.
+PIECES = st.lists(st.tuples(st.integers(0, 4), st.sampled_from([16, 16, 8, 19])), min_size=1, max_size=4)
+FIRST_PICTURE = 3
+PLACEHOLDER = 7777
 TENANTS = st.sampled_from(["", "a"])
 
 
@@ -41,6 +45,7 @@ class ModelTable:
     number: int
     tenant: str
     tokens: list[int]
+    contents: list[int]
     written: int
     blocks: list[int]
     copies: list[tuple[int, int]]
@@ -58,9 +63,24 @@ class ModelGateway:
     granted: int = 0
 
 
-def tokens_of(pieces: list[tuple[int, int]]) -> list[int]:
-    """Returns the tokens of a prompt."""
+def contents_of(pieces: list[tuple[int, int]]) -> list[int]:
+    """Returns what the slots of a prompt hold."""
     return [kind * 1000 + position for kind, length in pieces for position in range(length)]
+
+
+def tokens_of(pieces: list[tuple[int, int]]) -> list[int]:
+    """Returns the tokens of a prompt: those of every picture are the same."""
+    return [PLACEHOLDER if content >= FIRST_PICTURE * 1000 else content for content in contents_of(pieces)]
+
+
+def media_of(pieces: list[tuple[int, int]]) -> tuple[MediaItem, ...]:
+    """Returns the pictures of a prompt."""
+    ends = list(itertools.accumulate(length for _, length in pieces))
+    return tuple(
+        MediaItem(end - length, length, bytes([kind]) * 16)
+        for (kind, length), end in zip(pieces, ends, strict=True)
+        if kind >= FIRST_PICTURE
+    )
 
 
 class MemoryMachine(RuleBasedStateMachine):
@@ -125,16 +145,16 @@ class MemoryMachine(RuleBasedStateMachine):
             block = table.blocks[position // SIZE]
             if self.device.get(block, ("", []))[0] != table.tenant or block not in self.device or position % SIZE == 0:
                 self.device[block] = (table.tenant, [None] * SIZE)
-            self.device[block][1][position % SIZE] = table.tokens[position]
+            self.device[block][1][position % SIZE] = table.contents[position]
 
     @rule(which=st.integers(0, 1), pieces=PIECES, tenant=TENANTS, read=st.booleans(), write=st.booleans())
     def admit(self, which: int, pieces: list[tuple[int, int]], tenant: str, read: bool, write: bool) -> None:
         """Opens a table; what it says is cached must be readable."""
-        gateway, tokens = self.gateways[which], tokens_of(pieces)
+        gateway, tokens, contents = self.gateways[which], tokens_of(pieces), contents_of(pieces)
         self.now += 1.0
         request = AdmitRequest(
             POOL, self.epoch, f"r{next(self.names)}", 0, pack(tokens), tenant=tenant,
-            skip_cache_read=not read, skip_cache_write=not write,
+            skip_cache_read=not read, skip_cache_write=not write, media=media_of(pieces),
         )  # fmt: skip
         available = self.pool.available_block_count
         needed = -(-len(tokens) // SIZE)
@@ -150,9 +170,16 @@ class MemoryMachine(RuleBasedStateMachine):
         assert admission.cached_token_count < len(tokens)
         assert read or admission.cached_token_count == 0
         table = ModelTable(
-            admission.table, tenant, tokens, admission.cached_token_count, admission.block_ids, admission.copies, write
+            number=admission.table,
+            tenant=tenant,
+            tokens=tokens,
+            contents=contents,
+            written=admission.cached_token_count,
+            blocks=admission.block_ids,
+            copies=admission.copies,
+            publishes=write,
         )
-        assert self.read(table, admission.cached_token_count) == tokens[: admission.cached_token_count]
+        assert self.read(table, admission.cached_token_count) == contents[: admission.cached_token_count]
         assert len(table.blocks) == needed
         gateway.tables[table.number] = table
         # Tells what it was told: the copy has not run by this, and its source must stay.
@@ -199,7 +226,8 @@ class MemoryMachine(RuleBasedStateMachine):
         count = min(count, len(table.blocks) * SIZE + 1 - len(table.tokens))
         count = max(count, 0)
         start = len(table.tokens)
-        table.tokens += [5000 + (start + offset) % 7 for offset in range(count)]
+        table.tokens += [9000 + (start + offset) % 7 for offset in range(count)]
+        table.contents += table.tokens[start:]
         self.tell(
             gateway,
             tables=[table.number],
@@ -331,7 +359,7 @@ class MemoryMachine(RuleBasedStateMachine):
         used = set(np.flatnonzero(self.pool.state == BlockState.USED))
         assert set(np.flatnonzero(self.pool.state == BlockState.PENDING)) == pending - used
         for table in live:
-            assert self.read(table, table.written) == table.tokens[: table.written]
+            assert self.read(table, table.written) == table.contents[: table.written]
 
 
 MemoryMachine.TestCase.settings = settings(

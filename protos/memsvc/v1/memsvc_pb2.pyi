@@ -514,6 +514,7 @@ class AdmitRequest(_message.Message):
     SKIP_CACHE_WRITE_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    MEDIA_FIELD_NUMBER: _builtins.int
     request_no: _builtins.int
     """Chosen by the gateway, unique within the stream. Repeating one repeats the answer."""
     pool_id: _builtins.str
@@ -540,6 +541,12 @@ class AdmitRequest(_message.Message):
     """How many more tokens the sequence may produce, for the admission forecast."""
     resumed: _builtins.bool
     """The sequence was admitted before and preempted: not counted again in hit statistics."""
+    @_builtins.property
+    def media(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
+        """What runs of placeholder tokens stand for, in order of their starts, none overlapping another. Prompts share no
+        block from the first on that an item touches, unless item and offset are the same. Given again at each admission.
+        """
+
     def __init__(
         self,
         *,
@@ -556,14 +563,45 @@ class AdmitRequest(_message.Message):
         skip_cache_write: _builtins.bool = ...,
         max_new_tokens: _builtins.int = ...,
         resumed: _builtins.bool = ...,
+        media: _abc.Iterable[Global___MediaItem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "sample_index", b"sample_index", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "sample_index", b"sample_index", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdmitRequest: _TypeAlias = AdmitRequest  # noqa: Y015
+
+@_typing.final
+class MediaItem(_message.Message):
+    """A run of placeholder tokens that stands for a picture, a sound or a film."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """Position of the first placeholder in token_ids."""
+    token_count: _builtins.int
+    """Number of placeholders, at least 1; the run ends within token_ids."""
+    digest: _builtins.bytes
+    """Digest of the content, 16 .. 64 bytes, by whatever function the caller keeps to."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        token_count: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "start", b"start", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MediaItem: _TypeAlias = MediaItem  # noqa: Y015
 
 @_typing.final
 class Admitted(_message.Message):
@@ -869,6 +907,7 @@ class LocateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
+    MEDIA_FIELD_NUMBER: _builtins.int
     token_ids: _builtins.bytes
     """u32 column: the prompt. At least one token."""
     tenant: _builtins.str
@@ -879,6 +918,10 @@ class LocateRequest(_message.Message):
     """Adapter whose weights take part, empty for none."""
     model_id: _builtins.str
     """Only pools of this model; empty for those of every model."""
+    @_builtins.property
+    def media(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
+        """What runs of placeholder tokens stand for, as in AdmitRequest."""
+
     def __init__(
         self,
         *,
@@ -887,10 +930,11 @@ class LocateRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         adapter: _builtins.str = ...,
         model_id: _builtins.str = ...,
+        media: _abc.Iterable[Global___MediaItem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "model_id", b"model_id", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "media", b"media", "model_id", b"model_id", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
