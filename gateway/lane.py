@@ -113,6 +113,7 @@ class Lane:
         self._in_flight: deque[asyncio.Task[pb.StepResult]] = deque()
         self._admitting: Sequence | None = None
         self._admission_blocked = False
+        self._ending = False
         self._journal: JournalEntry | None = None
 
     @property
@@ -134,13 +135,17 @@ class Lane:
 
     async def stop(self) -> None:
         """Ends the session; its tables are left to memsvc's reaper."""
+        # Side tasks first: a sequence that was being admitted goes back to the queue behind those that ran.
+        self._ending = True
+        side_tasks = tuple(self._side_tasks)
+        for task in side_tasks:
+            task.cancel()
+        await asyncio.gather(*side_tasks, return_exceptions=True)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        for task in tuple(self._side_tasks):
-            task.cancel()
-        await asyncio.gather(*self._side_tasks, return_exceptions=True)
+        self._ending = False
 
     def _session_done(self, task: asyncio.Task[None]) -> None:
         """The loop only ends when it is cancelled: anything else is a defect, after which nothing can be trusted."""
@@ -345,7 +350,7 @@ class Lane:
     def _refill(self, scheduler: Scheduler) -> None:
         """Asks for blocks to grow with, when the stock is low; the step does not wait for them."""
         lease = scheduler.lease
-        asked = 0 if lease.exhausted else lease.shortfall(scheduler.running_count)
+        asked = 0 if lease.exhausted or self._ending else lease.shortfall(scheduler.running_count)
         if asked:
             lease.refilling = True
             self._spawn(self._fetch_blocks(scheduler, asked), "lease-refill")
@@ -383,7 +388,9 @@ class Lane:
     def _admit_next(self, scheduler: Scheduler) -> None:
         """Starts the admission of the head of the queue, one at a time."""
         queue = self._queue
-        if queue is None or self._admitting is not None or self._admission_blocked or not scheduler.can_admit():
+        if queue is None or self._admitting is not None or self._admission_blocked or self._ending:
+            return
+        if not scheduler.can_admit():
             return
         sequence = queue.pop()
         if sequence is not None:

@@ -1,4 +1,4 @@
-"""`AdminService`: inspection. Translates only; every answer is taken between two commands."""
+"""`AdminService`: inspection and commands. Translates only; every answer is taken between two commands."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_number(kind: str, token: str, first: int) -> int:
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
-    """Serves the inspection of memory.
+    """Serves the inspection of memory, and the commands of operators.
 
     Args:
         keeper: the owner of the core.
@@ -143,6 +143,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             explanation=view.explanation,
             since=translate.to_duration(self._keeper.now - view.since) if view.since else None,
         )
+
+    async def ResetCache(
+        self, request: admin_pb2.ResetCacheRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.ResetCacheResponse:
+        """Forgets everything that prompts can match in a pool."""
+        count = await self._keeper.reset_cache(request.pool_id, force=request.force)
+        epoch = self._keeper.core.pool(request.pool_id).epoch
+        return admin_pb2.ResetCacheResponse(block_count=count, epoch=epoch)
 
     def _sequence(self, view: views.SequenceView) -> admin_pb2.SequenceSummary:
         """Returns a sequence as a message."""

@@ -136,6 +136,20 @@ class Keeper:
         """Keeps a pool alive and returns its epoch; see `MemoryCore.heartbeat`."""
         return self.core.heartbeat(executor_id, executor_incarnation, self._clock())
 
+    async def reset_cache(self, pool_id: str, *, force: bool) -> int:
+        """Forgets everything that can be matched in a pool; see `MemoryCore.reset_cache`.
+
+        The executor hears of a forced reset's epoch by its next heartbeat; until then it refuses the new sessions.
+        """
+        async with self._registration_lock:
+            pool = self.core.pool(pool_id)
+            held = pool.memory.tables.open_count
+            epoch = await self._next_epoch(pool_id, pool.epoch) if force and held else 0
+            count = self.core.reset_cache(pool_id, self._clock(), epoch)
+        log.info("cache_reset", pool_id=pool_id, block_count=count, sequence_count=held, force=force)
+        self.deliver()
+        return count
+
     # Gateways
 
     def connect_gateway(self, gateway_id: str, incarnation: int, listener: Listener) -> int:

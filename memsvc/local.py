@@ -135,6 +135,13 @@ class LocalMemory:
         self.core.lose_pool(pool_id)
         self._deliver()
 
+    def reset_cache(self, pool_id: str, *, force: bool) -> int:
+        """Forgets everything that can be matched in a pool; see `MemoryCore.reset_cache`."""
+        epoch = self.core.pool(pool_id).epoch + 1 if force else 0
+        count = self.core.reset_cache(pool_id, self._clock(), epoch)
+        self._deliver()
+        return count
+
     def _require_open(self) -> None:
         if self._listener is None:
             raise MemoryUnavailableError("this memory is not started, or closed")

@@ -12,6 +12,7 @@
     +-- RequestExistsError             ALREADY_EXISTS       REQUEST_EXISTS
     +-- BlockPoolExhaustedError        RESOURCE_EXHAUSTED   BLOCK_POOL_EXHAUSTED
     +-- AdmissionError                 RESOURCE_EXHAUSTED   QUEUE_FULL (or QUEUE_TIMEOUT)
+    +-- CacheInUseError                FAILED_PRECONDITION  CACHE_IN_USE
     +-- StaleEpochError                ABORTED              STALE_EPOCH
     +-- NotReadyError                  UNAVAILABLE          NOT_READY (or DRAINING)
     +-- ExecutorUnavailableError       UNAVAILABLE          EXECUTOR_UNAVAILABLE
@@ -139,6 +140,13 @@ class AdmissionError(QuireError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     default_reason = "QUEUE_FULL"
+
+
+class CacheInUseError(QuireError):
+    """The cache cannot be reset: sequences hold blocks of it."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    default_reason = "CACHE_IN_USE"
 
 
 class StaleEpochError(QuireError):

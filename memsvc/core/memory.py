@@ -15,6 +15,7 @@ import functools
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, PoolChanged
+from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import AdmitContext, PoolMemory
 from memsvc.core.validation import (
     TEXT_LENGTH_MAXIMUM,
@@ -246,6 +247,34 @@ class MemoryCore:
         pool.memory = self._new_memory(pool.registration.spec, pool.epoch)
         self._events.append(PoolChanged(pool_id))
         self._forget_fenced_gateways()
+
+    def reset_cache(self, pool_id: str, now: float, epoch: int = 0) -> int:
+        """Forgets everything that can be matched in a pool and returns how many blocks held it.
+
+        Args:
+            pool_id: the pool.
+            now: the caller's clock.
+            epoch: where sequences hold blocks, begin this epoch, which voids every table and grant: their gateways
+                queue them again in their order. 0 to refuse then.
+
+        Raises:
+            PoolNotFoundError: no such pool.
+            CacheInUseError: sequences hold blocks and `epoch` is 0.
+            StaleEpochError: `epoch` is not above every epoch that the pool ever had.
+        """
+        pool = self.pool(pool_id)
+        if not epoch or not pool.memory.tables.open_count:
+            return pool.memory.reset(now)
+        if not pool.epoch < epoch <= EPOCH_MAXIMUM:
+            raise StaleEpochError(f"epoch: {epoch} does not rise above {pool.epoch}")
+        blocks = pool.memory.pool
+        count = blocks.count(BlockState.USED) + blocks.count(BlockState.CACHED) + blocks.count(BlockState.PENDING)
+        pool.epoch = epoch
+        pool.memory = self._new_memory(pool.registration.spec, epoch)
+        pool.memory.prefix.clear()
+        self._events.append(PoolChanged(pool_id))
+        self._forget_fenced_gateways()
+        return count
 
     # Gateways
 

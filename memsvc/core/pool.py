@@ -260,6 +260,17 @@ class BlockPool:
         self._counts[_PENDING] += len(blocks)
         return blocks
 
+    def clear_cached(self, now: float) -> BlockIds:
+        """Turns every cached block into a blank one and returns them, the least recently released first."""
+        blocks = self._cached.blocks()
+        self._cached.remove(blocks)
+        self._blank.put(blocks)
+        self.state[blocks] = _FREE
+        self.since[blocks] = now
+        self._counts[_CACHED] -= len(blocks)
+        self._counts[_FREE] += len(blocks)
+        return blocks
+
     def discard_cached(self, block: int, now: float) -> None:
         """Turns a cached block into a blank one."""
         one = np.array([block])

@@ -27,7 +27,7 @@ from memsvc.core.prefix import PrefixIndex
 from memsvc.core.table import TableColumns, TableRecord, TableState
 from memsvc.core.writer import JournalWriter
 from quire import hashing, media
-from quire.errors import PromptTooLongError
+from quire.errors import CacheInUseError, PromptTooLongError
 from quire.memory import Admission, AdmitRequest, CloseReason, PoolSpec
 from quire.units import div_ceil
 
@@ -238,6 +238,27 @@ class PoolMemory:
             self.close(slot, CloseReason.CANCELLED, now)
         self.pool.put_back(np.flatnonzero(self.pool.lessee == gateway), now)
         del self.grants[gateway]
+
+    def reset(self, now: float) -> int:
+        """Forgets everything that can be matched and returns how many blocks held it.
+
+        Raises:
+            CacheInUseError: a table, open or closing, holds blocks; nothing was changed.
+        """
+        if self.tables.open_count:
+            used, pending = self.pool.count(BlockState.USED), self.pool.count(BlockState.PENDING)
+            raise CacheInUseError(
+                f"{self.tables.open_count} sequences hold {used} blocks, and {pending} wait for a fence; force the "
+                "reset to have the sequences queued and computed again",
+                metadata={
+                    "sequence_count": self.tables.open_count,
+                    "used_block_count": used,
+                    "pending_free_block_count": pending,
+                },
+            )
+        blocks = self.pool.clear_cached(now)
+        self.prefix.clear()
+        return len(blocks)
 
     def publish(self, fresh: FreshContent, now: float) -> None:
         """Makes full blocks matchable, in place of equal ones that nobody uses; see the module's text."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publication
 from memsvc.core.digest_chains import DigestChains
-from memsvc.core.events import BlocksRemoved, BlocksStored, CacheEvent
+from memsvc.core.events import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent
 from memsvc.core.free_order import BlockIds
 from quire import hashing
 
@@ -296,6 +296,12 @@ class PrefixIndex:
                     BlocksRemoved(full, self.index[full].astype(np.int64), self._identities[full].tobytes())
                 )
         self.published[blocks] = _NONE
+
+    def clear(self) -> None:
+        """Makes every block match nothing."""
+        self.published[:] = _NONE
+        if self.events is not None:
+            self.events.append(CacheCleared())
 
     def describe(self, blocks: BlockIds, *, with_tokens: bool = True) -> BlocksStored:
         """Returns what is published in `blocks`."""

@@ -68,6 +68,15 @@ class AdminClient:
         """Returns one block."""
         return self._call(self._stub.GetBlock, admin_pb2.GetBlockRequest(pool_id=pool_id, block_id=block_id))
 
+    def reset_cache(self, pool_id: str, *, force: bool) -> admin_pb2.ResetCacheResponse:
+        """Forgets everything that prompts can match in a pool.
+
+        Raises:
+            PoolNotFoundError: no such pool.
+            CacheInUseError: sequences hold blocks, and `force` is not set.
+        """
+        return self._call(self._stub.ResetCache, admin_pb2.ResetCacheRequest(pool_id=pool_id, force=force))
+
     def _call(self, method: Callable[..., _Answer], request: object) -> _Answer:
         """Calls a method with a deadline; raises QuireError."""
         try:

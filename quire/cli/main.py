@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 
 import quire
-from quire.cli import bench, demo, generate, inspect, locate, serve, simulate
+from quire.cli import bench, cache, demo, generate, inspect, locate, serve, simulate
 from quire.cli.output import print_error
 from quire.errors import ConfigError, QuireError
 
@@ -31,6 +31,7 @@ _HINTS: Final = {
     "MODEL_NOT_FOUND": "leave --model out if only one model is served",
     "SEQUENCE_NOT_FOUND": "`quire sequences` lists those that hold blocks; finished ones hold none",
     "POOL_NOT_FOUND": "`quire pools` lists them",
+    "CACHE_IN_USE": "--force has the sequences computed again; their clients see a pause",
     "METHOD_UNKNOWN": "is that the right service? With --in-process there is no memsvc to look into",
     "QUEUE_FULL": "the server is busy, try again later",
     "DEADLINE_EXCEEDED": "allow more time with --timeout",
@@ -76,6 +77,7 @@ app.command()(inspect.sequences)
 app.command()(inspect.blocks)
 app.command()(inspect.block)
 app.command()(locate.locate)
+app.command()(cache.reset)
 app.command()(simulate.simulate)
 app.add_typer(bench.app)
 

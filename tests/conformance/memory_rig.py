@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import contextlib
 import dataclasses
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -223,11 +222,24 @@ class Rig:
         )
 
 
+class LocalKeeper:
+    """The owner of a core in this process, as far as operators need one."""
+
+    def __init__(self, memory: LocalMemory) -> None:
+        self._memory = memory
+        self.core = memory.core
+        self.now = 1.0
+
+    async def reset_cache(self, pool_id: str, *, force: bool) -> int:
+        """Resets the cache of a pool."""
+        return self._memory.reset_cache(pool_id, force=force)
+
+
 class _LocalAdmin:
     """The admin RPCs, called without a network."""
 
-    def __init__(self, core: MemoryCore) -> None:
-        self._servicer = AdminServicer(SimpleNamespace(core=core, now=0.0))  # type: ignore[arg-type]
+    def __init__(self, keeper: LocalKeeper) -> None:
+        self._servicer = AdminServicer(keeper)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._servicer, name)
@@ -268,9 +280,9 @@ async def local_rig(pool: PoolSpec, **core_fields: Any) -> AsyncIterator[Rig]:
         opened.append(LocalConnection(LocalMemory(core, gateway_id=gateway_id, clock=lambda: 1.0)))
         return opened[-1]
 
-    rig = Rig("local", core, _LocalAdmin(core), connect)
-    rig.spec = pool
     first = LocalMemory(core, gateway_id="gateway-0", clock=lambda: 1.0)
+    rig = Rig("local", core, _LocalAdmin(LocalKeeper(first)), connect)
+    rig.spec = pool
     rig.epoch = first.register_pool(POOL_ID, 7, "127.0.0.1:1", pool)
     opened.append(LocalConnection(first))
     rig.gateway = opened[0]

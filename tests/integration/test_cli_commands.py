@@ -180,6 +180,33 @@ def test_what_is_not_there_is_one_line(arguments: list[str], capsys: pytest.Capt
     assert len(lines) <= 2
 
 
+def test_a_reset_is_refused_while_a_sequence_runs_and_forced_is_a_pause(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An operator who clears the cache must be told what is in the way, and harm nobody when forcing it."""
+    options = {"max_tokens": 150, "temperature": 0, "ignore_eos": True}
+    with Client(stack.address) as client:
+        expected = client.generate(PROMPT * 8, **options).text  # type: ignore[arg-type]
+        stack.wait_idle()
+        assert main.run(["reset", POOL_ID]) == 0
+        assert re.search(r"^\d+ blocks of executor-test were forgotten", capsys.readouterr().out)
+        assert stack.pool().cached_block_count == 0
+        stream = client.stream(PROMPT * 8, **options)  # type: ignore[arg-type]
+        pieces = stream.text()
+        text = next(pieces)
+        assert main.run(["reset", POOL_ID]) == 1
+        printed = capsys.readouterr().err.splitlines()
+        assert "1 sequences hold" in printed[0]
+        assert "--force" in printed[1]
+        epoch = stack.pool().epoch
+        assert main.run(["reset", POOL_ID, "--force", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["epoch"] > epoch
+        assert text + "".join(pieces) == expected
+    stack.wait_idle()
+    assert main.run(["reset", "nope"]) == 1
+    assert "no pool 'nope'" in capsys.readouterr().err
+
+
 def test_health_asks_all_services(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     """A script that waits for the service needs one command and its exit status."""
     assert main.run(["health", "--json"]) == 0

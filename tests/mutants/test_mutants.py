@@ -8,11 +8,11 @@ import pytest
 
 from memsvc.core.pool import BlockPool
 from quire.errors import QuireError
-from tests.mutants import core_scenarios, gateway_scenarios
-from tests.mutants.mutants import MUTANTS
+from tests.mutants import core_scenarios, gateway_scenarios, mutants, operator_mutants, operator_scenarios
 from tests.mutants.mutation import Mutant, applied
 
-SCENARIOS = core_scenarios.SCENARIOS | gateway_scenarios.SCENARIOS
+SCENARIOS = core_scenarios.SCENARIOS | gateway_scenarios.SCENARIOS | operator_scenarios.SCENARIOS
+MUTANTS = mutants.MUTANTS + operator_mutants.MUTANTS
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -23,7 +23,13 @@ from memsvc.core.pool import BlockState
 from memsvc.core.validation import PoolRegistration
 from memsvc.local import columns_of
 from quire.columns import pack
-from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PromptTooLongError, StaleEpochError
+from quire.errors import (
+    BlockPoolExhaustedError,
+    CacheInUseError,
+    InvalidRequestError,
+    PromptTooLongError,
+    StaleEpochError,
+)
 from quire.media import MediaItem
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
 
@@ -336,6 +342,33 @@ class MemoryMachine(RuleBasedStateMachine):
             gateway.granted = 0
         with pytest.raises(StaleEpochError):
             self.core.lease(self.gateways[0].number, POOL, self.epoch - 5, 1, self.now)
+        assert self.pool.count(BlockState.FREE) == USABLE
+
+    @rule(force=st.booleans())
+    def reset_cache(self, force: bool) -> None:
+        """Clears the cache: refused while a table holds blocks, unless forced, which voids every table."""
+        held = [*self.gateways, *(gateway for _, gateway in self.fences)]
+        busy = any(gateway.tables for gateway in held)
+        epoch = self.epoch + 5 if force else 0
+        if busy and not force:
+            order = self.pool.free_order()
+            with pytest.raises(CacheInUseError):
+                self.core.reset_cache(POOL, self.now)
+            assert self.pool.free_order() == order
+            return
+        leased = self.pool.count(BlockState.LEASED)
+        self.core.reset_cache(POOL, self.now, epoch)
+        assert self.pool.count(BlockState.CACHED) == 0
+        if not busy:
+            assert self.pool.count(BlockState.LEASED) == leased
+            return
+        self.epoch = epoch
+        self.device.clear()
+        self.fences.clear()
+        for gateway in self.gateways:
+            gateway.tables.clear()
+            gateway.leased.clear()
+            gateway.granted = 0
         assert self.pool.count(BlockState.FREE) == USABLE
 
     @invariant()

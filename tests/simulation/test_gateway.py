@@ -19,7 +19,7 @@ from memsvc.core.pool import BlockState
 from memsvc.local import LocalMemory
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import AdmissionError, PromptTooLongError
-from quire.memory import PoolSpec
+from quire.memory import Admission, AdmitRequest, PoolSpec
 from tests.simulation.oracle_executor import OracleExecutor, expected_tokens
 
 DEADLINE_SECONDS = 60.0
@@ -212,6 +212,51 @@ async def test_an_executor_failure_is_a_pause_not_an_error() -> None:
 
         await asyncio.gather(*(client(number) for number in range(6)))
         assert world.executor.step_count > 12
+        await world.settle()
+
+
+@pytest.mark.row(31)
+@pytest.mark.parametrize("steps", [3, 9, 25])
+@pytest.mark.parametrize("stuck", ["r3", ""])
+async def test_row_31_a_forced_reset_queues_what_ran_in_its_order_and_costs_no_token(steps: int, stuck: str) -> None:
+    """An operator who clears the cache must not reorder, fail or change what clients wait for."""
+    async with running(World(64)) as world:
+        admitted: list[str] = []
+        admit = world.memory.admit
+        stays = {stuck}
+
+        async def note(request: AdmitRequest) -> Admission:
+            admission = await admit(request)
+            if request.request_id in stays:
+                # Its answer is on the way when the reset comes.
+                stays.clear()
+                await asyncio.Event().wait()
+            admitted.append(request.request_id)
+            return admission
+
+        world.memory.admit = note  # type: ignore[method-assign]
+
+        async def client(number: int) -> None:
+            prompt = [number + 1] * 40
+            stream = await world.submit(
+                request_id=f"r{number}",
+                token_ids=_ids(prompt),
+                sampling=pb.Sampling(seed=number),
+                stopping=pb.Stopping(max_tokens=60, ignore_eos=True),
+            )
+            (tokens,), _ = await world.collect(stream)
+            assert tokens == expected_tokens(prompt, number, 60, ignore_eos=True)
+
+        clients = [asyncio.create_task(client(number)) for number in range(8)]
+        while world.executor.step_count < steps:
+            await asyncio.sleep(0)
+        epoch = world.memory.core.pool("oracle").epoch
+        before = len(admitted)
+        assert world.memory.reset_cache("oracle", force=True) > 0
+        assert world.memory.core.pool("oracle").epoch > epoch
+        await asyncio.gather(*clients)
+        assert admitted[:before] == [f"r{number}" for number in range(before)]
+        assert admitted[before:][:8] == [f"r{number}" for number in range(8)]
         await world.settle()
 
 

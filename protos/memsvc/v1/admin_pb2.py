@@ -26,43 +26,47 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from protos.memsvc.v1 import memsvc_pb2 as protos_dot_memsvc_dot_v1_dot_memsvc__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/memsvc/v1/admin.proto\x12\x0fquire.memsvc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dprotos/memsvc/v1/memsvc.proto\"9\n\x10ListPoolsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x11ListPoolsResponse\x12$\n\x05pools\x18\x01 \x03(\x0b\x32\x15.quire.memsvc.v1.Pool\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0eGetPoolRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\"6\n\x0fGetPoolResponse\x12#\n\x04pool\x18\x01 \x01(\x0b\x32\x15.quire.memsvc.v1.Pool\"\xe4\x03\n\x04Pool\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.quire.memsvc.v1.PoolState\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\'\n\x04spec\x18\x04 \x01(\x0b\x32\x19.quire.memsvc.v1.PoolSpec\x12\x18\n\x10\x65xecutor_address\x18\x05 \x01(\t\x12\x18\n\x10used_block_count\x18\x06 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_block_count\x18\x07 \x01(\r\x12 \n\x18pending_free_block_count\x18\x08 \x01(\r\x12\x1a\n\x12leased_block_count\x18\t \x01(\r\x12\x18\n\x10\x66ree_block_count\x18\n \x01(\r\x12\x18\n\x10used_token_count\x18\x0b \x01(\x04\x12\x1d\n\x15used_slot_utilization\x18\x0c \x01(\x01\x12\x13\n\x0butilization\x18\r \x01(\x01\x12\x16\n\x0esequence_count\x18\x0e \x01(\r\x12 \n\x18prefix_query_token_count\x18\x0f \x01(\x04\x12\x1e\n\x16prefix_hit_token_count\x18\x10 \x01(\x04\x12\x18\n\x10preemption_count\x18\x11 \x01(\x04\"N\n\x14ListSequencesRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"e\n\x15ListSequencesResponse\x12\x33\n\tsequences\x18\x01 \x03(\x0b\x32 .quire.memsvc.v1.SequenceSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd2\x02\n\x0fSequenceSummary\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\r\n\x05table\x18\x04 \x01(\r\x12\x12\n\ngateway_id\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12-\n\x05state\x18\x07 \x01(\x0e\x32\x1e.quire.memsvc.v1.SequenceState\x12\x13\n\x0btoken_count\x18\x08 \x01(\r\x12\x1b\n\x13written_token_count\x18\t \x01(\r\x12\x1d\n\x15\x63ommitted_token_count\x18\n \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x0b \x01(\r\x12\x13\n\x0b\x62lock_count\x18\x0c \x01(\r\x12&\n\x03\x61ge\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\"R\n\x14GetBlockTableRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\xab\x01\n\x15GetBlockTableResponse\x12\x32\n\x08sequence\x18\x01 \x01(\x0b\x32 .quire.memsvc.v1.SequenceSummary\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x31\n\x07\x65ntries\x18\x03 \x03(\x0b\x32 .quire.memsvc.v1.BlockTableEntry\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"\x88\x01\n\x0f\x42lockTableEntry\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\x12\x11\n\tref_count\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\r\x12\x1b\n\x13written_token_count\x18\x05 \x01(\r\x12\x10\n\x08identity\x18\x06 \x01(\x0c\"4\n\x0fGetBlockRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\"\xf1\x01\n\x10GetBlockResponse\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.quire.memsvc.v1.BlockState\x12\x11\n\tref_count\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\r\x12\x10\n\x08identity\x18\x05 \x01(\x0c\x12\x14\n\x0csequence_ids\x18\x06 \x03(\t\x12\x11\n\tleased_to\x18\x07 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x08 \x01(\t\x12(\n\x05since\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration*d\n\rSequenceState\x12\x1e\n\x1aSEQUENCE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13SEQUENCE_STATE_OPEN\x10\x01\x12\x1a\n\x16SEQUENCE_STATE_CLOSING\x10\x02*\xb9\x01\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42LOCK_STATE_FREE\x10\x01\x12\x16\n\x12\x42LOCK_STATE_CACHED\x10\x02\x12\x14\n\x10\x42LOCK_STATE_USED\x10\x03\x12\x1c\n\x18\x42LOCK_STATE_PENDING_FREE\x10\x04\x12\x16\n\x12\x42LOCK_STATE_LEASED\x10\x05\x12\x14\n\x10\x42LOCK_STATE_NULL\x10\x06\x32\xc1\x03\n\x0c\x41\x64minService\x12R\n\tListPools\x12!.quire.memsvc.v1.ListPoolsRequest\x1a\".quire.memsvc.v1.ListPoolsResponse\x12L\n\x07GetPool\x12\x1f.quire.memsvc.v1.GetPoolRequest\x1a .quire.memsvc.v1.GetPoolResponse\x12^\n\rListSequences\x12%.quire.memsvc.v1.ListSequencesRequest\x1a&.quire.memsvc.v1.ListSequencesResponse\x12^\n\rGetBlockTable\x12%.quire.memsvc.v1.GetBlockTableRequest\x1a&.quire.memsvc.v1.GetBlockTableResponse\x12O\n\x08GetBlock\x12 .quire.memsvc.v1.GetBlockRequest\x1a!.quire.memsvc.v1.GetBlockResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/memsvc/v1/admin.proto\x12\x0fquire.memsvc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dprotos/memsvc/v1/memsvc.proto\"3\n\x11ResetCacheRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"8\n\x12ResetCacheResponse\x12\x13\n\x0b\x62lock_count\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"9\n\x10ListPoolsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x11ListPoolsResponse\x12$\n\x05pools\x18\x01 \x03(\x0b\x32\x15.quire.memsvc.v1.Pool\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0eGetPoolRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\"6\n\x0fGetPoolResponse\x12#\n\x04pool\x18\x01 \x01(\x0b\x32\x15.quire.memsvc.v1.Pool\"\xe4\x03\n\x04Pool\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.quire.memsvc.v1.PoolState\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\'\n\x04spec\x18\x04 \x01(\x0b\x32\x19.quire.memsvc.v1.PoolSpec\x12\x18\n\x10\x65xecutor_address\x18\x05 \x01(\t\x12\x18\n\x10used_block_count\x18\x06 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_block_count\x18\x07 \x01(\r\x12 \n\x18pending_free_block_count\x18\x08 \x01(\r\x12\x1a\n\x12leased_block_count\x18\t \x01(\r\x12\x18\n\x10\x66ree_block_count\x18\n \x01(\r\x12\x18\n\x10used_token_count\x18\x0b \x01(\x04\x12\x1d\n\x15used_slot_utilization\x18\x0c \x01(\x01\x12\x13\n\x0butilization\x18\r \x01(\x01\x12\x16\n\x0esequence_count\x18\x0e \x01(\r\x12 \n\x18prefix_query_token_count\x18\x0f \x01(\x04\x12\x1e\n\x16prefix_hit_token_count\x18\x10 \x01(\x04\x12\x18\n\x10preemption_count\x18\x11 \x01(\x04\"N\n\x14ListSequencesRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"e\n\x15ListSequencesResponse\x12\x33\n\tsequences\x18\x01 \x03(\x0b\x32 .quire.memsvc.v1.SequenceSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd2\x02\n\x0fSequenceSummary\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\r\n\x05table\x18\x04 \x01(\r\x12\x12\n\ngateway_id\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12-\n\x05state\x18\x07 \x01(\x0e\x32\x1e.quire.memsvc.v1.SequenceState\x12\x13\n\x0btoken_count\x18\x08 \x01(\r\x12\x1b\n\x13written_token_count\x18\t \x01(\r\x12\x1d\n\x15\x63ommitted_token_count\x18\n \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x0b \x01(\r\x12\x13\n\x0b\x62lock_count\x18\x0c \x01(\r\x12&\n\x03\x61ge\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\"R\n\x14GetBlockTableRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\xab\x01\n\x15GetBlockTableResponse\x12\x32\n\x08sequence\x18\x01 \x01(\x0b\x32 .quire.memsvc.v1.SequenceSummary\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x31\n\x07\x65ntries\x18\x03 \x03(\x0b\x32 .quire.memsvc.v1.BlockTableEntry\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"\x88\x01\n\x0f\x42lockTableEntry\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\x12\x11\n\tref_count\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\r\x12\x1b\n\x13written_token_count\x18\x05 \x01(\r\x12\x10\n\x08identity\x18\x06 \x01(\x0c\"4\n\x0fGetBlockRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\"\xf1\x01\n\x10GetBlockResponse\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.quire.memsvc.v1.BlockState\x12\x11\n\tref_count\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\r\x12\x10\n\x08identity\x18\x05 \x01(\x0c\x12\x14\n\x0csequence_ids\x18\x06 \x03(\t\x12\x11\n\tleased_to\x18\x07 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x08 \x01(\t\x12(\n\x05since\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration*d\n\rSequenceState\x12\x1e\n\x1aSEQUENCE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13SEQUENCE_STATE_OPEN\x10\x01\x12\x1a\n\x16SEQUENCE_STATE_CLOSING\x10\x02*\xb9\x01\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42LOCK_STATE_FREE\x10\x01\x12\x16\n\x12\x42LOCK_STATE_CACHED\x10\x02\x12\x14\n\x10\x42LOCK_STATE_USED\x10\x03\x12\x1c\n\x18\x42LOCK_STATE_PENDING_FREE\x10\x04\x12\x16\n\x12\x42LOCK_STATE_LEASED\x10\x05\x12\x14\n\x10\x42LOCK_STATE_NULL\x10\x06\x32\x98\x04\n\x0c\x41\x64minService\x12R\n\tListPools\x12!.quire.memsvc.v1.ListPoolsRequest\x1a\".quire.memsvc.v1.ListPoolsResponse\x12L\n\x07GetPool\x12\x1f.quire.memsvc.v1.GetPoolRequest\x1a .quire.memsvc.v1.GetPoolResponse\x12^\n\rListSequences\x12%.quire.memsvc.v1.ListSequencesRequest\x1a&.quire.memsvc.v1.ListSequencesResponse\x12^\n\rGetBlockTable\x12%.quire.memsvc.v1.GetBlockTableRequest\x1a&.quire.memsvc.v1.GetBlockTableResponse\x12O\n\x08GetBlock\x12 .quire.memsvc.v1.GetBlockRequest\x1a!.quire.memsvc.v1.GetBlockResponse\x12U\n\nResetCache\x12\".quire.memsvc.v1.ResetCacheRequest\x1a#.quire.memsvc.v1.ResetCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.memsvc.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEQUENCESTATE']._serialized_start=2052
-  _globals['_SEQUENCESTATE']._serialized_end=2152
-  _globals['_BLOCKSTATE']._serialized_start=2155
-  _globals['_BLOCKSTATE']._serialized_end=2340
-  _globals['_LISTPOOLSREQUEST']._serialized_start=112
-  _globals['_LISTPOOLSREQUEST']._serialized_end=169
-  _globals['_LISTPOOLSRESPONSE']._serialized_start=171
-  _globals['_LISTPOOLSRESPONSE']._serialized_end=253
-  _globals['_GETPOOLREQUEST']._serialized_start=255
-  _globals['_GETPOOLREQUEST']._serialized_end=288
-  _globals['_GETPOOLRESPONSE']._serialized_start=290
-  _globals['_GETPOOLRESPONSE']._serialized_end=344
-  _globals['_POOL']._serialized_start=347
-  _globals['_POOL']._serialized_end=831
-  _globals['_LISTSEQUENCESREQUEST']._serialized_start=833
-  _globals['_LISTSEQUENCESREQUEST']._serialized_end=911
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=913
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=1014
-  _globals['_SEQUENCESUMMARY']._serialized_start=1017
-  _globals['_SEQUENCESUMMARY']._serialized_end=1355
-  _globals['_GETBLOCKTABLEREQUEST']._serialized_start=1357
-  _globals['_GETBLOCKTABLEREQUEST']._serialized_end=1439
-  _globals['_GETBLOCKTABLERESPONSE']._serialized_start=1442
-  _globals['_GETBLOCKTABLERESPONSE']._serialized_end=1613
-  _globals['_BLOCKTABLEENTRY']._serialized_start=1616
-  _globals['_BLOCKTABLEENTRY']._serialized_end=1752
-  _globals['_GETBLOCKREQUEST']._serialized_start=1754
-  _globals['_GETBLOCKREQUEST']._serialized_end=1806
-  _globals['_GETBLOCKRESPONSE']._serialized_start=1809
-  _globals['_GETBLOCKRESPONSE']._serialized_end=2050
-  _globals['_ADMINSERVICE']._serialized_start=2343
-  _globals['_ADMINSERVICE']._serialized_end=2792
+  _globals['_SEQUENCESTATE']._serialized_start=2163
+  _globals['_SEQUENCESTATE']._serialized_end=2263
+  _globals['_BLOCKSTATE']._serialized_start=2266
+  _globals['_BLOCKSTATE']._serialized_end=2451
+  _globals['_RESETCACHEREQUEST']._serialized_start=112
+  _globals['_RESETCACHEREQUEST']._serialized_end=163
+  _globals['_RESETCACHERESPONSE']._serialized_start=165
+  _globals['_RESETCACHERESPONSE']._serialized_end=221
+  _globals['_LISTPOOLSREQUEST']._serialized_start=223
+  _globals['_LISTPOOLSREQUEST']._serialized_end=280
+  _globals['_LISTPOOLSRESPONSE']._serialized_start=282
+  _globals['_LISTPOOLSRESPONSE']._serialized_end=364
+  _globals['_GETPOOLREQUEST']._serialized_start=366
+  _globals['_GETPOOLREQUEST']._serialized_end=399
+  _globals['_GETPOOLRESPONSE']._serialized_start=401
+  _globals['_GETPOOLRESPONSE']._serialized_end=455
+  _globals['_POOL']._serialized_start=458
+  _globals['_POOL']._serialized_end=942
+  _globals['_LISTSEQUENCESREQUEST']._serialized_start=944
+  _globals['_LISTSEQUENCESREQUEST']._serialized_end=1022
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=1024
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=1125
+  _globals['_SEQUENCESUMMARY']._serialized_start=1128
+  _globals['_SEQUENCESUMMARY']._serialized_end=1466
+  _globals['_GETBLOCKTABLEREQUEST']._serialized_start=1468
+  _globals['_GETBLOCKTABLEREQUEST']._serialized_end=1550
+  _globals['_GETBLOCKTABLERESPONSE']._serialized_start=1553
+  _globals['_GETBLOCKTABLERESPONSE']._serialized_end=1724
+  _globals['_BLOCKTABLEENTRY']._serialized_start=1727
+  _globals['_BLOCKTABLEENTRY']._serialized_end=1863
+  _globals['_GETBLOCKREQUEST']._serialized_start=1865
+  _globals['_GETBLOCKREQUEST']._serialized_end=1917
+  _globals['_GETBLOCKRESPONSE']._serialized_start=1920
+  _globals['_GETBLOCKRESPONSE']._serialized_end=2161
+  _globals['_ADMINSERVICE']._serialized_start=2454
+  _globals['_ADMINSERVICE']._serialized_end=2990
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """Looks at pools, sequences and blocks. Every answer is a consistent cut: it is taken between two commands.
+    """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
+    taken between two commands.
     """
 
     def __init__(self, channel):
@@ -60,10 +61,16 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockRequest.SerializeToString,
                 response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockResponse.FromString,
                 _registered_method=True)
+        self.ResetCache = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/ResetCache',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
-    """Looks at pools, sequences and blocks. Every answer is a consistent cut: it is taken between two commands.
+    """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
+    taken between two commands.
     """
 
     def ListPools(self, request, context):
@@ -101,6 +108,14 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetCache(self, request, context):
+        """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
+        blocks, and `force` is not set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +144,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockRequest.FromString,
                     response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockResponse.SerializeToString,
             ),
+            'ResetCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetCache,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'quire.memsvc.v1.AdminService', rpc_method_handlers)
@@ -138,7 +158,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """Looks at pools, sequences and blocks. Every answer is a consistent cut: it is taken between two commands.
+    """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
+    taken between two commands.
     """
 
     @staticmethod
@@ -266,6 +287,33 @@ class AdminService(object):
             '/quire.memsvc.v1.AdminService/GetBlock',
             protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockRequest.SerializeToString,
             protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/ResetCache',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

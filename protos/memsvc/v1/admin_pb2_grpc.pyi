@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Looks at pools, sequences and blocks. Every answer is a consistent cut: it is taken between two commands."""
+    """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
+    taken between two commands.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -43,10 +45,16 @@ class AdminServiceStub:
     """Shows the block table of a sequence. NOT_FOUND: no such sequence."""
     GetBlock: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetBlockRequest, _admin_pb2.GetBlockResponse]
     """Shows one block: who holds it and why. NOT_FOUND: no such pool. OUT_OF_RANGE: no such block."""
+    ResetCache: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ResetCacheRequest, _admin_pb2.ResetCacheResponse]
+    """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
+    blocks, and `force` is not set.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Looks at pools, sequences and blocks. Every answer is a consistent cut: it is taken between two commands."""
+    """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
+    taken between two commands.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListPools: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPoolsRequest, _admin_pb2.ListPoolsResponse]  # type: ignore[assignment]
@@ -59,9 +67,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Shows the block table of a sequence. NOT_FOUND: no such sequence."""
     GetBlock: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetBlockRequest, _admin_pb2.GetBlockResponse]  # type: ignore[assignment]
     """Shows one block: who holds it and why. NOT_FOUND: no such pool. OUT_OF_RANGE: no such block."""
+    ResetCache: _aio.UnaryUnaryMultiCallable[_admin_pb2.ResetCacheRequest, _admin_pb2.ResetCacheResponse]  # type: ignore[assignment]
+    """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
+    blocks, and `force` is not set.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Looks at pools, sequences and blocks. Every answer is a consistent cut: it is taken between two commands."""
+    """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
+    taken between two commands.
+    """
 
     @_abc_1.abstractmethod
     def ListPools(
@@ -102,5 +116,15 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetBlockResponse, _abc.Awaitable[_admin_pb2.GetBlockResponse]]:
         """Shows one block: who holds it and why. NOT_FOUND: no such pool. OUT_OF_RANGE: no such block."""
+
+    @_abc_1.abstractmethod
+    def ResetCache(
+        self,
+        request: _admin_pb2.ResetCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ResetCacheResponse, _abc.Awaitable[_admin_pb2.ResetCacheResponse]]:
+        """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
+        blocks, and `force` is not set.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
