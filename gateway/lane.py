@@ -324,7 +324,8 @@ class Lane:
         for sequence, token in update.tokens:
             if not sequence.ended and self._owner.token(sequence, token):
                 scheduler.finish(sequence, CloseReason.FINISHED)
-        if update.journal:
+        # Growth is told of with the next result, whether that fills a block or not.
+        if update.journal or self._journal is not None:
             self._write_journal(update.journal)
         for sequence, reason, message in update.failed:
             self._owner.failed(sequence, QuireError(message, reason=reason))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 import itertools
 import os
 import time
 
 from gateway.core.lease import GrowthLease
+from gateway.core.report import report, report_at
 from gateway.core.request import Request, RequestSettings, SamplingSettings
 from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence
@@ -31,9 +33,10 @@ class DecodeBatch:
 
     What is timed, `step`, is the memory bookkeeping of one decode step: finding the sequences whose next token has no
     block and those whose block is full (`scan`), giving the former a block of the gateway's lease, building the journal
-    entry (a row with the block's tokens for each block that filled, as the scheduler reports them), and handing it to
-    `Memory.journal`. In this process that call applies it; over gRPC it enters the outbox, and `acknowledged` goes on
-    until memsvc has applied it and the gateway has heard so. Sampling, plans and text are not memory's.
+    entry (with the scheduler's own `report`, for each block that filled), and handing it to `Memory.journal`. In this
+    process that call applies it; over gRPC it enters the outbox, and `acknowledged` goes on until memsvc has applied it
+    and the gateway has heard so. Sampling, plans and text are not memory's. As on a lane, two steps are in flight: the
+    next step is planned, growth and all, before the result of the one before it is taken in.
 
     Args:
         memory: where the journal goes.
@@ -54,21 +57,25 @@ class DecodeBatch:
         self.sequences: list[Sequence] = []
 
     async def start(self) -> None:
-        """Admits all sequences, has their prompts written, and leases what they need to grow."""
+        """Admits all sequences, has their prompts written, and decodes a block of each."""
         entry = JournalEntry(self._pool.pool_id, self._pool.epoch)
         for index in range(self._count):
             phase = index % self._size if index < self._shifted else 2
             sequence = make_sequence(f"s{index}", _PROMPT_BLOCKS * self._size + phase, self._pool.spec.max_model_len)
             await admit(self._memory, self._pool, sequence)
-            sequence.reported -= sequence.reported % self._size
-            entry.tables.append(sequence.table)
-            entry.token_starts.append(len(sequence.tokens))
-            entry.token_counts.append(0)
-            entry.written_counts.append(len(sequence.tokens))
-            sequence.scheduled = sequence.computed = len(sequence.tokens)
+            sequence.computed = sequence.scheduled = len(sequence.tokens)
             sequence.tokens.append(_TOKEN)
+            sequence.room = len(sequence.blocks) * self._size
+            report(sequence, entry)
+            sequence.report_at = report_at(sequence, self._size)
             self.sequences.append(sequence)
+        await refill(self._memory, self._pool, self.lease, self._count)
+        for sequence in self.sequences:
+            if sequence.scheduled == sequence.room:
+                self._grow(sequence, entry)
+            sequence.scheduled += 1
         self._memory.journal(entry)
+        await self.steps(self._size)
         await self._memory.flush()
 
     async def steps(self, count: int, *, acknowledged: bool = False) -> Samples:
@@ -81,6 +88,9 @@ class DecodeBatch:
         samples: Samples = {"step": [], "scan": [], "handed_over": []}
         for number in range(count):
             await refill(self._memory, self._pool, self.lease, self._count)
+            for sequence in self.sequences:
+                sequence.computed += 1
+                sequence.tokens.append(_TOKEN)
             begun = time.perf_counter()
             growing, filled = self._scan()
             scanned = time.perf_counter()
@@ -95,40 +105,38 @@ class DecodeBatch:
                 samples["handed_over"].append(handed - begun)
             for sequence in self.sequences:
                 sequence.scheduled += 1
-                sequence.computed += 1
-                sequence.tokens.append(_TOKEN)
         return samples
 
     def _scan(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Returns the sequences whose next token has no block, and those whose open block it fills."""
-        size = self._size
-        growing = [sequence for sequence in self.sequences if sequence.scheduled // size >= len(sequence.blocks)]
-        filled = [sequence for sequence in self.sequences if (sequence.computed + 1) % size == 0]
+        """Returns the sequences whose next token has no block, and those that have filled theirs."""
+        growing = [sequence for sequence in self.sequences if sequence.scheduled == sequence.room]
+        filled = [sequence for sequence in self.sequences if sequence.computed >= sequence.report_at]
         return growing, filled
+
+    def _grow(self, sequence: Sequence, entry: JournalEntry) -> None:
+        """Gives a sequence a block of the lease."""
+        block = self.lease.take()
+        assert block is not None
+        entry.appended += (sequence.table, len(sequence.blocks), block)
+        sequence.blocks.append(block)
+        sequence.room += self._size
 
     def _entry(self, growing: list[Sequence], filled: list[Sequence]) -> JournalEntry:
         """Returns the journal of the step; takes the blocks from the lease."""
         entry = JournalEntry(self._pool.pool_id, self._pool.epoch)
         for sequence in growing:
-            block = self.lease.take()
-            assert block is not None
-            entry.appended += (sequence.table, len(sequence.blocks), block)
-            sequence.blocks.append(block)
+            self._grow(sequence, entry)
         for sequence in filled:
-            written = sequence.computed + 1
-            entry.tables.append(sequence.table)
-            entry.token_starts.append(sequence.reported)
-            entry.token_counts.append(written - sequence.reported)
-            entry.token_ids.extend(sequence.tokens[sequence.reported : written])
-            entry.written_counts.append(written)
-            sequence.reported = written
+            report(sequence, entry)
+            sequence.report_at = report_at(sequence, self._size)
         return entry
 
 
 class SchedulerSteps:
-    """Whole steps of the real scheduler: `schedule`, `update` with the result, and `Memory.journal`.
+    """Whole steps of the real scheduler: `schedule`, `update` with a result, and `Memory.journal`.
 
-    More than memory's part: the step's plan is drawn up and its tokens are taken in. Nothing is encoded or sent.
+    More than memory's part: the step's plan is drawn up and its tokens are taken in. Nothing is encoded or sent. Two
+    steps are in flight, as on a lane.
 
     Args:
         memory: where the journal goes.
@@ -144,10 +152,11 @@ class SchedulerSteps:
         self._scheduler = Scheduler(pool, running, budget, max_preemptions=8)
         self._known: dict[int, int] = {}
         self._computed: dict[int, int] = {}
+        self._in_flight: deque[StepDraft] = deque()
         self.entries: list[JournalEntry] = []
 
     async def start(self) -> None:
-        """Admits all sequences and runs their prompts."""
+        """Admits all sequences, runs their prompts, and decodes a block of each."""
         for index in range(self._count):
             length = _PROMPT_BLOCKS * self._pool.spec.block_size + index % self._pool.spec.block_size
             sequence = make_sequence(f"w{index}", length, self._pool.spec.max_model_len)
@@ -155,7 +164,8 @@ class SchedulerSteps:
             self._scheduler.start(sequence, admission)
             self._known[sequence.table] = length
             self._computed[sequence.table] = 0
-        await self._step()
+        self._in_flight.append(self._scheduler.schedule())
+        await self.steps(self._pool.spec.block_size + 1)
 
     async def steps(self, count: int) -> Samples:
         """Times `count` steps."""
@@ -167,7 +177,8 @@ class SchedulerSteps:
         begun = time.perf_counter()
         draft = self._scheduler.schedule()
         planned = time.perf_counter()
-        outcome = self._run(draft)
+        self._in_flight.append(draft)
+        outcome = self._run(self._in_flight.popleft())
         computed = time.perf_counter()
         entry = self._scheduler.update(outcome).journal
         entry.appended = draft.appended + entry.appended

@@ -34,7 +34,14 @@ class SequenceState(enum.Enum):
 
 
 class Sequence:
-    """One sample of a request. Mutated by the scheduler only."""
+    """One sample of a request. Mutated by the scheduler only.
+
+    Attributes:
+        total: tokens known and tokens being sampled.
+        room: tokens for which its blocks have slots.
+        reported: tokens that the memory service has been told of.
+        report_at: value of `computed` at which the memory service is to hear of it again.
+    """
 
     __slots__ = (
         "admission_no",
@@ -44,15 +51,17 @@ class Sequence:
         "ended",
         "epoch",
         "index",
-        "pending",
         "preemption_count",
         "prompt_length",
+        "report_at",
         "reported",
         "request",
+        "room",
         "scheduled",
         "state",
         "table",
         "tokens",
+        "total",
         "total_limit",
     )
 
@@ -85,21 +94,17 @@ class Sequence:
         self.table = 0
         self.epoch = 0
         self.blocks = []
+        self.room = 0
         self.scheduled = 0
         self.computed = 0
-        self.pending = 0
+        self.total = len(self.tokens)
         self.reported = 0
+        self.report_at = 0
 
     @property
-    def total(self) -> int:
-        """Tokens known and tokens being sampled."""
-        return len(self.tokens) + self.pending
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that still have to be planned; 0 when the last token it may have is known or in flight."""
-        total = self.total
-        return 0 if total >= self.total_limit else total - self.scheduled
+    def pending(self) -> int:
+        """Tokens that steps in flight will sample."""
+        return self.total - len(self.tokens)
 
     @property
     def completion_length(self) -> int:

@@ -11,6 +11,8 @@ from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import StepDraft, StepOutcome
 from quire.memory import Admission, CloseReason, PoolInfo, PoolSpec
 
+Copies = tuple[tuple[int, int], ...]
+
 SIZE = 16
 INFO = PoolInfo("pool", 1, True, PoolSpec(201, SIZE, 1024, "m", "float32", 1000), "host:1", 1)
 
@@ -27,13 +29,13 @@ class Machine:
         self._computed: dict[int, int] = {}
         self.closed: list[int] = []
 
-    def admit(self, length: int) -> Sequence:
+    def admit(self, length: int, *, cached: int = 0, copies: Copies = ()) -> Sequence:
         """Admits a sequence with blocks for its prompt."""
         prompt = array("I", range(1, length + 1))
         settings = RequestSettings("r", "m", prompt, 500, SamplingSettings())
         sequence = Request(settings, INFO.spec.max_model_len, 0.0).samples[0]
         blocks = [next(self._blocks) for _ in range(-(-length // SIZE))]
-        self.scheduler.start(sequence, Admission(1, next(self._tables), blocks, 0, []))
+        self.scheduler.start(sequence, Admission(1, next(self._tables), blocks, cached, list(copies)))
         return sequence
 
     def grant(self, count: int) -> None:
@@ -45,7 +47,7 @@ class Machine:
         draft = self.scheduler.schedule()
         for sequence in draft.added:
             self._known[sequence.table] = len(sequence.tokens)
-            self._computed[sequence.table] = 0
+            self._computed[sequence.table] = sequence.cached_token_count
         held = {sequence.table: sequence for sequence in self.scheduler.sequences()}
         for table in draft.scheduled_tables:
             if table in held:
@@ -225,6 +227,39 @@ def limits_hold() -> None:
     assert machine.scheduler.can_admit()
 
 
+def told(update: Update) -> dict[int, int]:
+    """Returns what a journal says: the written tokens of each table that it names."""
+    return dict(zip(update.journal.tables, update.journal.written_counts, strict=True))
+
+
+def a_block_is_told_when_it_is_full() -> None:
+    """The journal names a sequence at the end of its prompt, when a block is full, and when it closes; not between."""
+    machine = Machine()
+    machine.grant(4)
+    sequence = machine.admit(SIZE - 4)
+    table = sequence.table
+    assert told(machine.step()) == {table: SIZE - 4}
+    assert [told(machine.step()) for _ in range(4)] == [{}, {}, {}, {table: SIZE}]
+    in_flight = [machine.plan() for _ in range(3)]
+    assert not told(machine.take(in_flight[0]))
+    sequence.ended = True
+    machine.scheduler.finish(sequence, CloseReason.FINISHED)
+    for draft in in_flight[1:]:
+        assert not told(machine.take(draft))
+    known = len(sequence.tokens)
+    assert sequence.computed == known + 1
+    assert told(machine.step()) == {table: known}
+    assert machine.closed == [table]
+
+
+def a_copy_is_told_when_it_has_run() -> None:
+    """The source of a copy is held until the journal names the table that was copied to: at its first write."""
+    machine = Machine(budget=4)
+    copied = machine.admit(2 * SIZE, cached=SIZE + 3, copies=((99, 2),))
+    assert told(machine.step()) == {copied.table: SIZE + 7}
+    assert told(machine.step()) == {}
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -236,5 +271,7 @@ SCENARIOS = {
         a_block_is_taken_when_the_last_is_full,
         tokens_in_flight_are_delivered_once,
         limits_hold,
+        a_block_is_told_when_it_is_full,
+        a_copy_is_told_when_it_has_run,
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from tests.mutants.gateway_mutants import GATEWAY
 from tests.mutants.media_mutants import MEDIA
 from tests.mutants.mutation import Mutant
 
@@ -407,79 +408,6 @@ CONTENT: Final = (
         "if rows.tokens[offset : offset + end - start].tolist() != self.known_tokens(slot, start, end):",
         "if False:",
         "rows_must_fit_what_is_known",
-    ),
-)
-
-GATEWAY: Final = (
-    Mutant(
-        "the earliest admitted gives way",
-        "gateway.core.scheduler:choose_victim",
-        "latest is None or sequence.admission_no > latest.admission_no",
-        "latest is None",
-        "blocks_on_their_way_count",
-    ),
-    Mutant(
-        "the last sequence gives way to nobody",
-        f"{_SCHEDULER}._make_room",
-        "len(self._running) > 1",
-        "self._running",
-        "the_latest_is_preempted_and_comes_back",
-    ),
-    Mutant(
-        "a block is taken a token late",
-        f"{_SCHEDULER}._grow",
-        "if index < len(sequence.blocks):",
-        "if index <= len(sequence.blocks):",
-        "a_block_is_taken_when_the_last_is_full",
-    ),
-    Mutant(
-        "a sequence without a block takes part all the same",
-        f"{_SCHEDULER}._grow",
-        "return False",
-        "return True",
-        "a_stalled_sequence_holds_admissions_back",
-    ),
-    Mutant(
-        "newcomers are admitted while somebody waits for a block",
-        f"{_SCHEDULER}.can_admit",
-        "and self._unmet == 0",
-        "",
-        "a_stalled_sequence_holds_admissions_back",
-    ),
-    Mutant(
-        "newcomers are admitted while somebody is preempted",
-        f"{_SCHEDULER}.can_admit",
-        "any(reason is CloseReason.PREEMPTED for _, reason in self._closing.values())",
-        "False",
-        "the_latest_is_preempted_and_comes_back",
-    ),
-    Mutant(
-        "a preempted sequence forgets that it waits",
-        f"{_SCHEDULER}._fenced",
-        "update.requeued.append(sequence)",
-        "pass",
-        "the_latest_is_preempted_and_comes_back",
-    ),
-    Mutant(
-        "a step exceeds its budget",
-        f"{_SCHEDULER}.schedule",
-        "min(sequence.remaining, budget)",
-        "sequence.remaining",
-        "limits_hold",
-    ),
-    Mutant(
-        "more sequences than allowed hold a table",
-        f"{_SCHEDULER}.can_admit",
-        "self.open_count < self._max_num_seqs",
-        "True",
-        "limits_hold",
-    ),
-    Mutant(
-        "a lease hands the same block out twice",
-        "gateway.core.lease:GrowthLease.take",
-        "self._stock.pop()",
-        "self._stock[-1]",
-        "a_block_is_taken_when_the_last_is_full",
     ),
 )
 

@@ -403,9 +403,11 @@ class SequenceSummary(_message.Message):
     state: Global___SequenceState.ValueType
     """Open or closing."""
     token_count: _builtins.int
-    """Tokens known to memsvc, prompt and completion."""
+    """Tokens known to memsvc, prompt and completion. Gateways tell of a sequence when it fills a block and when it ends:
+    in between, up to one block of tokens less than there are.
+    """
     written_token_count: _builtins.int
-    """Tokens whose keys and values the executor has confirmed."""
+    """Tokens whose keys and values the executor has confirmed, as far as memsvc was told; see token_count."""
     committed_token_count: _builtins.int
     """Tokens in blocks that other prompts can match."""
     cached_token_count: _builtins.int

@@ -104,9 +104,71 @@ def test_the_next_step_is_planned_before_the_result_is_back() -> None:
     assert sequence.pending == 2
     bench.scheduler.update(bench.outcome(first, 11))
     update = bench.scheduler.update(bench.outcome(second, 12))
+    assert [token for _, token in update.tokens] == [12]
     assert list(sequence.tokens[5:]) == [11, 12]
-    assert update.journal.token_starts == [6]
-    assert update.journal.written_counts == [6]
+    assert (sequence.computed, sequence.pending) == (6, 0)
+
+
+def rows(update: Update) -> list[tuple[int, int, list[int], int]]:
+    """Returns the rows of an update's journal: table, first position, tokens, written tokens."""
+    journal = update.journal
+    columns = zip(journal.tables, journal.token_starts, journal.token_counts, journal.written_counts, strict=True)
+    found, offset = [], 0
+    for table, start, count, written in columns:
+        found.append((table, start, list(journal.token_ids[offset : offset + count]), written))
+        offset += count
+    assert offset == len(journal.token_ids)
+    return found
+
+
+def test_the_journal_names_a_sequence_when_it_fills_a_block_and_not_in_between() -> None:
+    """A step must cost what changed: with a row for everyone in every step the memory service works for nothing."""
+    bench = Bench()
+    bench.grant(3)
+    table = bench.admit(one(10)).table
+    told = {step: rows(bench.step()[1]) for step in range(1, 40)}
+    assert {step: row for step, row in told.items() if row} == {
+        1: [(table, 10, [7], 10)],
+        7: [(table, 11, [7] * 6, 16)],
+        23: [(table, 17, [7] * 16, 32)],
+        39: [(table, 33, [7] * 16, 48)],
+    }
+
+
+def test_a_long_prompt_is_told_chunk_by_chunk() -> None:
+    """What is written of a prompt can be shared while the rest is still computed."""
+    bench = Bench(budget=40)
+    table = bench.admit(one(110)).table
+    told = [rows(bench.step()[1]) for _ in range(3)]
+    assert told == [[(table, 110, [], 40)], [(table, 110, [], 80)], [(table, 110, [7], 110)]]
+
+
+def test_the_first_write_behind_a_copy_is_told_at_once() -> None:
+    """The source of a copy is held until the memory service hears that the copy has run."""
+    bench = Bench(budget=8)
+    sequence = one(40)
+    bench.scheduler.start(sequence, Admission(1, 1, bench.blocks(3), 19, [(90, 2)]))
+    told = [rows(bench.step()[1]) for _ in range(3)]
+    assert told == [[(1, 40, [], 27)], [(1, 40, [], 35)], [(1, 40, [7], 40)]]
+    beside = one(40)
+    bench.scheduler.start(beside, Admission(1, 2, bench.blocks(3), 19, []))
+    draft, update = bench.step()
+    assert draft.scheduled_counts == [1, 7]
+    assert not rows(update)
+
+
+@pytest.mark.parametrize("reason", [CloseReason.FINISHED, CloseReason.CANCELLED, CloseReason.FAILED])
+def test_what_is_in_the_last_block_is_told_when_the_table_closes(reason: CloseReason) -> None:
+    """Otherwise the next turn of a conversation computes the end of the last one again."""
+    bench = Bench()
+    sequence = bench.admit(one(10))
+    table = sequence.table
+    for _ in range(4):
+        bench.step()
+    bench.scheduler.finish(sequence, reason)
+    update = bench.scheduler.update(bench.outcome(bench.scheduler.schedule()))
+    assert update.journal.closed == [table]
+    assert rows(update) == ([] if reason is CloseReason.FAILED else [(table, 11, [7] * 3, 13)])
 
 
 def test_the_last_token_is_never_computed() -> None:

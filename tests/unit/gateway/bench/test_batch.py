@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.bench.batch import DecodeBatch
+from gateway.bench.batch import DecodeBatch, SchedulerSteps
 from gateway.bench.runner import MANY_RUNNING, RUNNING
 from gateway.bench.steady import count_steady_run
 from memsvc.bench import core
@@ -54,6 +54,32 @@ async def test_in_every_step_one_sequence_of_a_block_size_grows_and_one_fills_it
     invariants.check(memory.core)
     written = memory.core.pool(core.POOL_ID).memory.tables
     assert int(written.committed.sum()) == sum(sequence.computed // block_size for sequence in batch.sequences)
+
+
+def shape(entry: JournalEntry, size: int) -> tuple[object, ...]:
+    """Returns what a journal costs to apply, whichever tables it is about."""
+    rows = zip(entry.token_starts, entry.token_counts, entry.written_counts, strict=True)
+    grown = len(set(entry.appended[::3]) & set(entry.tables))
+    return grown, len(entry.appended), sorted((start % size, count, written % size) for start, count, written in rows)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+async def test_the_journals_that_are_timed_are_those_of_the_real_scheduler(block_size: int) -> None:
+    """Otherwise the figures are those of a gateway that does not exist: of rows that it does not send."""
+    memory, pool = await connected(block_size)
+    batch = DecodeBatch(memory, pool, 128)
+    await batch.start()
+    memory.entries.clear()
+    await batch.steps(2 * block_size)
+    timed = [shape(entry, block_size) for entry in memory.entries]
+    memory, pool = await connected(block_size)
+    real = SchedulerSteps(memory, pool, 128)
+    await real.start()
+    memory.entries.clear()
+    await real.steps(2 * block_size)
+    assert [shape(entry, block_size) for entry in memory.entries] == timed
+    assert timed[0] == (128 // block_size, 3 * 128 // block_size, [(1, block_size, 0)] * (128 // block_size))
+    invariants.check(memory.core)
 
 
 async def test_with_many_running_as_many_grow_in_the_steps_that_count() -> None:
