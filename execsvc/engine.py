@@ -149,7 +149,7 @@ class Engine:
                 f"block_ids: {len(blocks)} blocks for {computed} computed tokens, at most {rows.block_max}"
             )
         self._check_blocks(blocks)
-        rows.add(start.table, owner, tokens, blocks, computed, _sampling(start.sampling))
+        rows.add(start.table, owner, tokens, blocks, computed, _sampling(start.sampling, self.vocab_size))
 
     def _check_blocks(self, blocks: columns.Column) -> None:
         """Raises InvalidRequestError if a block is the null block or beyond the pool."""
@@ -252,6 +252,7 @@ class _Step:
         for start in plan.added:
             columns.unpack(start.token_ids, "token_ids")
             columns.unpack(start.block_ids, "block_ids")
+            columns.unpack(start.sampling.withheld_tokens, "withheld_tokens")
         self._check_copies(block_count)
         if len(set(self.scheduled_tables)) != len(self.scheduled_tables):
             raise InvalidRequestError("scheduled_tables: a table is there twice", field="scheduled_tables")
@@ -275,6 +276,18 @@ class _Step:
             raise InvalidRequestError("copies: a block is the destination of two copies, or of one and source of one")
 
 
-def _sampling(message: pb.SamplingParams) -> SamplingSpec:
+def _sampling(message: pb.SamplingParams, vocab_size: int) -> SamplingSpec:
     """Returns the checked sampling parameters; raises InvalidRequestError."""
-    return SamplingSpec(message.temperature, message.top_k, message.top_p, message.min_p, message.seed)
+    withheld = tuple(columns.unpack_list(message.withheld_tokens, "withheld_tokens"))
+    if withheld and max(withheld) >= vocab_size:
+        text = f"withheld_tokens: {max(withheld)} is not below the vocabulary, {vocab_size}"
+        raise InvalidRequestError(text, field="withheld_tokens")
+    return SamplingSpec(
+        message.temperature,
+        message.top_k,
+        message.top_p,
+        message.min_p,
+        message.seed,
+        withheld,
+        message.withheld_until,
+    )

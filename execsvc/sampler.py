@@ -33,6 +33,9 @@ class SamplingSpec:
     """Drop tokens less likely than this times the most likely one."""
     seed: int = 0
     """Key of the draws, 64 bits."""
+    withheld: tuple[int, ...] = ()
+    """Tokens that are not chosen at positions below `withheld_until`."""
+    withheld_until: int = 0
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -71,6 +74,7 @@ def sample(logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Seque
         specs: how to choose, a row each.
         positions: index in its sequence of the token drawn, a row each.
     """
+    logits = _without_withheld(logits, specs, positions)
     best_values, best = logits.max(-1)
     tokens: list[int] = best.tolist()
     finite = torch.isfinite(best_values).tolist()
@@ -83,6 +87,16 @@ def sample(logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Seque
         for row, draw in zip(drawn, draws.tolist(), strict=True):
             tokens[row] = _draw(logits[row], specs[row], draw)
     return [token if finite[row] else -1 for row, token in enumerate(tokens)]
+
+
+def _without_withheld(logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int]) -> torch.Tensor:
+    """Returns the logits with those of withheld tokens at minus infinity; the logits themselves if there are none."""
+    masked = [row for row, spec in enumerate(specs) if spec.withheld and positions[row] < spec.withheld_until]
+    if masked:
+        logits = logits.clone()
+        for row in masked:
+            logits[row, list(specs[row].withheld)] = -math.inf
+    return logits
 
 
 def _draw(logits: torch.Tensor, spec: SamplingSpec, draw: float) -> int:

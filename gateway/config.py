@@ -28,4 +28,12 @@ class GatewayConfig(ServiceConfig):
     max_preemptions: int = setting(
         8, "After this many preemptions a sequence is preempted only if nothing else can be.", minimum=0
     )
+    scheduling_policy: str = setting(
+        "fcfs",
+        "Who goes first: fcfs by arrival; priority by the requests' priorities, lower first.",
+        choices=("fcfs", "priority"),
+    )
+    long_prefill_token_threshold: int = setting(
+        0, "Most tokens of one prompt in a step that other sequences take part in; 0 for no limit.", minimum=0
+    )
     in_process: bool = setting(False, "Run memsvc and the executor inside this process; see QUIRE_EXECSVC_*.")

@@ -82,14 +82,18 @@ class Detokenizer:
         self._longest = max((len(stop) for stop in self._stops), default=0)
         self._held = ""
 
-    def push(self, token: int) -> tuple[str, str | None]:
+    def push(self, token: int, *, may_stop: bool = True) -> tuple[str, str | None]:
         """Takes the next token.
+
+        Args:
+            token: its id.
+            may_stop: whether stop strings are looked for; what comes before is not searched later either.
 
         Returns:
             The text that is certain now, and the stop string that has appeared, if one has: the text ends before it.
         """
         text = self._decode(token)
-        if not self._stops:
+        if not self._stops or not may_stop:
             return text, None
         held = self._held + text
         found = min(((held.find(stop), -len(stop), stop) for stop in self._stops if stop in held), default=None)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.core.precedence import SchedulingPolicy
 from gateway.core.queue import WaitingQueue
 from gateway.core.request import Request, RequestSettings
 from gateway.core.sequence import Sequence, SequenceState
+from gateway.core.stopping import Stop, may_stop, stop_by_length, stop_by_token
 from gateway.detokenize import Detokenizer
 from gateway.lane import Lane
 from gateway.models import ServedModel
@@ -36,6 +38,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _DRAIN_POLL_SECONDS = 0.02
+_FINISH_REASONS = {
+    Stop.EOS: pb.FINISH_REASON_EOS,
+    Stop.STOP_TOKEN: pb.FINISH_REASON_STOP,
+    Stop.CONTEXT: pb.FINISH_REASON_CONTEXT,
+    Stop.LENGTH: pb.FINISH_REASON_LENGTH,
+}
 
 
 @dataclasses.dataclass(slots=True)
@@ -166,7 +174,8 @@ class Engine:
             executor_ids=tuple(sorted(executors)),
         )
         if known is None:
-            self._models[info.name] = _Model(served, WaitingQueue(self._config.max_queue_size))
+            policy = SchedulingPolicy(self._config.scheduling_policy)
+            self._models[info.name] = _Model(served, WaitingQueue(self._config.max_queue_size, policy))
         else:
             known.served = served
         self._lane_models[pool.pool_id] = info.name
@@ -333,18 +342,17 @@ class Engine:
         detokenizer = live.detokenizers[sequence.index]
         ending: pb.Ending | None = None
         text = ""
-        if token in live.model.served.eos_token_ids and not settings.ignore_eos:
-            ending = pb.Ending(reason=pb.FINISH_REASON_EOS)
-        elif token in settings.stop_token_ids:
-            ending = pb.Ending(reason=pb.FINISH_REASON_STOP, token_id=token)
-        else:
-            text, stop = detokenizer.push(token)
-            if stop is not None:
-                ending = pb.Ending(reason=pb.FINISH_REASON_STOP, stop_string=stop)
-            elif len(sequence.tokens) >= request.max_model_len:
-                ending = pb.Ending(reason=pb.FINISH_REASON_CONTEXT)
-            elif len(sequence.tokens) >= sequence.total_limit:
-                ending = pb.Ending(reason=pb.FINISH_REASON_LENGTH)
+        stop = stop_by_token(sequence)
+        if stop is None:
+            text, stop_string = detokenizer.push(token, may_stop=may_stop(sequence))
+            if stop_string is not None:
+                ending = pb.Ending(reason=pb.FINISH_REASON_STOP, stop_string=stop_string)
+            else:
+                stop = stop_by_length(sequence)
+        if stop is not None:
+            ending = pb.Ending(reason=_FINISH_REASONS[stop])
+            if stop is Stop.STOP_TOKEN:
+                ending.token_id = token
         if ending is not None:
             text += detokenizer.flush()
         live.stream.push(sequence.index, text, (token,))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from gateway.core.precedence import SchedulingPolicy
 from gateway.core.queue import WaitingQueue
 from gateway.core.scheduler import Scheduler, Update
 from gateway.core.sequence import Sequence, SequenceState
@@ -223,6 +224,8 @@ class Lane:
             max_num_seqs=min(self._config.max_num_seqs, description.max_num_seqs),
             max_num_batched_tokens=budget,
             max_preemptions=self._config.max_preemptions,
+            policy=SchedulingPolicy(self._config.scheduling_policy),
+            long_prefill_token_threshold=self._config.long_prefill_token_threshold,
         )
         self._admission_blocked = False
         self._wake.set()
@@ -240,7 +243,7 @@ class Lane:
         assert self._queue is not None
         orphans = [sequence.table for sequence in scheduler.sequences()]
         requeued, released = scheduler.abandon()
-        self._queue.push_front(requeued)
+        self._queue.put_back(requeued)
         for sequence in released:
             self._owner.released(sequence)
         self._owner.session_ended(self._pool.pool_id)
@@ -342,7 +345,7 @@ class Lane:
         for sequence in update.prefilled:
             back += self._owner.prefilled(sequence)
         if back:
-            queue.push_front(sorted(back, key=lambda sequence: sequence.request.arrived_at))
+            queue.put_back(back)
         if update.journal.closed:
             self._admission_blocked = False
 
@@ -440,7 +443,7 @@ class Lane:
             sequence.state = SequenceState.FINISHED
             self._owner.released(sequence)
         else:
-            queue.push_front([sequence])
+            queue.put_back([sequence])
 
     def _take_in(self, scheduler: Scheduler, queue: WaitingQueue, sequence: Sequence, admission: Admission) -> None:
         """Starts an admitted sequence; if it ended or the session did meanwhile, its table is closed unused."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gateway.core.sequence import Sequence
 from gateway.core.step import StepDraft, StepOutcome
+from gateway.core.stopping import withheld_tokens
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 
@@ -20,6 +21,7 @@ def sample_seed(seed: int, index: int) -> int:
 def _sequence_start(sequence: Sequence) -> pb.SequenceStart:
     """Returns what the executor needs to begin with a sequence."""
     sampling = sequence.request.settings.sampling
+    withheld, withheld_until = withheld_tokens(sequence)
     return pb.SequenceStart(
         table=sequence.table,
         token_ids=columns.pack(sequence.tokens),
@@ -31,6 +33,8 @@ def _sequence_start(sequence: Sequence) -> pb.SequenceStart:
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             seed=sample_seed(sampling.seed, sequence.index),
+            withheld_tokens=columns.pack(withheld),
+            withheld_until=withheld_until,
         ),
     )
 

@@ -40,6 +40,7 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
             max_tokens_default=self._config.max_tokens_default,
             max_queue_time=self._config.max_queue_time,
             caching=self._config.enable_prefix_caching,
+            priorities=self._config.scheduling_policy == "priority",
         )
         return self._engine.submit(settings)
 

@@ -153,8 +153,27 @@ def _check_lengths(prompt: array[int], stopping: pb.Stopping, model: ServedModel
     return stopping.max_tokens
 
 
+def _check_scheduling(scheduling: pb.Scheduling, max_queue_time: float, *, priorities: bool) -> tuple[float, int]:
+    """Returns seconds in the queue and priority; raises InvalidRequestError."""
+    if scheduling.priority and not priorities:
+        allowed = "0: this gateway serves in order of arrival (--scheduling-policy fcfs)"
+        raise _refuse("scheduling.priority", scheduling.priority, allowed)
+    if not scheduling.HasField("max_queue_time"):
+        return max_queue_time, scheduling.priority
+    asked = scheduling.max_queue_time.ToNanoseconds() / 1e9
+    if asked <= 0:
+        raise _refuse("scheduling.max_queue_time", f"{asked} s", "more than 0")
+    return min(max_queue_time, asked), scheduling.priority
+
+
 async def check_spec(
-    spec: pb.GenerationSpec, model: ServedModel, *, max_tokens_default: int, max_queue_time: float, caching: bool
+    spec: pb.GenerationSpec,
+    model: ServedModel,
+    *,
+    max_tokens_default: int,
+    max_queue_time: float,
+    caching: bool,
+    priorities: bool = False,
 ) -> RequestSettings:
     """Returns the settings of a request.
 
@@ -164,6 +183,7 @@ async def check_spec(
         max_tokens_default: completion tokens if the request does not say.
         max_queue_time: most seconds in the queue, also if the request asks for more.
         caching: whether the prefix cache is on.
+        priorities: whether requests may have priorities.
 
     Raises:
         InvalidRequestError: the first field that is wrong.
@@ -175,25 +195,25 @@ async def check_spec(
     if len(spec.caching.salt) > MAX_SALT_CHARACTERS:
         found = f"{len(spec.caching.salt)} characters"
         raise _refuse("caching.salt", found, f"at most {MAX_SALT_CHARACTERS}")
-    queue_time = max_queue_time
-    if spec.scheduling.HasField("max_queue_time"):
-        asked = spec.scheduling.max_queue_time.ToNanoseconds() / 1e9
-        if asked <= 0:
-            raise _refuse("scheduling.max_queue_time", f"{asked} s", "more than 0")
-        queue_time = min(queue_time, asked)
+    queue_time, priority = _check_scheduling(spec.scheduling, max_queue_time, priorities=priorities)
     prompt = await encode_prompt(spec, model)
+    max_tokens = _check_lengths(prompt, spec.stopping, model, max_tokens_default)
+    if spec.stopping.min_tokens > max_tokens:
+        raise _refuse("stopping.min_tokens", spec.stopping.min_tokens, f"0 .. {max_tokens} (max_tokens)")
     return RequestSettings(
         request_id=request_id,
         model=model.name,
         prompt=prompt,
-        max_tokens=_check_lengths(prompt, spec.stopping, model, max_tokens_default),
+        max_tokens=max_tokens,
+        min_tokens=spec.stopping.min_tokens,
         sampling=sampling,
         sample_count=sample_count,
         stop=stop,
         stop_token_ids=stop_token_ids,
-        ignore_eos=spec.stopping.ignore_eos,
+        eos_token_ids=frozenset() if spec.stopping.ignore_eos else model.eos_token_ids,
         cache_salt=spec.caching.salt,
         skip_cache_read=spec.caching.skip_read or not caching,
         skip_cache_write=spec.caching.skip_write or not caching,
         max_queue_time=queue_time,
+        priority=priority,
     )

@@ -38,6 +38,8 @@ class Options(TypedDict, total=False):
     """Up to 128 characters of `[A-Za-z0-9._:-]`; drawn at random if not given. Repeating a live one is refused."""
     max_tokens: int
     """Tokens to generate at most."""
+    min_tokens: int
+    """Tokens to generate at least: until then nothing but `max_tokens` ends a sample."""
     temperature: float
     """0 is greedy; 0 .. 100; default 1."""
     top_k: int
@@ -58,6 +60,8 @@ class Options(TypedDict, total=False):
     """Go on after the model's end-of-sequence token."""
     max_queue_time: float
     """Seconds in the server's queue after which the request fails with QUEUE_TIMEOUT."""
+    priority: int
+    """Lower goes first, where the server goes by priorities; 0 if not given."""
     cache_salt: str
     """Requests with different salts share no cached block."""
     skip_cache_read: bool
@@ -254,11 +258,12 @@ def specification(
         spec.request_id = options.get("request_id") or new_request_id()
         spec.model = options.get("model", "")
         _set(spec.sampling, options, ("temperature", "top_k", "top_p", "min_p", "seed", "n"))
-        _set(spec.stopping, options, ("max_tokens", "ignore_eos"))
+        _set(spec.stopping, options, ("max_tokens", "min_tokens", "ignore_eos"))
         spec.stopping.stop.extend(_texts(options.get("stop", ())))
         spec.stopping.stop_token_ids.extend(options.get("stop_token_ids", ()))
         if options.get("max_queue_time") is not None:
             spec.scheduling.max_queue_time.FromTimedelta(dt.timedelta(seconds=options["max_queue_time"]))
+        _set(spec.scheduling, options, ("priority",))
         spec.caching.salt = options.get("cache_salt", "")
         spec.caching.skip_read = options.get("skip_cache_read", False)
         spec.caching.skip_write = options.get("skip_cache_write", False)

@@ -24,7 +24,7 @@ _TOKEN = 7
 def make_sequence(name: str, prompt_length: int, max_model_len: int) -> Sequence:
     """Returns a sequence with a prompt that nobody has seen, which decodes as long as the model allows."""
     prompt = array("I", os.urandom(4 * prompt_length))
-    settings = RequestSettings(name, "model", prompt, max_model_len, SamplingSettings(), ignore_eos=True)
+    settings = RequestSettings(name, "model", prompt, max_model_len, SamplingSettings())
     return Request(settings, max_model_len, 0.0).samples[0]
 
 

@@ -1,10 +1,12 @@
-"""The waiting line of one model: first come, first served; who was preempted goes back to the head."""
+"""The waiting line of one model: every sequence has its place in it, and takes that again when it comes back."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
+import itertools
 from typing import TYPE_CHECKING
 
+from gateway.core.precedence import Place, SchedulingPolicy, place_in_queue
 from gateway.core.sequence import Sequence, SequenceState
 from quire.errors import AdmissionError
 
@@ -12,23 +14,34 @@ if TYPE_CHECKING:
     from gateway.core.request import Request
 
 _RETRY_SECONDS = 1.0
+_SLACK = 64
+"""Entries without a sequence that a heap may have, besides as many as have one."""
 
 
 class WaitingQueue:
-    """Sequences that wait for admission. Bounded in requests; what was admitted once always finds room again."""
+    """Sequences that wait for admission. Bounded in requests; what was admitted once always finds room again.
 
-    def __init__(self, max_size: int) -> None:
-        """Makes an empty queue for at most `max_size` requests."""
+    Args:
+        max_size: most requests that wait and were never admitted.
+        policy: what decides who is first.
+    """
+
+    def __init__(self, max_size: int, policy: SchedulingPolicy = SchedulingPolicy.FCFS) -> None:
+        self.policy = policy
         self._max_size = max_size
-        self._waiting: OrderedDict[Sequence, None] = OrderedDict()
+        # A heap; entries of sequences that were removed, or entered anew, stay until they come up.
+        self._heap: list[tuple[Place, int, Sequence]] = []
+        self._waiting: dict[Sequence, int] = {}
         self._new: set[Sequence] = set()
+        self._arrivals = itertools.count(1)
+        self._entries = itertools.count(1)
 
     def __len__(self) -> int:
         """Sequences that wait."""
         return len(self._waiting)
 
     def push_request(self, request: Request) -> None:
-        """Appends the first sample of a new request; the others follow when its prompt is computed.
+        """Enters the first sample of a new request; the others follow when its prompt is computed.
 
         Raises:
             AdmissionError: the queue is full.
@@ -42,25 +55,39 @@ class WaitingQueue:
                 metadata={"queue_depth": len(self._new), "max_queue_size": self._max_size},
                 retry_after=_RETRY_SECONDS,
             )
+        request.arrival_no = next(self._arrivals)
         request.samples[0].state = SequenceState.WAITING
-        self._waiting[request.samples[0]] = None
+        self._enter(request.samples[0])
         self._new.add(request.samples[0])
 
-    def push_front(self, sequences: list[Sequence]) -> None:
-        """Puts sequences at the head, in their order: preempted ones, and further samples of an admitted request."""
-        for sequence in reversed(sequences):
-            self._waiting[sequence] = None
-            self._waiting.move_to_end(sequence, last=False)
+    def put_back(self, sequences: list[Sequence]) -> None:
+        """Enters preempted sequences, refused ones, and further samples of an admitted request, at their places.
+
+        All that was admitted before has its place ahead of what has not been, unless priorities say otherwise.
+        """
+        for sequence in sequences:
+            self._enter(sequence)
+
+    def _enter(self, sequence: Sequence) -> None:
+        self._waiting[sequence] = entry = next(self._entries)
+        heapq.heappush(self._heap, (place_in_queue(sequence, self.policy), entry, sequence))
 
     def pop(self) -> Sequence | None:
         """Takes the head, or None."""
-        if not self._waiting:
-            return None
-        sequence, _ = self._waiting.popitem(last=False)
-        self._new.discard(sequence)
-        return sequence
+        while self._heap:
+            _, entry, sequence = heapq.heappop(self._heap)
+            if self._waiting.get(sequence) == entry:
+                del self._waiting[sequence]
+                self._new.discard(sequence)
+                return sequence
+        return None
 
     def remove(self, sequence: Sequence) -> bool:
         """Takes a sequence out of the middle; returns whether it was there."""
         self._new.discard(sequence)
-        return self._waiting.pop(sequence, self) is None
+        if self._waiting.pop(sequence, None) is None:
+            return False
+        if len(self._heap) > _SLACK + 2 * len(self._waiting):
+            self._heap = [item for item in self._heap if self._waiting.get(item[2]) == item[1]]
+            heapq.heapify(self._heap)
+        return True

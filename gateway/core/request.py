@@ -29,15 +29,19 @@ class RequestSettings:
     max_tokens: int
     sampling: SamplingSettings
     sample_count: int = 1
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
+    eos_token_ids: frozenset[int] = frozenset()
+    """The model's end-of-sequence tokens; none if the request ignores them."""
     tenant: str = ""
     cache_salt: str = ""
     skip_cache_read: bool = False
     skip_cache_write: bool = False
     max_queue_time: float = 0.0
     """Seconds."""
+    priority: int = 0
+    """Lower goes first; see `gateway.core.precedence`."""
 
 
 class Request:
@@ -45,6 +49,7 @@ class Request:
 
     __slots__ = (
         "admitted_at",
+        "arrival_no",
         "arrived_at",
         "cached_token_count",
         "cancelled",
@@ -66,6 +71,7 @@ class Request:
         self.settings = settings
         self.max_model_len = max_model_len
         self.arrived_at = arrived_at
+        self.arrival_no = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.cached_token_count = 0

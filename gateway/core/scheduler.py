@@ -20,6 +20,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from gateway.core.lease import GrowthLease
+from gateway.core.precedence import SchedulingPolicy, place_in_step
 from gateway.core.preemption import choose_victim
 from gateway.core.report import report, report_at
 from gateway.core.sequence import Sequence, SequenceState
@@ -67,9 +68,20 @@ class Scheduler:
         max_num_seqs: most sequences with a table.
         max_num_batched_tokens: token budget of a step.
         max_preemptions: see `choose_victim`.
+        policy: what decides who gets tokens and blocks first, and who gives way.
+        long_prefill_token_threshold: most tokens of one remainder in a step that others take part in; 0 for no limit.
     """
 
-    def __init__(self, pool: PoolInfo, max_num_seqs: int, max_num_batched_tokens: int, max_preemptions: int) -> None:
+    def __init__(
+        self,
+        pool: PoolInfo,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_preemptions: int,
+        *,
+        policy: SchedulingPolicy = SchedulingPolicy.FCFS,
+        long_prefill_token_threshold: int = 0,
+    ) -> None:
         self.pool = pool
         self.lease = GrowthLease(pool.spec.usable_block_count)
         self.stats = SchedulerStats()
@@ -77,6 +89,8 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
         self._max_preemptions = max_preemptions
+        self._policy = policy
+        self._longest_chunk = long_prefill_token_threshold or max_num_batched_tokens
         self._running: dict[int, Sequence] = {}
         self._closing: dict[int, tuple[Sequence, CloseReason]] = {}
         self._to_add: list[Sequence] = []
@@ -123,6 +137,9 @@ class Scheduler:
         sequence.room = len(sequence.blocks) * self._block_size
         sequence.report_at = report_at(sequence, self._block_size, copying=bool(admission.copies))
         self._running[admission.table] = sequence
+        if self._policy is SchedulingPolicy.PRIORITY:
+            ordered = sorted(self._running.items(), key=lambda item: place_in_step(item[1], self._policy))
+            self._running = dict(ordered)
         self._to_add.append(sequence)
         for source, destination in admission.copies:
             self._to_copy += (source, destination)
@@ -151,10 +168,12 @@ class Scheduler:
                 sequence.scheduled = scheduled + 1
                 sequence.total = total + 1
                 budget -= 1
+        alone = len(prefills) + len(tables) == 1
+        longest = budget if alone else min(budget, self._longest_chunk)
         for sequence in prefills:
             if budget == 0:
                 break
-            count = min(sequence.total - sequence.scheduled, budget)
+            count = min(sequence.total - sequence.scheduled, budget, longest)
             tables.append(sequence.table)
             counts.append(count)
             sequence.scheduled += count
@@ -190,7 +209,7 @@ class Scheduler:
         """
         coming = sum(len(sequence.blocks) for sequence, _ in self._closing.values())
         while coming < needed and len(self._running) > 1:
-            victim = choose_victim(self._running.values(), self._max_preemptions)
+            victim = choose_victim(self._running.values(), self._max_preemptions, self._policy)
             if victim is None:
                 return
             coming += len(victim.blocks)

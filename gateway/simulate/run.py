@@ -184,7 +184,7 @@ class Simulation:
             try:
                 self._open(sequence)
             except BlockPoolExhaustedError:
-                self._queue.push_front([sequence])
+                self._queue.put_back([sequence])
                 self._retry_at = self._steps + _RETRY_STEPS
                 return
             except PromptTooLongError:
@@ -233,7 +233,7 @@ class Simulation:
         if entry.closed:
             self._retry_at = 0
         if update.requeued:
-            self._queue.push_front(sorted(update.requeued, key=lambda sequence: self._numbers[sequence]))
+            self._queue.put_back(update.requeued)
         self._recorder.add(self._slots(), len(draft.scheduled_tables), saturated=len(self._queue) > 0)
 
     def _finish(self, update: Update) -> None:

@@ -29,6 +29,10 @@ Seed: TypeAlias = Annotated[int | None, typer.Option(help="Same seed, same text.
 MaxTokens: TypeAlias = Annotated[
     int | None, typer.Option(help="Tokens to generate at most. [default: as many as fit]", show_default=False)
 ]
+MinTokens: TypeAlias = Annotated[int | None, typer.Option(help="Tokens to generate at least.")]
+Priority: TypeAlias = Annotated[
+    int | None, typer.Option(help="Lower goes first, where the server goes by priorities. [default: 0]")
+]
 Stop: TypeAlias = Annotated[
     list[str] | None, typer.Option(help="End at this string, which is not printed; may be repeated.")
 ]
@@ -64,6 +68,8 @@ def generate(
     min_p: MinP = None,
     seed: Seed = None,
     max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
+    priority: Priority = None,
     stop: Stop = None,
     model: ModelName = "",
     timeout: Timeout = DEFAULT_TIMEOUT,
@@ -88,6 +94,8 @@ def generate(
         min_p=min_p,
         seed=seed,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        priority=priority,
         stop=stop,
         model=model,
     )
@@ -133,6 +141,8 @@ def chat(
     min_p: MinP = None,
     seed: Seed = None,
     max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
+    priority: Priority = None,
     stop: Stop = None,
     model: ModelName = "",
     timeout: Timeout = DEFAULT_TIMEOUT,
@@ -157,6 +167,8 @@ def chat(
         min_p=min_p,
         seed=seed,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        priority=priority,
         stop=stop,
         model=model,
     )

@@ -103,6 +103,10 @@ def serve(
     num_threads: Annotated[int | None, typer.Option(help="Threads that compute on the CPU.")] = None,
     max_queue_size: Annotated[int | None, typer.Option(help="Most requests that wait.")] = None,
     max_queue_time: Annotated[float | None, typer.Option(help="Seconds that a request may wait.")] = None,
+    scheduling_policy: Annotated[str | None, typer.Option(help="Who goes first: fcfs or priority.")] = None,
+    long_prefill_token_threshold: Annotated[
+        int | None, typer.Option(help="Most tokens of one prompt in a step that others take part in.")
+    ] = None,
     enable_prefix_caching: Annotated[bool | None, typer.Option(help="Reuse KV of equal prefixes.")] = None,
     log_dir: Annotated[Path, typer.Option(help="Where the services log.")] = LOG_DIRECTORY,
     log_level: Annotated[str, typer.Option(help="Least level that is logged.")] = "info",
@@ -141,6 +145,8 @@ def serve(
         "num_threads": num_threads,
         "max_queue_size": max_queue_size,
         "max_queue_time": max_queue_time,
+        "scheduling_policy": scheduling_policy,
+        "long_prefill_token_threshold": long_prefill_token_threshold,
         "enable_prefix_caching": None if enable_prefix_caching is None else str(enable_prefix_caching).lower(),
     }
     options = plan.ServeOptions(

@@ -35,6 +35,8 @@ _RECEIVERS: Final[Mapping[str, tuple[str, ...]]] = {
     "max_num_batched_tokens": ("execsvc", "gateway"),
     "max_queue_size": ("gateway",),
     "max_queue_time": ("gateway",),
+    "scheduling_policy": ("gateway",),
+    "long_prefill_token_threshold": ("gateway",),
     "enable_prefix_caching": ("gateway",),
 }
 

@@ -12,8 +12,8 @@ GATEWAY: Final = (
     Mutant(
         "the earliest admitted gives way",
         "gateway.core.scheduler:choose_victim",
-        "latest is None or sequence.admission_no > latest.admission_no",
-        "latest is None",
+        "place_in_step(sequence, policy)",
+        "0",
         "blocks_on_their_way_count",
     ),
     Mutant(
@@ -61,7 +61,7 @@ GATEWAY: Final = (
     Mutant(
         "a step exceeds its budget",
         f"{_SCHEDULER}.schedule",
-        "min(sequence.total - sequence.scheduled, budget)",
+        "min(sequence.total - sequence.scheduled, budget, longest)",
         "sequence.total - sequence.scheduled",
         "limits_hold",
     ),

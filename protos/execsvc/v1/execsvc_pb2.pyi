@@ -434,6 +434,8 @@ class SamplingParams(_message.Message):
     TOP_P_FIELD_NUMBER: _builtins.int
     MIN_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    WITHHELD_TOKENS_FIELD_NUMBER: _builtins.int
+    WITHHELD_UNTIL_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 means greedy. 0 .. 100."""
     top_k: _builtins.int
@@ -444,6 +446,12 @@ class SamplingParams(_message.Message):
     """Drop tokens less likely than this times the most likely one; 0 .. 1."""
     seed: _builtins.int
     """The draw at position p is a function of (seed, p) and of the logits only."""
+    withheld_tokens: _builtins.bytes
+    """u32 column: tokens that are not sampled at positions below withheld_until, each below the vocabulary's size. The
+    others are drawn as if these did not exist.
+    """
+    withheld_until: _builtins.int
+    """Position in the sequence, prompt included, from which the withheld tokens may be sampled; 0 for none withheld."""
     def __init__(
         self,
         *,
@@ -452,10 +460,12 @@ class SamplingParams(_message.Message):
         top_p: _builtins.float = ...,
         min_p: _builtins.float = ...,
         seed: _builtins.int = ...,
+        withheld_tokens: _builtins.bytes = ...,
+        withheld_until: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "withheld_tokens", b"withheld_tokens", "withheld_until", b"withheld_until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,6 +82,7 @@ def test_removed_tables_are_acknowledged_even_twice(driver: Driver) -> None:
         (start(1, PROMPT, [1, 2, 3], computed=40), "INVALID_REQUEST"),
         (start(1, PROMPT, [1], computed=17), "INVALID_REQUEST"),
         (start(1, PROMPT, [1, 2, 3], temperature=-1.0), "INVALID_REQUEST"),
+        (start(1, PROMPT, [1, 2, 3], withheld_tokens=columns.pack([7, 320]), withheld_until=50), "INVALID_REQUEST"),
         (start(1, PROMPT, [1, 2, 3], temperature=float("nan")), "INVALID_REQUEST"),
         (start(1, PROMPT, [1, 2, 3], temperature=1.0, top_p=0.0), "INVALID_REQUEST"),
         (start(2, PROMPT, [1, 2, 3]), "SEQUENCE_EXISTS"),

@@ -119,3 +119,29 @@ def test_values_out_of_range_name_the_field(field: str, value: float) -> None:
     """Otherwise a user would not know what to correct."""
     with pytest.raises(InvalidRequestError, match=field):
         SamplingSpec(**{"temperature": 1.0, field: value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_withheld_tokens_are_not_chosen_before_their_position(temperature: float) -> None:
+    """An answer that must have some length must not be cut short, and must not be bent after that."""
+    spec = SamplingSpec(temperature=temperature, top_k=3, seed=5, withheld=(1, 2), withheld_until=40)
+    free = SamplingSpec(temperature=temperature, top_k=3, seed=5)
+    mixed = sample(LOGITS.expand(80, -1), [spec, free] * 40, [position // 2 + 20 for position in range(80)])
+    assert {1, 2}.isdisjoint(mixed[0:40:2])
+    assert mixed[40::2] == mixed[41::2]
+    assert set(mixed[1::2]) & {1, 2}
+    assert LOGITS.tolist() == [1.0, 3.0, 2.0, -1.0, 0.0]
+
+
+def test_the_others_are_drawn_as_if_withheld_tokens_did_not_exist() -> None:
+    """Probabilities are those of the tokens that are left, whatever the dropped ones weighed."""
+    spec = SamplingSpec(temperature=1.0, seed=3, withheld=(1,), withheld_until=1 << 20)
+    counts = np.bincount(draws(spec, 20_000), minlength=5) / 20_000
+    expected = torch.softmax(torch.tensor([1.0, -math.inf, 2.0, -1.0, 0.0]), -1).numpy()
+    assert np.abs(counts - expected).max() < 0.012
+
+
+def test_with_everything_withheld_nothing_is_chosen() -> None:
+    """There is no answer then; a token out of thin air would be a wrong one."""
+    spec = SamplingSpec(withheld=(0, 1, 2, 3, 4), withheld_until=9)
+    assert sample(LOGITS[None], [spec], [3]) == [-1]

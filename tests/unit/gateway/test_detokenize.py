@@ -71,3 +71,12 @@ def test_stop_strings_match_a_plain_search(text: str, stops: list[str]) -> None:
             break
     result = _push_all(text, tuple(stops))
     assert result[0] == expected[0]
+
+
+def test_what_came_before_a_stop_was_allowed_is_not_searched_later() -> None:
+    """A stop string that begins too early must not end the answer later, at a place where it is not."""
+    detokenizer = Detokenizer(TOKEN_BYTES, ("END", "D.D"))
+    early = [detokenizer.push(token, may_stop=False) for token in _tokens("END.")]
+    assert early == [("E", None), ("N", None), ("D", None), (".", None)]
+    assert [detokenizer.push(token) for token in _tokens("DxEN")] == [("", None), ("Dx", None), ("", None), ("", None)]
+    assert detokenizer.push(_tokens("D")[0]) == ("", "END")

@@ -349,7 +349,7 @@ def test_a_table_granted_twice_is_a_defect() -> None:
 
 
 def test_the_queue_is_first_come_first_served_and_bounded() -> None:
-    """Row 45: order by arrival, stable under re-queueing; the bound is on requests that were never admitted."""
+    """Order by arrival, stable under re-queueing; the bound is on requests that were never admitted."""
     queue = WaitingQueue(2)
     first, second = make_request(5), make_request(5)
     queue.push_request(first)
@@ -359,7 +359,21 @@ def test_the_queue_is_first_come_first_served_and_bounded() -> None:
     head = queue.pop()
     assert head is first.samples[0]
     queue.push_request(make_request(5))
-    queue.push_front([head])
+    queue.put_back([head])
     assert len(queue) == 3
     assert [queue.pop(), queue.pop()] == [head, second.samples[0]]
     assert not queue.remove(head)
+
+
+def test_a_queue_forgets_those_who_leave_it() -> None:
+    """Clients that come and cancel behind a head that cannot start must not make the gateway grow."""
+    queue = WaitingQueue(1 << 20)
+    head = make_request(5)
+    queue.push_request(head)
+    for _ in range(1000):
+        request = make_request(5)
+        queue.push_request(request)
+        assert queue.remove(request.samples[0])
+        assert not queue.remove(request.samples[0])
+    assert len(queue._heap) < 100
+    assert (len(queue), queue.pop(), queue.pop()) == (1, head.samples[0], None)

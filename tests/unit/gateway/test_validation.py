@@ -67,6 +67,9 @@ def _queue_time(nanoseconds: int) -> pb.Scheduling:
         ({**PROMPT, "stopping": pb.Stopping(stop_token_ids=[256])}, "stopping.stop_token_ids[0]", "0 .. 255"),
         ({**PROMPT, "caching": pb.Caching(salt="s" * 257)}, "caching.salt", "at most 256"),
         ({**PROMPT, "scheduling": _queue_time(0)}, "scheduling.max_queue_time", "more than 0"),
+        ({**PROMPT, "scheduling": pb.Scheduling(priority=-1)}, "scheduling.priority", "in order of arrival"),
+        ({**PROMPT, "stopping": pb.Stopping(min_tokens=17)}, "stopping.min_tokens", "0 .. 16 (max_tokens)"),
+        ({**PROMPT, "stopping": pb.Stopping(max_tokens=4, min_tokens=5)}, "stopping.min_tokens", "0 .. 4"),
     ],
 )
 async def test_a_field_out_of_range_is_named(fields: dict[str, Any], field: str, words: str) -> None:
@@ -102,6 +105,29 @@ async def test_defaults_are_those_that_the_api_documents() -> None:
     assert (settings.sample_count, settings.max_tokens, settings.max_queue_time) == (1, 16, 5.0)
     assert len(settings.request_id) == 16
     assert (await _check(**PROMPT)).sampling.seed != settings.sampling.seed
+
+
+async def test_priorities_are_taken_where_the_gateway_goes_by_them() -> None:
+    """A priority of either sign must arrive, and none must mean the middle."""
+    for scheduling, expected in (
+        (pb.Scheduling(), 0),
+        (pb.Scheduling(priority=-7), -7),
+        (pb.Scheduling(priority=3), 3),
+    ):
+        spec = pb.GenerationSpec(**PROMPT, scheduling=scheduling)
+        settings = await check_spec(
+            spec, MODEL, max_tokens_default=16, max_queue_time=5.0, caching=True, priorities=True
+        )
+        assert settings.priority == expected
+
+
+async def test_the_ends_that_a_request_knows_are_those_of_the_model_and_its_own() -> None:
+    """A request that ignores the model's end must still end at its own stop tokens."""
+    stopping = pb.Stopping(stop_token_ids=[9, 4], min_tokens=3)
+    settings = await _check(**PROMPT, stopping=stopping)
+    assert (settings.eos_token_ids, settings.stop_token_ids, settings.min_tokens) == ({0}, {4, 9}, 3)
+    stopping.ignore_eos = True
+    assert (await _check(**PROMPT, stopping=stopping)).eos_token_ids == frozenset()
 
 
 async def test_zero_temperature_means_greedy_and_is_not_the_default() -> None:
