@@ -47,6 +47,15 @@ class MemsvcConfig(ServiceConfig):
     check_interval: float = setting(
         5.0, "Seconds between checks of all invariants of a pool that is idle; 0 for never.", minimum=0, maximum=3600
     )
+    command_log_mib: int = setting(
+        128, "MiB for the command log, from which history is told; 0 for none.", minimum=0, maximum=65536
+    )
+    log_dir: str | None = setting(
+        None, "Directory to write the command log to, prompts included, for `quire replay`; without it, to none."
+    )
+    log_dir_mib: int = setting(
+        1024, "MiB of files in --log-dir above which the oldest of this service are removed.", minimum=1
+    )
     max_pool_blocks: int = setting(8_388_608, "Most blocks that one pool may have.", minimum=2, maximum=2**31 - 1)
     max_pools: int = setting(256, "Most pools.", minimum=1, maximum=65536)
 
@@ -62,6 +71,8 @@ class MemsvcConfig(ServiceConfig):
                 if getattr(self, f"store_{name}") is not None:
                     flag = f"--store-{name.replace('_', '-')}"
                     raise ConfigError(f"{flag}: is used only with a store on a server", field=f"store_{name}")
+        if self.log_dir is not None and not self.command_log_mib:
+            raise ConfigError("--log-dir: there is nothing to write with --command-log-mib 0", field="log_dir")
         if not self.memsvc_id:
             raise ConfigError("--memsvc-id: is empty", field="memsvc_id")
 

@@ -19,6 +19,7 @@ import structlog
 from memsvc.config import MemsvcConfig
 from memsvc.core import invariants
 from memsvc.core.lease import FenceRequired, LeaseRecalled
+from memsvc.core.log import CommandLog
 from memsvc.core.memory import EPOCH_MAXIMUM, MemoryCore, RegisteredPool
 from memsvc.core.validation import PoolRegistration
 from memsvc.fences import Fencer
@@ -54,6 +55,9 @@ class Keeper:
         fail: called when an invariant is broken: the process must stop.
         clock: seconds, never going back.
         changed: called after commands; must not wait.
+
+    Attributes:
+        log: the core's accepted commands; None if they are not kept.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Keeper:
         self.config = config
         self.core = core
         self.incarnation = secrets.randbits(64) or 1
+        self.log = CommandLog(core, config.command_log_mib << 20) if config.command_log_mib else None
         self._store = store
         self._fail = fail
         self._clock = clock
@@ -227,6 +232,18 @@ class Keeper:
             self.core.expire(now)
             self.deliver_if_any()
             self._check_when_idle(now, interval)
+            self._check_log()
+
+    def _check_log(self) -> None:
+        """Says so, once, when the log has ended because the state is too large for it."""
+        if self.log is not None and self.log.too_large:
+            log.warning(
+                "command_log_ended",
+                state_mib=self.log.too_large >> 20,
+                command_log_mib=self.config.command_log_mib,
+                effect="no history; four times the state's size is enough",
+            )
+            self.log = None
 
     def deliver_if_any(self) -> None:
         """As `deliver`, but does not count as a command when there is nothing to do."""

@@ -12,6 +12,7 @@ import structlog
 
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.lease import FenceRequired, LeaseRecalled
+from memsvc.core.log import CommandLog
 from memsvc.core.memory import MemoryCore
 from memsvc.core.validation import PoolRegistration
 from quire.errors import MemoryUnavailableError
@@ -47,6 +48,11 @@ class LocalMemory:
         fence: called with (pool_id, gateway incarnation) when the gateway closes while it holds blocks; returns when
             the executor writes to none of them any more. Without it the executor has stopped before `close` is called.
         clock: seconds, never going back.
+        log_bytes: memory for a log of the core's commands; 0 for none.
+
+    Attributes:
+        core: the state machine.
+        log: the core's accepted commands; None if they are not kept.
     """
 
     def __init__(
@@ -56,8 +62,10 @@ class LocalMemory:
         gateway_id: str = "local",
         fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
+        log_bytes: int = 0,
     ) -> None:
         self.core = core if core is not None else new_core()
+        self.log = CommandLog(self.core, log_bytes) if log_bytes else None
         self._gateway_id = gateway_id
         self._fence = fence
         self._clock = clock

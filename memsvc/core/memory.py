@@ -12,11 +12,13 @@ from collections.abc import Callable
 import dataclasses
 import functools
 
+from memsvc.core.commands import Recorder, command
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, PoolChanged
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import AdmitContext, PoolMemory
+from memsvc.core.roots import Roots
 from memsvc.core.validation import (
     TEXT_LENGTH_MAXIMUM,
     PoolRegistration,
@@ -70,6 +72,10 @@ class MemoryCore:
         chain: computes identities; another one only in tests of collisions.
         cache_events: keep what becomes matchable and what ceases to be, for `take_cache_events`.
         forecast: refuse admissions for which there will be no room soon; see `memsvc.core.forecast`.
+
+    Attributes:
+        log: takes down accepted commands; None for nobody.
+        roots: hears of root digests, or knows them; None for nobody.
     """
 
     def __init__(
@@ -96,6 +102,8 @@ class MemoryCore:
         self._gateway_count = 0
         self._admission_count = 0
         self._events: list[CoreEvent] = []
+        self.log: Recorder | None = None
+        self.roots: Roots | None = None
         self._root = functools.lru_cache(maxsize=4096)(self._compute_root)
 
     # Looking
@@ -180,6 +188,7 @@ class MemoryCore:
             raise InvalidRequestError("spec: differs from what this executor incarnation registered", field="spec")
         return pool.epoch
 
+    @command()
     def register_pool(self, registration: PoolRegistration, epoch: int, now: float) -> int:
         """Registers a pool and returns its epoch.
 
@@ -219,6 +228,7 @@ class MemoryCore:
         self._forget_fenced_gateways()
         return epoch
 
+    @command()
     def heartbeat(self, executor_id: str, executor_incarnation: int, now: float) -> int:
         """Keeps a pool alive and returns its epoch.
 
@@ -239,6 +249,7 @@ class MemoryCore:
         pool.expires_at = now + self.lease_ttl
         return pool.epoch
 
+    @command()
     def lose_pool(self, pool_id: str) -> None:
         """Ends a pool's epoch: every table, grant and prefix of it is void."""
         pool = self.pool(pool_id)
@@ -248,6 +259,7 @@ class MemoryCore:
         self._events.append(PoolChanged(pool_id))
         self._forget_fenced_gateways()
 
+    @command()
     def reset_cache(self, pool_id: str, now: float, epoch: int = 0) -> int:
         """Forgets everything that can be matched in a pool and returns how many blocks held it.
 
@@ -278,6 +290,7 @@ class MemoryCore:
 
     # Gateways
 
+    @command()
     def connect_gateway(self, gateway_id: str, incarnation: int, now: float) -> int:
         """Admits a gateway and returns its number. An older incarnation of the same name is void at once.
 
@@ -297,6 +310,7 @@ class MemoryCore:
         self._gateway_by_id[gateway_id] = gateway
         return gateway.number
 
+    @command()
     def touch_gateway(self, number: int, now: float) -> None:
         """Notes that a gateway was heard.
 
@@ -305,6 +319,7 @@ class MemoryCore:
         """
         self._open_gateway(number).expires_at = now + self.lease_ttl
 
+    @command()
     def disconnect_gateway(self, number: int, now: float) -> None:
         """Ends a gateway's lease: its tables close as soon as the executors have fenced it."""
         gateway = self._gateways.get(number)
@@ -320,6 +335,7 @@ class MemoryCore:
                 )
         self._forget_fenced_gateways()
 
+    @command()
     def fenced(self, pool_id: str, epoch: int, number: int, now: float) -> None:
         """Takes an executor's answer to a fence: what the gateway held there is free. Ignored if the epoch is over."""
         pool = self._pools.get(pool_id)
@@ -331,6 +347,7 @@ class MemoryCore:
 
     # Requests of gateways
 
+    @command(leaves_traces=BlockPoolExhaustedError)
     def admit(self, number: int, request: AdmitRequest, now: float) -> Admission:
         """Opens a table; see `quire.memory.Memory.admit`. Also raises InvalidRequestError."""
         gateway = self._open_gateway(number)
@@ -347,6 +364,7 @@ class MemoryCore:
         self._admission_count += 1
         return admission
 
+    @command()
     def lease(self, number: int, pool_id: str, epoch: int, granted_total: int, now: float) -> list[int]:
         """Brings the blocks ever granted to a gateway up to `granted_total`; see `quire.memory.Memory.lease`."""
         gateway = self._open_gateway(number)
@@ -357,6 +375,7 @@ class MemoryCore:
         grants = self.pool(pool_id).memory.grants.get(number)
         return grants.granted_total if grants is not None else 0
 
+    @command()
     def journal(
         self,
         number: int,
@@ -415,6 +434,7 @@ class MemoryCore:
             if pool.ready and now >= pool.expires_at:
                 self.lose_pool(pool_id)
 
+    @command()
     def extend_leases(self, seconds: float) -> None:
         """Postpones every expiry: this process did not listen for so long."""
         for gateway in self._gateways.values():
@@ -465,6 +485,16 @@ class MemoryCore:
 
     def _compute_root(self, spec: PoolSpec, adapter: str, tenant: str, cache_salt: str) -> tuple[bytes, int]:
         """Returns the root digest of a sequence and the tag of its tenant."""
+        known = self.roots.find(spec, adapter, tenant, cache_salt) if self.roots is not None else None
+        if known is not None:
+            return known
         salt = hashing.tenant_salt(self._tenant_secret, tenant)
         root = hashing.PrefixRoot(spec.model_id, spec.block_size, spec.kv_dtype, adapter, salt, cache_salt)
-        return root.digest(), int.from_bytes(salt[:4], "little")
+        found = root.digest(), int.from_bytes(salt[:4], "little")
+        if self.roots is not None:
+            self.roots.derived(spec, adapter, tenant, cache_salt, *found)
+        return found
+
+    def forget_roots(self) -> None:
+        """Has every root derived anew, and told to `roots` again."""
+        self._root.cache_clear()

@@ -176,7 +176,9 @@ class PoolMemory:
     def locate(self, request: AdmitRequest, root: bytes) -> int:
         """Returns how many leading tokens an admission would find; changes nothing."""
         extras = media.block_extras(request.media, self.spec.block_size) if request.media else NO_EXTRAS
-        match = self._match(request, root, extras)
+        counted = self.prefix.collision_count
+        match = self._match(request, root, extras, learn=False)
+        self.prefix.collision_count = counted
         return len(match.blocks) * self.spec.block_size + match.partial_token_count
 
     def journal(self, gateway: int, journal: JournalColumns, now: float) -> None:
@@ -298,10 +300,12 @@ class PoolMemory:
             },
         )
 
-    def _match(self, request: AdmitRequest, root: bytes, extras: Mapping[int, bytes]) -> PrefixMatch:
+    def _match(
+        self, request: AdmitRequest, root: bytes, extras: Mapping[int, bytes], *, learn: bool = True
+    ) -> PrefixMatch:
         if request.skip_cache_read:
             return PrefixMatch(np.zeros(0, np.int64), root, 0, 0)
-        return self.prefix.match(root, request.token_ids, extras)
+        return self.prefix.match(root, request.token_ids, extras, learn=learn)
 
     def _cached_among(self, blocks: BlockIds) -> int:
         """Returns how many of `blocks` nobody uses: sharing them makes that many unavailable."""

@@ -123,13 +123,16 @@ class PrefixIndex:
                 return block
         return 0
 
-    def match(self, root: bytes, prompt: bytes, extras: Mapping[int, bytes] = NO_EXTRAS) -> PrefixMatch:
+    def match(
+        self, root: bytes, prompt: bytes, extras: Mapping[int, bytes] = NO_EXTRAS, *, learn: bool = True
+    ) -> PrefixMatch:
         """Finds the longest known prefix of `prompt` that leaves at least one token to compute.
 
         Args:
             root: root digest of the sequence.
             prompt: token ids, packed little-endian u32.
             extras: what the identity of some blocks covers beside their tokens, by position of the block.
+            learn: keep hints of what follows what; without it nothing changes.
         """
         size = self._block_size
         token_count = len(prompt) // _TOKEN_BYTES
@@ -149,7 +152,7 @@ class PrefixIndex:
             block = self._find(identity, prompt[start : start + size * _TOKEN_BYTES], extras.get(len(path), b""))
             if not block:
                 break
-            if path:
+            if path and learn:
                 self._hint[path[-1]] = block
             path.append(block)
             identity = self._digest(self._identity, block)

@@ -232,6 +232,10 @@ class TableColumns:
         ordered: list[int] = slots[np.argsort(self.counter[slots], kind="stable")].tolist()
         return ordered
 
+    def fit_scratch(self) -> None:
+        """Makes room to compare slots, after the columns were replaced by longer ones."""
+        self._scratch = np.zeros(self._capacity, np.int64)
+
     def _grow(self) -> None:
         """Doubles the capacity. Counters that differ modulo the old one differ modulo the new one."""
         old = np.flatnonzero(self.counter >= 0)

@@ -19,7 +19,10 @@ from memsvc import translate
 from memsvc.admin import AdminServicer
 from memsvc.config import MemsvcConfig
 from memsvc.core import invariants
+from memsvc.core.log import CommandLog
 from memsvc.core.memory import MemoryCore
+from memsvc.core.replay import decode_entry, encode_entry, replay
+from memsvc.core.snapshot import digest
 from memsvc.local import LocalMemory
 from memsvc.server import MemsvcServer
 from protos.execsvc.v1 import execsvc_pb2, execsvc_pb2_grpc
@@ -121,6 +124,7 @@ class Rig:
         self.connect_raw = connect
         self.spec = spec()
         self.epoch = 0
+        self.log: CommandLog
         self.gateway: Connection
         self.address = ""
         self.executor: FenceRecorder | None = None
@@ -131,6 +135,11 @@ class Rig:
     def check(self) -> None:
         """Checks every invariant."""
         invariants.check(self.core)
+
+    def check_replay(self) -> None:
+        """Checks that the commands taken down so far, written and read again, give the state as it is."""
+        entries = [decode_entry(encode_entry(entry)) for part in self.log.segments for entry in part.entries()]
+        assert digest(replay(self.log.segments[0].base, entries)) == digest(self.core)
 
     async def admit(self, tokens: Sequence[int], connection: Connection | None = None, **fields: Any) -> RigSequence:
         """Opens a sequence."""
@@ -228,6 +237,7 @@ class LocalKeeper:
     def __init__(self, memory: LocalMemory) -> None:
         self._memory = memory
         self.core = memory.core
+        self.log = memory.log
         self.now = 1.0
 
     async def reset_cache(self, pool_id: str, *, force: bool) -> int:
@@ -280,9 +290,10 @@ async def local_rig(pool: PoolSpec, **core_fields: Any) -> AsyncIterator[Rig]:
         opened.append(LocalConnection(LocalMemory(core, gateway_id=gateway_id, clock=lambda: 1.0)))
         return opened[-1]
 
-    first = LocalMemory(core, gateway_id="gateway-0", clock=lambda: 1.0)
+    first = LocalMemory(core, gateway_id="gateway-0", clock=lambda: 1.0, log_bytes=1 << 28)
     rig = Rig("local", core, _LocalAdmin(LocalKeeper(first)), connect)
-    rig.spec = pool
+    assert first.log is not None
+    rig.spec, rig.log = pool, first.log
     rig.epoch = first.register_pool(POOL_ID, 7, "127.0.0.1:1", pool)
     opened.append(LocalConnection(first))
     rig.gateway = opened[0]
@@ -291,6 +302,7 @@ async def local_rig(pool: PoolSpec, **core_fields: Any) -> AsyncIterator[Rig]:
     for local in opened:
         await local.close()
     rig.check()
+    rig.check_replay()
 
 
 @contextlib.asynccontextmanager
@@ -323,6 +335,8 @@ async def grpc_rig(pool: PoolSpec, config: MemsvcConfig | None = None) -> AsyncI
 
         rig = Rig("grpc", server.keeper.core, _RemoteAdmin(channel), connect)
         rig.spec, rig.address, rig.executor, rig.server = pool, address, executor, server
+        assert server.keeper.log is not None
+        rig.log = server.keeper.log
         try:
             registered = await memsvc_pb2_grpc.MemoryServiceStub(channel).RegisterPool(
                 memsvc_pb2.RegisterPoolRequest(
@@ -342,3 +356,4 @@ async def grpc_rig(pool: PoolSpec, config: MemsvcConfig | None = None) -> AsyncI
             await channel.close()
             await server.stop()
         rig.check()
+        rig.check_replay()

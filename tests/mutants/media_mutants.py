@@ -27,8 +27,8 @@ MEDIA: Final = (
     Mutant(
         "a prompt is looked up without its pictures",
         f"{_MEMORY}._match",
-        "self.prefix.match(root, request.token_ids, extras)",
-        "self.prefix.match(root, request.token_ids)",
+        "self.prefix.match(root, request.token_ids, extras, learn=learn)",
+        "self.prefix.match(root, request.token_ids, learn=learn)",
         "media_are_part_of_what_is_shared",
     ),
     Mutant(

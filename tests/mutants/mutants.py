@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from tests.mutants.gateway_mutants import GATEWAY
+from tests.mutants.log_mutants import LOG
 from tests.mutants.media_mutants import MEDIA
 from tests.mutants.mutation import Mutant
 
@@ -411,4 +412,4 @@ CONTENT: Final = (
     ),
 )
 
-MUTANTS: Final = PROTOCOL + BLOCKS + CONTENT + MEDIA + GATEWAY
+MUTANTS: Final = PROTOCOL + BLOCKS + CONTENT + MEDIA + GATEWAY + LOG

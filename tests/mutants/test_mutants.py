@@ -8,10 +8,19 @@ import pytest
 
 from memsvc.core.pool import BlockPool
 from quire.errors import QuireError
-from tests.mutants import core_scenarios, gateway_scenarios, mutants, operator_mutants, operator_scenarios
+from tests.mutants import (
+    core_scenarios,
+    gateway_scenarios,
+    log_scenarios,
+    mutants,
+    operator_mutants,
+    operator_scenarios,
+)
 from tests.mutants.mutation import Mutant, applied
 
-SCENARIOS = core_scenarios.SCENARIOS | gateway_scenarios.SCENARIOS | operator_scenarios.SCENARIOS
+SCENARIOS = (
+    core_scenarios.SCENARIOS | log_scenarios.SCENARIOS | gateway_scenarios.SCENARIOS | operator_scenarios.SCENARIOS
+)
 MUTANTS = mutants.MUTANTS + operator_mutants.MUTANTS
 
 

@@ -18,8 +18,11 @@ import pytest
 
 from memsvc.core import invariants
 from memsvc.core.lease import FenceRequired
+from memsvc.core.log import CommandLog, Entry
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
+from memsvc.core.replay import decode_entry, encode_entry, replay, replay_segments
+from memsvc.core.snapshot import decode, digest, encode
 from memsvc.core.validation import PoolRegistration
 from memsvc.local import columns_of
 from quire.columns import pack
@@ -95,6 +98,10 @@ class MemoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.core = MemoryCore(b"secret of this test", lease_ttl=float("inf"))
+        # Small enough for a long run to drop its beginning.
+        self.log = CommandLog(self.core, 1 << 17)
+        self.first = self.log.segments[0].base
+        self.whole: list[Entry] | None = []
         self.device: dict[int, tuple[str, list[int | None]]] = {}
         self.gateways: list[ModelGateway] = []
         self.fences: list[tuple[FenceRequired, ModelGateway]] = []
@@ -370,6 +377,38 @@ class MemoryMachine(RuleBasedStateMachine):
             gateway.leased.clear()
             gateway.granted = 0
         assert self.pool.count(BlockState.FREE) == USABLE
+
+    @rule()
+    def rotate(self) -> None:
+        """Begins a new part of the log in the middle of anything."""
+        before = self.log.segments[-1]
+        self.keep_entries()
+        assert self.log.rotate()
+        base = self.log.segments[-1].base
+        assert digest(base) == digest(self.core) == digest(replay_segments([before]))
+
+    def keep_entries(self) -> None:
+        """Keeps what was taken down since the last time, as it is written to a file."""
+        if self.whole is None:
+            return
+        last = self.log.segments[-1]
+        start = self.log.end - len(last.lines)
+        if len(self.whole) < start:
+            # The log began a new segment by itself: what it dropped cannot be had any more.
+            self.whole = None
+            return
+        self.whole += [decode_entry(encode_entry(entry)) for entry in last.entries(len(self.whole) - start)]
+
+    def teardown(self) -> None:
+        """The state is the fold of the commands: from the beginning, from a snapshot and its tail, and from bytes."""
+        self.keep_entries()
+        expected = digest(self.core)
+        assert digest(replay_segments(self.log.segments)) == expected
+        assert digest(replay_segments(self.log.segments[-1:])) == expected
+        elsewhere = decode(encode(self.log.segments[-1].base))
+        assert digest(replay(elsewhere, self.log.segments[-1].entries())) == expected
+        if self.whole is not None:
+            assert digest(replay(self.first, self.whole)) == expected
 
     @invariant()
     def holds(self) -> None:
