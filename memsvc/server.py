@@ -15,6 +15,7 @@ from memsvc.sharing.locate import Locator
 from memsvc.sharing.tail import Tail
 from memsvc.store import open_store
 from protos.memsvc.v1 import admin_pb2_grpc, memsvc_pb2_grpc
+from quire import native
 from quire.config import describe
 from quire.service_host import ServiceHost
 
@@ -99,6 +100,12 @@ async def serve(config: MemsvcConfig, sources: Mapping[str, str]) -> int:
     server = MemsvcServer(config)
     address = await server.start()
     log.info("service_started", address=address)
+    if native.accelerator is not None:
+        log.info("accelerator_found", effect="the memory core hashes and applies journals in C")
+    else:
+        log.info(
+            "accelerator_missing", reason=native.reason, effect="the memory core runs in Python, several times slower"
+        )
     reason = await server.host.wait_for_stop()
     await server.stop()
     if server.failed:

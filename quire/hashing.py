@@ -17,6 +17,8 @@ import dataclasses
 import hashlib
 import struct
 
+from quire import native
+
 DIGEST_BYTES = 16
 _FORMAT = b"quire/prefix/1\0"
 _TOKEN_BYTES = 4
@@ -70,6 +72,8 @@ def chain(parent: bytes, tokens: bytes | memoryview, block_size: int) -> list[by
         block_size: tokens in a block.
     """
     stride = block_size * _TOKEN_BYTES
+    if native.accelerator is not None:
+        return native.accelerator.chain(parent, tokens, stride)
     blake2b, size = hashlib.blake2b, DIGEST_BYTES
     identities = []
     data = bytes(tokens)
@@ -111,6 +115,8 @@ def chain_with(
 
 def each(parents: list[bytes], data: bytes, stride: int) -> list[bytes]:
     """Returns the identities of blocks of `stride` bytes, one after the other, each with its own parent."""
+    if native.accelerator is not None:
+        return native.accelerator.each(parents, data, stride)
     blake2b, size = hashlib.blake2b, DIGEST_BYTES
     starts = range(0, len(data), stride)
     return [

@@ -61,7 +61,8 @@ must_run() {
 # Prints what the environment depends on, as one digest.
 wanted_stamp() {
     "$1" -c 'import hashlib, pathlib, sys
-parts = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "scripts/setup.sh")]
+names = ["pyproject.toml", "constraints.txt", "scripts/setup.sh", "setup.py", *sorted(pathlib.Path("quire", "native").glob("*.[ch]"))]
+parts = [pathlib.Path(name).read_bytes() for name in names]
 print(hashlib.sha256(b"\0".join([*parts, str(pathlib.Path.cwd()).encode(), sys.argv[1].encode()])).hexdigest())' "$demo_model"
 }
 

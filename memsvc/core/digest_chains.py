@@ -21,11 +21,12 @@ class DigestChains:
 
     Args:
         block_count: blocks of the pool.
+        scratch: that of other chains of as many blocks, to share it.
     """
 
     __slots__ = ("_head_column", "_heads", "_mask", "_next", "_next_column", "_scratch")
 
-    def __init__(self, block_count: int) -> None:
+    def __init__(self, block_count: int, scratch: npt.NDArray[np.int32] | None = None) -> None:
         size = 1 << max(4, (block_count - 1).bit_length())
         self._mask = size - 1
         # The same memory twice: columns for many values at once, views for one, which take half the time.
@@ -33,7 +34,17 @@ class DigestChains:
         self._next_column = np.zeros(block_count, np.int32)
         self._heads = self._head_column.data
         self._next = self._next_column.data
-        self._scratch = np.zeros(size, np.int32)
+        self._scratch = np.zeros(size, np.int32) if scratch is None else scratch
+
+    @property
+    def columns(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The newest block of each bucket, and the block after each block in its chain."""
+        return self._head_column, self._next_column
+
+    @property
+    def scratch(self) -> npt.NDArray[np.int32]:
+        """Room to work in, which chains of equally many blocks can share."""
+        return self._scratch
 
     def candidates(self, digest: bytes) -> Iterator[int]:
         """Yields the blocks that may belong to `digest`, the newest first."""

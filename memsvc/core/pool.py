@@ -19,9 +19,11 @@ import enum
 import numpy as np
 
 from memsvc.core.free_order import BlankOrder, BlockIds, CachedOrder
+from quire import native
 from quire.errors import BlockPoolExhaustedError, InvariantError
 
 RETRY_AFTER_SECONDS = 0.05
+_BLOCK_BYTES = 8
 
 
 class BlockState(enum.IntEnum):
@@ -53,6 +55,7 @@ class BlockPool:
         lessee: `[block]` number of the gateway that holds it as a lease, 0 for none.
         tenant: `[block]` tag of the tenant that the content belongs to.
         since: `[block]` time of the last change of state, in seconds of the caller's clock.
+        native: the same columns in the accelerator; None without one.
     """
 
     __slots__ = (
@@ -65,6 +68,7 @@ class BlockPool:
         "filled",
         "generation",
         "lessee",
+        "native",
         "refs",
         "since",
         "state",
@@ -89,6 +93,10 @@ class BlockPool:
         self._counts[_NULL] = 1
         # Sum of closing_refs: tells in O(1) that nothing is closing, which is the rule.
         self._closing = 0
+        self.native: native.Blocks | None = None
+        if native.accelerator is not None:
+            columns = (self.refs, self.generation, self.state, self.filled, self.lessee, self.tenant, self.since)
+            self.native = native.accelerator.Blocks(block_count, *columns)
 
     @property
     def usable_block_count(self) -> int:
@@ -148,17 +156,19 @@ class BlockPool:
             blocks = np.concatenate((blocks, evicted)) if blank else evicted
         self._counts[_FREE] -= blank
         self._counts[_CACHED] -= count - blank
+        self._counts[_LEASED if lessee else _USED] += count
+        if self.native is not None:
+            self.native.take(blocks, now, lessee)
+            return blocks, evicted
         self.generation[blocks] += 1
         self.filled[blocks] = 0
         self.since[blocks] = now
         if lessee:
             self.state[blocks] = _LEASED
             self.lessee[blocks] = lessee
-            self._counts[_LEASED] += count
         else:
             self.state[blocks] = _USED
             self.refs[blocks] = 1
-            self._counts[_USED] += count
         return blocks, evicted
 
     def adopt(self, blocks: BlockIds, now: float) -> None:
@@ -167,8 +177,12 @@ class BlockPool:
         self.refs[blocks] = 1
         self.lessee[blocks] = 0
         self.since[blocks] = now
-        self._counts[_LEASED] -= len(blocks)
-        self._counts[_USED] += len(blocks)
+        self.count_adopted(len(blocks))
+
+    def count_adopted(self, count: int) -> None:
+        """Notes that the columns of `count` leased blocks say that they are used."""
+        self._counts[_LEASED] -= count
+        self._counts[_USED] += count
 
     def put_back(self, blocks: BlockIds, now: float) -> None:
         """Returns leased blocks, or those of a dead gateway after its fence, to the blank ones."""
@@ -208,6 +222,11 @@ class BlockPool:
         Raises:
             InvariantError: a block has no reference left to remove.
         """
+        if self.native is not None and not self._closing:
+            fallen = self.native.drop(blocks, reusable, now)
+            if fallen is not None:
+                self._fall_back(*fallen)
+                return
         left = self.refs[blocks] - 1
         if len(left) and left.min() < 0:
             message = f"block {int(blocks[left.argmin()])} was freed twice: no table names it"
@@ -239,6 +258,20 @@ class BlockPool:
         if cached:
             self.state[gone] = _CACHED
             self._cached.put(gone)
+
+    def _fall_back(self, pending: int, blank: bytes, cached: bytes) -> None:
+        """Enters blocks, of which `pending` were pending and the rest used, into the orders and the counts."""
+        back = (len(blank) + len(cached)) // _BLOCK_BYTES
+        self._counts[_PENDING] -= pending
+        self._counts[_USED] -= back - pending
+        if blank:
+            blocks = np.frombuffer(blank, np.int64)
+            self._counts[_FREE] += len(blocks)
+            self._blank.put(blocks)
+        if cached:
+            blocks = np.frombuffer(cached, np.int64)
+            self._counts[_CACHED] += len(blocks)
+            self._cached.put(blocks)
 
     def begin_closing(self, blocks: BlockIds, now: float) -> None:
         """Notes that one reference of each of `blocks` belongs to a table that waits for its fence."""

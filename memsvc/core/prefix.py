@@ -22,7 +22,8 @@ from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publicatio
 from memsvc.core.digest_chains import DigestChains
 from memsvc.core.events import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent
 from memsvc.core.free_order import BlockIds
-from quire import hashing
+from quire import hashing, native
+from quire.errors import InvariantError
 
 _TOKEN_BYTES = 4
 _DIGEST_BYTES = hashing.DIGEST_BYTES
@@ -53,6 +54,7 @@ class PrefixIndex:
         index: `[block]` position of the block in the sequence that filled it.
         collision_count: times that equal identities had different tokens.
         events: what was published and forgotten, oldest first; None while nobody wants to know.
+        native: the same columns in the accelerator; None without one, or with another `chain`.
     """
 
     __slots__ = (
@@ -74,6 +76,7 @@ class PrefixIndex:
         "collision_count",
         "events",
         "index",
+        "native",
         "published",
         "token_words",
         "tokens",
@@ -110,7 +113,19 @@ class PrefixIndex:
         self.events: list[CacheEvent] | None = None
         self._hint = np.zeros(block_count, np.int32).data
         self._by_identity = DigestChains(block_count)
-        self._by_parent = DigestChains(block_count)
+        self._by_parent = DigestChains(block_count, self._by_identity.scratch)
+        self.native: native.Index | None = None
+        if native.accelerator is not None and chain is hashing.chain:
+            self.native = self._hold(native.accelerator, block_count)
+
+    def _hold(self, accelerator: native.Accelerator, block_count: int) -> native.Index:
+        (heads, following), (parent_heads, parent_following) = self._by_identity.columns, self._by_parent.columns
+        index: native.Index = accelerator.Index(
+            *(block_count, self._block_size, len(heads)),
+            *(self.tokens, self.published, self._identities, self._parents, self._linked, self._has_extra),
+            *(self.index, self._hint, heads, following, parent_heads, parent_following),
+        )
+        return index
 
     def identity(self, block: int) -> bytes:
         """Returns the 16-byte identity that prompts match, or nothing if there is none."""
@@ -143,7 +158,10 @@ class PrefixIndex:
         identity = root
         while len(path) < limit:
             stop = next((index for index in stops if index >= len(path)), limit)
-            self._follow_hints(path, root, words[:stop])
+            if self.native is not None:
+                path += self._follow_natively(self.native, path, root, prompt, stop)
+            else:
+                self._follow_hints(path, root, words[:stop])
             if path:
                 identity = self._digest(self._identity, path[-1])
             if len(path) == limit:
@@ -240,6 +258,8 @@ class PrefixIndex:
             (block, other): `other` already is published with the same content. `block` is marked DUPLICATE and can be
             published when that one is gone.
         """
+        if self.native is not None:
+            return self._publish_natively(self.native, fresh)
         blocks, linked = fresh.blocks, self._linked
         rows = np.array(blocks, np.int64)
         digests = np.frombuffer(b"".join(fresh.identities), np.uint64).reshape(-1, 2)
@@ -266,6 +286,21 @@ class PrefixIndex:
             stored = rows if done is None else rows[done]
         if self.events is not None and len(stored):
             self.events.append(self.describe(stored))
+        return duplicates
+
+    def _publish_natively(self, index: native.Index, fresh: FreshContent) -> list[tuple[int, int]]:
+        try:
+            duplicates, collision_count, linked = index.publish(
+                fresh.blocks, fresh.parents, fresh.identities, fresh.before, fresh.indexes
+            )
+        except LookupError as error:
+            raise InvariantError(str(error)) from None
+        self.collision_count += collision_count
+        if fresh.with_extra:
+            self._has_extra[fresh.with_extra] = True
+        if self.events is not None and linked != []:
+            stored = fresh.blocks if linked is None else [fresh.blocks[row] for row in linked]
+            self.events.append(self.describe(np.array(stored, np.int64)))
         return duplicates
 
     def publish_partial(self, block: int, parent: bytes, token_count: int) -> bool:
@@ -365,6 +400,14 @@ class PrefixIndex:
             self.collision_count += 1
             return 0
         return block
+
+    def _follow_natively(
+        self, index: native.Index, path: list[int], root: bytes, prompt: bytes, stop: int
+    ) -> list[int]:
+        """Returns by what the hints extend `path`; see `_follow_hints`."""
+        if not path:
+            return index.follow(next(self._by_parent.candidates(root), 0), root, prompt, 0, stop)
+        return index.follow(self._hint[path[-1]], self._digest(self._identity, path[-1]), prompt, len(path), stop)
 
     def _follow_hints(self, path: list[int], root: bytes, words: npt.NDArray[np.uint32]) -> None:
         """Extends `path` as long as the hints lead to blocks that verify against `words` (`[block, block_size]`)."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from memsvc.core.content import NO_EXTRAS
 from memsvc.core.free_order import BlockIds
+from quire import native
 
 _CAPACITY_MINIMUM = 64
 # Up to so many values a loop beats vector operations.
@@ -36,6 +37,7 @@ _GROWING = (
     "found",
     "length",
     "tenant_tag",
+    "by_hand",
 )
 
 Slots = npt.NDArray[np.int64]
@@ -121,13 +123,17 @@ class TableColumns:
         opened: `[slot]` tokens known when the table was opened; more than `prompt` after a preemption.
         limit: `[slot]` most tokens that the sequence may have.
         found: `[slot]` leading blocks that were found in the cache.
+        by_hand: `[slot]` not 0 where journals mean more than tokens, growth and written counts: the accelerator leaves
+            such tables to `JournalWriter`.
     """
 
     __slots__ = (
         "_capacity",
+        "_native",
         "_next",
         "_records",
         "_scratch",
+        "by_hand",
         "committed",
         "counter",
         "found",
@@ -164,12 +170,22 @@ class TableColumns:
         self.found = np.zeros(self._capacity, np.int64)
         self.length = np.zeros(self._capacity, np.int64)
         self.tenant_tag = np.zeros(self._capacity, np.int64)
+        self.by_hand = np.zeros(self._capacity, np.int64)
+        self._native: native.Tables | None = None
         self._scratch = np.zeros(self._capacity, np.int64)
 
     @property
     def next_counter(self) -> int:
         """The next table's counter is at least this; all below were opened or skipped."""
         return self._next
+
+    def hold(self, accelerator: native.Accelerator) -> native.Tables:
+        """Returns the columns in the accelerator; they are others when there was no room for a table any more."""
+        if self._native is None:
+            columns = (self.counter, self.tokens, self.written, self.written_floor, self.committed, self.gateway)
+            more = (self.token_block, self.write_block, self.length, self.tenant_tag, self.by_hand)
+            self._native = accelerator.Tables(self._capacity, self._records, *columns, *more)
+        return self._native
 
     def reserve(self) -> int:
         """Returns the counter that `open` may use next; its slot is free."""
@@ -193,6 +209,7 @@ class TableColumns:
         self.gateway[slot] = record.gateway
         self.length[slot] = len(record.blocks)
         self.tenant_tag[slot] = record.tenant_tag
+        self.by_hand[slot] = 0
         return slot
 
     def close(self, slot: int) -> None:
@@ -245,6 +262,7 @@ class TableColumns:
         for source, target in zip(old.tolist(), new.tolist(), strict=True):
             records[target] = self._records[source]
         self._records = records
+        self._native = None
         for name in _GROWING:
             column = np.zeros(capacity, np.int64)
             column[new] = getattr(self, name)[old]
