@@ -209,7 +209,7 @@ class TableColumns:
         self.gateway[slot] = record.gateway
         self.length[slot] = len(record.blocks)
         self.tenant_tag[slot] = record.tenant_tag
-        self.by_hand[slot] = 0
+        self.by_hand[slot] = bool(record.extras)
         return slot
 
     def close(self, slot: int) -> None:

@@ -1,8 +1,9 @@
 """The accelerator of the memory core: hashing, publication, and journals of the usual kind, in C.
 
 It is optional. Where it was not built (there was no C compiler), or with QUIRE_NATIVE=off, Python does the same,
-several times slower. It has no rule of its own: what is not of the usual kind it declines, having changed nothing, and Python
-says what it means or what is wrong with it. The columns it works on are those of the core, which stay the only state.
+several times slower. It has no rule of its own: what is not of the usual kind it declines, having changed nothing, and
+Python says what it means or what is wrong with it. The columns it works on are those of the core, which stay the only
+state.
 
 Attributes:
     accelerator: the extension, or None to do without. Read whenever a pool is made or something is hashed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import random
@@ -13,11 +13,11 @@ import numpy as np
 from memsvc.core.lease import Grants
 from memsvc.core.memory import MemoryCore, PoolRegistration
 from memsvc.core.pool_memory import PoolMemory
-from memsvc.core.table import TableRecord
 from memsvc.local import columns_of
 from quire import native
 from quire.columns import pack
 from quire.errors import QuireError
+from quire.media import MediaItem
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
 
 POOL = "pool"
@@ -44,8 +44,8 @@ def state_of(thing: Any) -> Any:
         return thing.dtype.str, thing.tobytes()
     if isinstance(thing, memoryview | bytearray):
         return bytes(thing)
-    if isinstance(thing, TableRecord):
-        return dataclasses.asdict(thing)
+    if isinstance(thing, Mapping):
+        return dict(thing)
     if isinstance(thing, list):
         return [state_of(item) for item in thing]
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
@@ -152,6 +152,7 @@ class Pair:
             (6, self.lease),
             (30, self.journal),
             (1, self.replace_gateway),
+            (1, self.evict),
         ]
         weights = [weight for weight, _ in commands]
         self.random.choices([command for _, command in commands], weights)[0]()
@@ -165,6 +166,7 @@ class Pair:
             *(POOL, 1, "r", 0, pack(tokens), self.random.choice(self._tenants)),
             skip_cache_read=self.random.random() < 0.1,
             skip_cache_write=self.random.random() < 0.1,
+            media=(MediaItem(0, 1, bytes(16)),) if self.random.random() < 0.1 else (),
         )
         gateway = self.random.choice(self.gateways)
         self.both(lambda core: core.admit(gateway, request, self.now))
@@ -174,6 +176,14 @@ class Pair:
         gateway = self.random.choice(self.gateways)
         total = self._grants(gateway).granted_total + self.random.choice([1, 3, 6, 12])
         self.both(lambda core: core.lease(gateway, POOL, 1, total, self.now))
+
+    def evict(self) -> None:
+        """Leases all that is available, which forgets what was cached, and returns it."""
+        gateway = self.random.choice(self.gateways)
+        total = self._grants(gateway).granted_total + USABLE
+        blocks = self.both(lambda core: core.lease(gateway, POOL, 1, total, self.now))
+        entry = JournalEntry(POOL, 1, returned=blocks)
+        self.both(lambda core: core.journal(gateway, POOL, 1, columns_of(entry), self.now))
 
     def replace_gateway(self) -> None:
         """Ends a gateway, fences it, and connects another."""
