@@ -47,15 +47,15 @@ DERIVED: Final[Mapping[type, frozenset[str]]] = {
     PoolMemory: frozenset({"_writer"}),
     PoolStatistics: frozenset(),
     Grants: frozenset(),
-    BlockPool: frozenset(),
+    BlockPool: frozenset({"native"}),
     BlankOrder: frozenset(),
     CachedOrder: frozenset(),
     # Views of the columns, and the pool's tenants, which are in the pool.
     PrefixIndex: frozenset(
-        {"_chain", "_identity", "_parent", "_published", "_tenants", "_token_bytes", "events", "token_words"}
+        {"_chain", "_identity", "_parent", "_published", "_tenants", "_token_bytes", "events", "native", "token_words"}
     ),
     DigestChains: frozenset({"_heads", "_next", "_scratch"}),
-    TableColumns: frozenset({"_scratch"}),
+    TableColumns: frozenset({"_native", "_scratch"}),
     TableRecord: frozenset(),
     AdmissionForecast: frozenset(),
     OutputForecast: frozenset(),

@@ -251,6 +251,7 @@ class TableColumns:
 
     def fit_scratch(self) -> None:
         """Makes room to compare slots, after the columns were replaced by longer ones."""
+        self._native = None
         self._scratch = np.zeros(self._capacity, np.int64)
 
     def _grow(self) -> None:

@@ -18,6 +18,7 @@ from memsvc.core.content import FreshContent
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.pool import BlockState
 from memsvc.core.table import Slots, TableColumns, TableRecord
+from memsvc.core.usual_journal import apply_rows
 from quire import native
 from quire.errors import QuireError, StaleEpochError
 from quire.memory import CloseReason
@@ -86,7 +87,6 @@ class JournalWriter:
         # The last sampled token of a sequence is known but never computed, and may come before its block.
         self._token_limit = memory.spec.max_model_len + self._size
         self._block_limit = div_ceil(self._token_limit, self._size)
-        self._accelerator = native.accelerator
 
     def apply(self, gateway: int, journal: JournalColumns, now: float) -> None:
         """Applies `journal`, in the order appended, rows, closed, returned.
@@ -96,7 +96,7 @@ class JournalWriter:
             StaleEpochError: a row does not fit the state: a gap, other tokens than known, a block that is not leased to
                 this gateway, a table of another one. Nothing was changed.
         """
-        if self._accelerator is not None and self._apply_natively(self._accelerator, gateway, journal, now):
+        if native.accelerator is not None and self._apply_natively(gateway, journal, now):
             return
         journal.check()
         plan = self._check(gateway, journal)
@@ -115,37 +115,20 @@ class JournalWriter:
             self._memory.pool.put_back(returned, now)
             self._memory.grants_of(gateway).leased -= len(returned)
 
-    def _apply_natively(
-        self, accelerator: native.Accelerator, gateway: int, journal: JournalColumns, now: float
-    ) -> bool:
+    def _apply_natively(self, gateway: int, journal: JournalColumns, now: float) -> bool:
         """Applies a journal in which all is as usual; false, with nothing changed, if it is not such a one."""
-        memory, appended = self._memory, journal.appended
-        blocks, index = memory.pool.native, memory.prefix.native
-        if blocks is None or index is None:
-            return False
         closed: list[tuple[int, CloseReason]] = []
         if len(journal.closed) or len(journal.close_reasons) or len(journal.returned):
             try:
                 journal.check()
                 closed = self._check_closed(gateway, journal)
                 if len(journal.returned):
-                    self._check_returned(gateway, journal.returned, set(appended[:, 2].tolist()))
+                    self._check_returned(gateway, journal.returned, set(journal.appended[:, 2].tolist()))
             except QuireError:
                 # Said again, in its turn, by the checks that look at everything.
                 return False
-        if len(journal.tables) or len(appended):
-            columns = (journal.tables, journal.token_starts, journal.token_counts, journal.written_counts)
-            fresh = memory.tables.hold(accelerator).apply(
-                *(blocks, index, gateway, now, self._token_limit, self._block_limit),
-                *(*columns, journal.token_ids, appended),
-            )
-            if fresh is None:
-                return False
-            if len(appended):
-                memory.pool.count_adopted(len(appended))
-                memory.grants_of(gateway).leased -= len(appended)
-            if fresh[0]:
-                memory.publish(FreshContent(*fresh), now)
+        if not apply_rows(self._memory, gateway, journal, now, self._token_limit, self._block_limit):
+            return False
         self._end(gateway, closed, journal.returned, now)
         return True
 

@@ -1,0 +1,44 @@
+"""Journals of the usual kind, applied by the accelerator: see `quire.native`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memsvc.core.content import FreshContent
+from memsvc.core.journal import JournalColumns
+from quire import native
+
+if TYPE_CHECKING:
+    from memsvc.core.pool_memory import PoolMemory
+
+
+def apply_rows(
+    memory: PoolMemory, gateway: int, journal: JournalColumns, now: float, token_limit: int, block_limit: int
+) -> bool:
+    """Applies the growth and the rows of a journal; false, with nothing changed, if not all in it is as usual.
+
+    Args:
+        memory: what it is applied to.
+        gateway: number of the gateway whose journal it is.
+        journal: the journal, of which the closed tables and the returned blocks are the caller's.
+        now: the caller's clock.
+        token_limit: most tokens of a table.
+        block_limit: most blocks of a table.
+    """
+    accelerator, blocks, index = native.accelerator, memory.pool.native, memory.prefix.native
+    if accelerator is None or blocks is None or index is None:
+        return False
+    appended = journal.appended
+    fresh = memory.tables.hold(accelerator).apply(
+        *(blocks, index, gateway, now, token_limit, block_limit),
+        *(journal.tables, journal.token_starts, journal.token_counts, journal.written_counts),
+        *(journal.token_ids, appended),
+    )
+    if fresh is None:
+        return False
+    if len(appended):
+        memory.pool.count_adopted(len(appended))
+        memory.grants_of(gateway).leased -= len(appended)
+    if fresh[0]:
+        memory.publish(FreshContent(*fresh), now)
+    return True
