@@ -18,14 +18,14 @@ import structlog
 
 from memsvc.config import MemsvcConfig
 from memsvc.core import invariants
-from memsvc.core.lease import FenceRequired, LeaseRecalled
+from memsvc.core.lease import FenceRequired, LeaseRecalled, MergeOffered
 from memsvc.core.log import CommandLog
 from memsvc.core.memory import EPOCH_MAXIMUM, MemoryCore, RegisteredPool
 from memsvc.core.validation import PoolRegistration
 from memsvc.fences import Fencer
 from memsvc.store import HintSpace, ServiceRecord, Store
 from quire.errors import InvalidRequestError, InvariantError, QuireError, StaleEpochError, StoreUnavailableError
-from quire.memory import BlocksRecalled, MemoryEvent, PoolUpdated
+from quire.memory import BlocksMerged, BlocksRecalled, MemoryEvent, PoolUpdated
 
 log = structlog.get_logger(__name__)
 
@@ -187,6 +187,10 @@ class Keeper:
                 listener = self._listeners.get(event.gateway_number)
                 if listener is not None:
                     listener.push(BlocksRecalled(event.pool_id, event.epoch, event.block_count))
+            elif isinstance(event, MergeOffered):
+                listener = self._listeners.get(event.gateway_number)
+                if listener is not None:
+                    listener.push(BlocksMerged(event.pool_id, event.epoch, event.rows))
             else:
                 pool = self.core.pool(event.pool_id).info()
                 log.info("pool_changed", pool_id=pool.pool_id, epoch=pool.epoch, ready=pool.ready)

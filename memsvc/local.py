@@ -11,7 +11,7 @@ import numpy as np
 import structlog
 
 from memsvc.core.journal import Column, JournalColumns
-from memsvc.core.lease import FenceRequired, LeaseRecalled
+from memsvc.core.lease import FenceRequired, LeaseRecalled, MergeOffered
 from memsvc.core.log import CommandLog
 from memsvc.core.memory import MemoryCore
 from memsvc.core.validation import PoolRegistration
@@ -19,7 +19,10 @@ from quire.errors import MemoryUnavailableError
 from quire.memory import (
     Admission,
     AdmitRequest,
+    BlocksMerged,
     BlocksRecalled,
+    Fork,
+    ForkRequest,
     JournalEntry,
     MemoryEvent,
     MemoryListener,
@@ -120,6 +123,11 @@ class LocalMemory:
         finally:
             self._deliver()
 
+    async def fork(self, request: ForkRequest) -> Fork:
+        """Opens tables that share the beginning of another; see `quire.memory.Memory.fork`."""
+        self._require_open()
+        return self.core.fork(self._number, request, self._clock())
+
     async def lease(self, pool_id: str, epoch: int, granted_total: int) -> list[int]:
         """Grants blocks to grow with; see `quire.memory.Memory.lease`."""
         self._require_open()
@@ -164,6 +172,8 @@ class LocalMemory:
                 continue
             if isinstance(event, LeaseRecalled):
                 message = BlocksRecalled(event.pool_id, event.epoch, event.block_count)
+            elif isinstance(event, MergeOffered):
+                message = BlocksMerged(event.pool_id, event.epoch, event.rows)
             else:
                 message = PoolUpdated(self.core.pool(event.pool_id).info())
             if self._listener is not None:
@@ -187,4 +197,5 @@ def columns_of(entry: JournalEntry) -> JournalColumns:
         closed=_column(entry.closed),
         close_reasons=_column(entry.close_reasons),
         returned=_column(entry.returned),
+        replaced=_column(entry.replaced).reshape(-1, 3),
     )

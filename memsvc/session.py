@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 from memsvc import translate
 from memsvc.core.lease import AnswerLog
@@ -12,7 +13,9 @@ from memsvc.keeper import Keeper
 from protos.memsvc.v1 import memsvc_pb2
 from quire import columns
 from quire.errors import DeadlineError, InvalidRequestError, QuireError, StaleEpochError
-from quire.memory import BlocksRecalled, MemoryEvent, PoolUpdated
+from quire.memory import BlocksMerged, BlocksRecalled, MemoryEvent, PoolUpdated
+
+Request = TypeVar("Request", memsvc_pb2.AdmitRequest, memsvc_pb2.ForkRequest, memsvc_pb2.LeaseRequest)
 
 # Responses that wait for a gateway to read them: above the first no more requests are read, above the second the
 # gateway counts as stuck.
@@ -80,6 +83,8 @@ class Session:
         elif isinstance(event, BlocksRecalled):
             recall = memsvc_pb2.Recall(pool_id=event.pool_id, epoch=event.epoch, block_count=event.block_count)
             self._put(memsvc_pb2.ConnectResponse(recall=recall))
+        elif isinstance(event, BlocksMerged):
+            self._put(translate.from_merge(event))
 
     def end(self, error: QuireError) -> None:
         """Ends the stream with `error`, after what is queued."""
@@ -145,9 +150,11 @@ class Session:
             case "journal":
                 return self._journal(request.journal)
             case "admit":
-                return self._answer(request.admit)
+                return self._answer(request.admit, self._admit)
             case "lease":
-                return self._answer(request.lease)
+                return self._answer(request.lease, self._lease)
+            case "fork":
+                return self._answer(request.fork, self._fork)
             case "ping":
                 return memsvc_pb2.ConnectResponse(pong=memsvc_pb2.Pong())
             case "hello":
@@ -155,13 +162,15 @@ class Session:
             case _:
                 raise InvalidRequestError("message: is not set", field="message")
 
-    def _answer(self, request: memsvc_pb2.AdmitRequest | memsvc_pb2.LeaseRequest) -> memsvc_pb2.ConnectResponse:
-        """Returns the answer to a request, the same one if it was given before."""
+    def _answer(
+        self, request: Request, handle: Callable[[Request], memsvc_pb2.ConnectResponse]
+    ) -> memsvc_pb2.ConnectResponse:
+        """Returns the answer that `handle` gives to a request, the same one if it was given before."""
         answer = self._answers.get(request.request_no)
         if answer is not None:
             return answer
         try:
-            answer = self._admit(request) if isinstance(request, memsvc_pb2.AdmitRequest) else self._lease(request)
+            answer = handle(request)
         except QuireError as error:
             if error.reason == "STALE_GATEWAY":
                 raise
@@ -172,6 +181,10 @@ class Session:
     def _admit(self, request: memsvc_pb2.AdmitRequest) -> memsvc_pb2.ConnectResponse:
         admission = self._keeper.core.admit(self._number, translate.to_admit(request), self._keeper.now)
         return translate.from_admission(request.request_no, admission)
+
+    def _fork(self, request: memsvc_pb2.ForkRequest) -> memsvc_pb2.ConnectResponse:
+        fork = self._keeper.core.fork(self._number, translate.to_fork(request), self._keeper.now)
+        return translate.from_fork(request.request_no, fork)
 
     def _lease(self, request: memsvc_pb2.LeaseRequest) -> memsvc_pb2.ConnectResponse:
         core = self._keeper.core

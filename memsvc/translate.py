@@ -14,7 +14,7 @@ from protos.memsvc.v1 import memsvc_pb2
 from quire import columns
 from quire.errors import QuireError
 from quire.media import MediaItem
-from quire.memory import Admission, AdmitRequest, PoolInfo, PoolSpec
+from quire.memory import Admission, AdmitRequest, BlocksMerged, Fork, ForkRequest, PoolInfo, PoolSpec
 
 _REFUSAL_TEXT_MAXIMUM = 1000
 
@@ -110,6 +110,38 @@ def from_admission(request_no: int, admission: Admission) -> memsvc_pb2.ConnectR
     )
 
 
+def to_fork(message: memsvc_pb2.ForkRequest) -> ForkRequest:
+    """Returns the request in a message."""
+    return ForkRequest(
+        pool_id=message.pool_id,
+        epoch=message.epoch,
+        table=message.table,
+        count=message.count,
+        at_token=message.at_token,
+        first_sample_index=message.first_sample_index,
+    )
+
+
+def from_fork(request_no: int, fork: Fork) -> memsvc_pb2.ConnectResponse:
+    """Returns the answer to a fork request."""
+    return memsvc_pb2.ConnectResponse(
+        forked=memsvc_pb2.Forked(
+            request_no=request_no,
+            epoch=fork.epoch,
+            tables=columns.pack(fork.tables),
+            block_ids=columns.pack(fork.block_ids),
+            token_count=fork.token_count,
+            must_copy=fork.must_copy,
+        )
+    )
+
+
+def from_merge(event: BlocksMerged) -> memsvc_pb2.ConnectResponse:
+    """Returns offered blocks as a message."""
+    rows = columns.pack([value for row in event.rows for value in row])
+    return memsvc_pb2.ConnectResponse(merge=memsvc_pb2.Merge(pool_id=event.pool_id, epoch=event.epoch, rows=rows))
+
+
 def from_refusal(request_no: int, error: QuireError) -> memsvc_pb2.ConnectResponse:
     """Returns the answer to a request that was refused."""
     return memsvc_pb2.ConnectResponse(
@@ -141,6 +173,7 @@ def to_journal(message: memsvc_pb2.Journal) -> JournalColumns:
         closed=closed,
         close_reasons=_column(message.close_reasons, "close_reasons", len(closed)),
         returned=_column(message.returned, "returned"),
+        replaced=columns.unpack(message.replaced, "replaced", row_length=3).astype(np.int64).reshape(-1, 3),
     )
 
 

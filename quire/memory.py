@@ -91,12 +91,43 @@ class Admission:
     """(source, destination): blocks that the executor copies before the first write."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ForkRequest:
+    """Asks for tables that share the beginning of another; see `quire.memsvc.v1.ForkRequest`."""
+
+    pool_id: str
+    epoch: int
+    table: int
+    """Counter of the source, an open table of this gateway."""
+    count: int
+    """How many tables to open, 1 .. 1024."""
+    at_token: int = 0
+    """Leading tokens that are shared: 1 .. tokens written of the source; 0 for all that are written."""
+    first_sample_index: int = 0
+    """`sample_index` of the first new table; the others count on. The request is the source's."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fork:
+    """Open tables that share blocks."""
+
+    epoch: int
+    tables: list[int]
+    """Counters of the new tables."""
+    block_ids: list[int]
+    """The block table that each of them begins with."""
+    token_count: int
+    """Tokens that each of them has; all are written."""
+    must_copy: bool
+    """The last block is full in the source: every new table copies it before it writes there, the last holder too."""
+
+
 @dataclasses.dataclass(slots=True)
 class JournalEntry:
     """What happened to the tables of one pool since the last entry; see `quire.memsvc.v1.Journal`.
 
-    The first five lists are rows of equal length, `token_ids` their tokens one after the other. `appended` holds
-    (table, index, block) flat, three values a row.
+    The first five lists are rows of equal length, `token_ids` their tokens one after the other. `appended` and
+    `replaced` hold (table, index, block) flat, three values a row.
     """
 
     pool_id: str
@@ -110,10 +141,11 @@ class JournalEntry:
     closed: list[int] = dataclasses.field(default_factory=list)
     close_reasons: list[CloseReason] = dataclasses.field(default_factory=list)
     returned: list[int] = dataclasses.field(default_factory=list)
+    replaced: list[int] = dataclasses.field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether there is anything to say."""
-        return bool(self.tables or self.appended or self.closed or self.returned)
+        return bool(self.tables or self.appended or self.closed or self.returned or self.replaced)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,13 +165,27 @@ class BlocksRecalled:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class BlocksMerged:
+    """Blocks of this gateway's tables hold what others hold already, and may be exchanged for them.
+
+    The gateway has the executor's tables name the offered blocks, and says so in `replaced` of a journal once the step
+    that did it is done. What it does not take up is offered until the table closes.
+    """
+
+    pool_id: str
+    epoch: int
+    rows: list[tuple[int, int, int]]
+    """(table, index, block that may take the place of the one there)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class MemoryLost:
     """The connection is gone: every table and grant is void. `PoolUpdated` follows when there is a new one."""
 
     reason: str
 
 
-MemoryEvent = PoolUpdated | BlocksRecalled | MemoryLost
+MemoryEvent = PoolUpdated | BlocksRecalled | BlocksMerged | MemoryLost
 MemoryListener = Callable[[MemoryEvent], None]
 
 
@@ -165,6 +211,20 @@ class Memory(Protocol):
         Raises:
             BlockPoolExhaustedError: short of blocks now; metadata has needed_block_count and available_block_count.
             PromptTooLongError: more blocks than the whole pool has.
+            PoolNotFoundError, StaleEpochError, MemoryUnavailableError.
+        """
+        ...
+
+    async def fork(self, request: ForkRequest) -> Fork:
+        """Opens tables that share every block of the beginning of another: all of them or none. Takes no block.
+
+        The blocks behind `token_count` are not shared. Who writes first into the last block, if that is partly filled,
+        puts a leased block in its place (`JournalEntry.replaced`) and has the executor copy it; the last who names it
+        writes in place. See `gateway.core.sharing`.
+
+        Raises:
+            SequenceNotFoundError: the source is not an open table of this gateway.
+            InvalidRequestError: the count or the position is not possible; the message has the limits.
             PoolNotFoundError, StaleEpochError, MemoryUnavailableError.
         """
         ...

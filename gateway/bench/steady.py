@@ -15,7 +15,17 @@ from gateway.tokenize import TokenizerFiles
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import QuireError
-from quire.memory import Admission, AdmitRequest, CloseReason, JournalEntry, Memory, MemoryListener, PoolInfo
+from quire.memory import (
+    Admission,
+    AdmitRequest,
+    CloseReason,
+    Fork,
+    ForkRequest,
+    JournalEntry,
+    Memory,
+    MemoryListener,
+    PoolInfo,
+)
 
 STEP_SECONDS = 0.002
 """A decode step of a small model on a fast device: the less it takes, the less time there is to refill a lease."""
@@ -86,6 +96,11 @@ class CountingMemory:
         """See Memory."""
         self._note("admit")
         return await self._memory.admit(request)
+
+    async def fork(self, request: ForkRequest) -> Fork:
+        """See Memory."""
+        self._note("fork")
+        return await self._memory.fork(request)
 
     async def lease(self, pool_id: str, epoch: int, granted_total: int) -> list[int]:
         """See Memory."""

@@ -16,8 +16,12 @@ from quire.errors import MemoryUnavailableError, QuireError
 from quire.memory import (
     Admission,
     AdmitRequest,
+    BlocksMerged,
     BlocksRecalled,
+    Fork,
+    ForkRequest,
     JournalEntry,
+    MemoryEvent,
     MemoryListener,
     MemoryLost,
     PoolInfo,
@@ -40,6 +44,7 @@ _ERRORS = {
         errors.PoolNotFoundError,
         errors.StaleEpochError,
         errors.InvalidRequestError,
+        errors.SequenceNotFoundError,
         errors.NotReadyError,
     )
 }
@@ -80,7 +85,11 @@ def journal_message(entry: JournalEntry, journal_no: int) -> pb.Journal:
         closed=columns.pack(entry.closed),
         close_reasons=columns.pack(entry.close_reasons),
         returned=columns.pack(entry.returned),
+        replaced=columns.pack(entry.replaced),
     )
+
+
+_Answer = pb.Admitted | pb.Forked | pb.LeaseGranted
 
 
 class _Connection:
@@ -173,6 +182,27 @@ class RemoteMemory:
             copies=list(zip(copies[::2], copies[1::2], strict=True)),
         )
 
+    async def fork(self, request: ForkRequest) -> Fork:
+        """See Memory."""
+        self._request_no += 1
+        message = pb.ForkRequest(
+            request_no=self._request_no,
+            pool_id=request.pool_id,
+            epoch=request.epoch,
+            table=request.table,
+            count=request.count,
+            at_token=request.at_token,
+            first_sample_index=request.first_sample_index,
+        )
+        answer: pb.Forked = await self._ask(pb.ConnectRequest(fork=message), self._request_no)
+        return Fork(
+            epoch=answer.epoch,
+            tables=columns.unpack_list(answer.tables, "tables"),
+            block_ids=columns.unpack_list(answer.block_ids, "block_ids"),
+            token_count=answer.token_count,
+            must_copy=answer.must_copy,
+        )
+
     async def lease(self, pool_id: str, epoch: int, granted_total: int) -> list[int]:
         """See Memory."""
         self._request_no += 1
@@ -253,7 +283,7 @@ class RemoteMemory:
             await asyncio.sleep(_RECONNECT_SECONDS[min(attempt, len(_RECONNECT_SECONDS) - 1)])
             attempt += 1
 
-    def _notify(self, event: PoolUpdated | BlocksRecalled | MemoryLost) -> None:
+    def _notify(self, event: MemoryEvent) -> None:
         assert self._listener is not None
         self._listener(event)
 
@@ -307,6 +337,8 @@ class RemoteMemory:
             self._answer(connection, response.admitted.request_no, response.admitted)
         elif kind == "lease_granted":
             self._answer(connection, response.lease_granted.request_no, response.lease_granted)
+        elif kind == "forked":
+            self._answer(connection, response.forked.request_no, response.forked)
         elif kind == "refused":
             refusal = response.refused
             cls = _ERRORS.get(refusal.reason, QuireError)
@@ -320,12 +352,16 @@ class RemoteMemory:
         elif kind == "recall":
             recall = response.recall
             self._notify(BlocksRecalled(recall.pool_id, recall.epoch, recall.block_count))
+        elif kind == "merge":
+            merge = response.merge
+            values = iter(columns.unpack_list(merge.rows, "rows", row_length=3))
+            self._notify(BlocksMerged(merge.pool_id, merge.epoch, list(zip(values, values, values, strict=True))))
         elif kind == "welcome":
             self._connection = connection
             log.info("memory_connected", address=self._address, memsvc_incarnation=response.welcome.memsvc_incarnation)
 
     @staticmethod
-    def _answer(connection: _Connection, request_no: int, value: pb.Admitted | pb.LeaseGranted | QuireError) -> None:
+    def _answer(connection: _Connection, request_no: int, value: _Answer | QuireError) -> None:
         """Wakes who asked; nobody does any more if the wait was given up."""
         answer = connection.answers.get(request_no)
         if answer is None or answer.done():

@@ -33,6 +33,7 @@ def check_pool(memory: PoolMemory) -> None:
     _check_references(memory)
     _check_states(memory)
     _check_tables(memory)
+    _check_sharing(memory)
     _check_publications(memory)
     _check_grants(memory)
 
@@ -89,6 +90,8 @@ def _check_states(memory: PoolMemory) -> None:
 def _check_tables(memory: PoolMemory) -> None:
     """Positions are in order, blocks suffice and are not too many, tenants agree, writable blocks are private."""
     size, pool = memory.spec.block_size, memory.pool
+    entries = [record.block_ids() for _, record in _records(memory)]
+    named = np.bincount(np.concatenate(entries) if entries else np.zeros(0, np.int64), minlength=pool.block_count)
     for slot, record in _records(memory):
         tokens, written = int(memory.tables.tokens[slot]), int(memory.tables.written[slot])
         committed = int(memory.tables.committed[slot])
@@ -96,8 +99,7 @@ def _check_tables(memory: PoolMemory) -> None:
         _require(committed * size <= written <= tokens, f"{name}: {committed} blocks, {written}, {tokens} out of order")
         _require(written <= len(record.blocks) * size, f"{name}: written past its blocks")
         _require(committed == written // size, f"{name}: {written} tokens written, {committed} blocks committed")
-        overflow = max(0, tokens - len(record.blocks) * size)
-        _require(len(record.overflow) == overflow, f"{name}: {len(record.overflow)} tokens wait, expected {overflow}")
+        _check_overflow(memory, slot, record)
         limit = div_ceil(memory.spec.max_model_len + size, size)
         _require(len(record.blocks) <= limit, f"{name}: {len(record.blocks)} blocks, at most {limit}")
         blocks = record.block_ids()
@@ -105,15 +107,53 @@ def _check_tables(memory: PoolMemory) -> None:
         _require(memory.tables.tenant_tag[slot] == record.tenant_tag, f"{name}: another tenant in its column")
         _require(len(set(blocks.tolist())) == len(blocks), f"{name}: names a block twice")
         _require((pool.tenant[record.held_block_ids()] == record.tenant_tag).all(), f"{name}: another tenant's block")
-        writable = blocks[committed:]
-        held = pool.refs[writable] == 1
+        writable = blocks[committed + (record.shared_index == committed) :]
+        held = named[writable] == 1
         _require(held.all(), f"{name}: may write block {writable[~held][:1]}, which others hold")
         _require((memory.prefix.published[writable] == Publication.NONE).all(), f"{name}: may write a published block")
         _require((pool.filled[blocks[:committed]] == size).all(), f"{name}: a committed block is not filled")
         for position, column in ((tokens, memory.tables.token_block), (written, memory.tables.write_block)):
             index = position // size
-            expected = record.blocks[index] if index < len(record.blocks) else 0
+            expected = record.blocks[index] if index < len(record.blocks) and index != record.shared_index else 0
             _require(column[slot] == expected, f"{name}: open block {column[slot]}, expected {expected}")
+
+
+def _check_overflow(memory: PoolMemory, slot: int, record: TableRecord) -> None:
+    """Tokens wait only where there is no block for them that may be written."""
+    size = memory.spec.block_size
+    tokens, written = int(memory.tables.tokens[slot]), int(memory.tables.written[slot])
+    overflow = max(0, tokens - len(record.blocks) * size)
+    found = len(record.overflow)
+    if record.shared_index >= 0 and found > overflow:
+        overflow = min(found, tokens - written)
+    _require(found == overflow, f"table {record.table}: {found} tokens wait, expected {overflow}")
+
+
+def _check_sharing(memory: PoolMemory) -> None:
+    """Who may not write into its open block shares it with another, or it is full and may be matched."""
+    records = {record.table: (slot, record) for slot, record in _records(memory)}
+    marked = {table for table, (_, record) in records.items() if record.shared_index >= 0}
+    _require(memory.shared.tables() == marked, f"shared blocks of {memory.shared.tables()}, marked are {marked}")
+    for table in marked:
+        slot, record = records[table]
+        _require(
+            record.shared_index == memory.tables.committed[slot], f"table {table}: shares a block that is not open"
+        )
+        block = record.blocks[record.shared_index]
+        holders = memory.shared.holders(block)
+        others = {name for name, (_, other) in records.items() if block in other.blocks}
+        if holders:
+            _require(
+                len(holders) > 1 and set(holders) == others, f"block {block}: held by {holders}, named by {others}"
+            )
+        else:
+            _require(
+                memory.pool.filled[block] == memory.spec.block_size, f"block {block}: shared by none, and not full"
+            )
+    offered = [(record, index, kept) for _, record in records.values() for index, kept in record.merges.items()]
+    for record, index, kept in offered:
+        equal = (memory.prefix.tokens[kept] == memory.prefix.tokens[record.blocks[index]]).all()
+        _require(equal and kept != record.blocks[index], f"table {record.table}: block {kept} was offered for another")
 
 
 def _check_publications(memory: PoolMemory) -> None:

@@ -29,6 +29,7 @@ class JournalColumns:
         closed: `[close]` tables.
         close_reasons: `[close]` CloseReason of each.
         returned: `[block]` leased blocks given back.
+        replaced: `[entry, 3]` table, index, block that takes the place of the one there.
     """
 
     tables: Column = dataclasses.field(default_factory=lambda: _EMPTY)
@@ -40,6 +41,7 @@ class JournalColumns:
     closed: Column = dataclasses.field(default_factory=lambda: _EMPTY)
     close_reasons: Column = dataclasses.field(default_factory=lambda: _EMPTY)
     returned: Column = dataclasses.field(default_factory=lambda: _EMPTY)
+    replaced: Column = dataclasses.field(default_factory=lambda: _EMPTY_TRIPLES)
 
     def check(self) -> None:
         """Raises InvalidRequestError if the columns do not fit one another."""

@@ -108,4 +108,15 @@ class LeaseRecalled:
     block_count: int
 
 
-CoreEvent = FenceRequired | PoolChanged | LeaseRecalled
+@dataclasses.dataclass(frozen=True, slots=True)
+class MergeOffered:
+    """Blocks of a gateway's tables hold what others hold already."""
+
+    gateway_number: int
+    pool_id: str
+    epoch: int
+    rows: list[tuple[int, int, int]]
+    """(table, index, block that may take the place of the one there)."""
+
+
+CoreEvent = FenceRequired | PoolChanged | LeaseRecalled | MergeOffered

@@ -15,7 +15,7 @@ import functools
 from memsvc.core.commands import Recorder, command
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.journal import JournalColumns
-from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, PoolChanged
+from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, MergeOffered, PoolChanged
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import AdmitContext, PoolMemory
 from memsvc.core.roots import Roots
@@ -29,7 +29,7 @@ from memsvc.core.validation import (
 )
 from quire import hashing
 from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PoolNotFoundError, StaleEpochError
-from quire.memory import Admission, AdmitRequest, PoolInfo, PoolSpec
+from quire.memory import Admission, AdmitRequest, Fork, ForkRequest, PoolInfo, PoolSpec
 
 EPOCH_MAXIMUM = 2**32 - 1
 _SUPERSEDED_LIMIT = 64
@@ -365,6 +365,15 @@ class MemoryCore:
         return admission
 
     @command()
+    def fork(self, number: int, request: ForkRequest, now: float) -> Fork:
+        """Opens tables that share the beginning of another; see `quire.memory.Memory.fork`."""
+        gateway = self._open_gateway(number)
+        pool = self._current(request.pool_id, request.epoch)
+        forked = pool.memory.fork(gateway.number, request, self._admission_count, now)
+        self._admission_count += len(forked.tables)
+        return forked
+
+    @command()
     def lease(self, number: int, pool_id: str, epoch: int, granted_total: int, now: float) -> list[int]:
         """Brings the blocks ever granted to a gateway up to `granted_total`; see `quire.memory.Memory.lease`."""
         gateway = self._open_gateway(number)
@@ -415,6 +424,9 @@ class MemoryCore:
         if current:
             pool.memory.journal(gateway.number, journal, now)
             pool.memory.grants_of(gateway.number).recalled = 0
+            if pool.memory.merge_offers:
+                rows, pool.memory.merge_offers = pool.memory.merge_offers, []
+                self._events.append(MergeOffered(number, pool_id, epoch, rows))
         if journal_no is not None:
             gateway.journal_nos[pool_id] = journal_no
         return current

@@ -2,10 +2,11 @@
 
 Every command either does all it says or raises and changes nothing. A pool whose epoch ends is dropped as a whole.
 
-Equal content. A block that fills with content that is already published under the same identity is kept, unpublished,
-while its sequence runs: the executor holds the block's id in its own table, so swapping it here would make the two
-disagree. If nobody uses the published one, the live block takes its place; else the copy falls back to the blank blocks
-when its sequence ends, or is published then if the other is gone.
+Equal content. A block that fills with content that is already published under the same identity stays in its table,
+unpublished: the executor holds the block's id in its own table, so swapping it here alone would make the two disagree.
+If nobody uses the published one, the live block takes its place. Else the published one is offered to the table, and
+held for it: the gateway has the executor's table name it, says so behind the steps in flight
+(`memsvc.core.replacement`), and the copy falls back to the blank blocks; at the latest when its sequence ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 
 import numpy as np
 
+from memsvc.core import fork
 from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publication
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.forecast import AdmissionForecast
@@ -24,11 +26,11 @@ from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import Grants
 from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.prefix import PrefixIndex
-from memsvc.core.table import TableColumns, TableRecord, TableState
+from memsvc.core.table import Slots, TableColumns, TableRecord, TableState
 from memsvc.core.writer import JournalWriter
 from quire import hashing, media
 from quire.errors import CacheInUseError, PromptTooLongError
-from quire.memory import Admission, AdmitRequest, CloseReason, PoolSpec
+from quire.memory import Admission, AdmitRequest, CloseReason, Fork, ForkRequest, PoolSpec
 from quire.units import div_ceil
 
 _TOKEN_BYTES = 4
@@ -89,6 +91,8 @@ class PoolMemory:
         self.grants: dict[int, Grants] = {}
         self.statistics = PoolStatistics()
         self.forecast = AdmissionForecast(spec) if forecast else None
+        self.shared = fork.SharedBlocks()
+        self.merge_offers: list[tuple[int, int, int]] = []
         self._writer = JournalWriter(self)
 
     def admit(self, request: AdmitRequest, context: AdmitContext, now: float) -> Admission:
@@ -147,6 +151,24 @@ class PoolMemory:
         copies = [(source, record.blocks[len(match.blocks)])] if source else []
         return Admission(self.epoch, counter, blocks.tolist(), cached, copies)
 
+    def fork(self, gateway: int, request: ForkRequest, ordinal: int, now: float) -> Fork:
+        """Opens tables that share the beginning of another; see `memsvc.core.fork.fork`."""
+        return fork.fork(self, gateway, request, ordinal, now)
+
+    def leave_shared(self, record: TableRecord) -> None:
+        """Notes that a table names its shared open block no more; who holds it alone now writes in place."""
+        last = self.shared.leave(record.table)
+        if last:
+            self.write_in_place(self.tables.slot(last))
+
+    def write_in_place(self, slot: int) -> None:
+        """Lets a table write into its open block."""
+        self._writer.write_in_place(slot)
+
+    def refresh_open_blocks(self, slot: int) -> None:
+        """Notes anew in which blocks a table's next token and next write go."""
+        self._writer.refresh_open_blocks(slot)
+
     def lease(self, gateway: int, granted_total: int, now: float) -> list[int]:
         """Brings the blocks ever granted to `gateway` up to `granted_total`; returns the new ones, maybe too few."""
         grants = self.grants_of(gateway)
@@ -197,6 +219,8 @@ class PoolMemory:
         record = self.tables.record(slot)
         if record.publishes and reason != CloseReason.FAILED:
             self._publish_tail(slot, record)
+        if record.shared_index >= 0:
+            self.leave_shared(record)
         blocks = record.held_block_ids()[::-1]
         published = self.prefix.published[blocks]
         duplicates = blocks[published == Publication.DUPLICATE]
@@ -262,13 +286,26 @@ class PoolMemory:
         self.prefix.clear()
         return len(blocks)
 
-    def publish(self, fresh: FreshContent, now: float) -> None:
-        """Makes full blocks matchable, in place of equal ones that nobody uses; see the module's text."""
+    def publish(self, fresh: FreshContent, slots: Slots, now: float) -> None:
+        """Makes full blocks of the tables `slots` matchable, each content once; see the module's text."""
         for block, other in self.prefix.publish_full(fresh):
             if self.pool.state[other] == BlockState.CACHED:
                 self.prefix.forget(np.array([other]))
                 self.pool.discard_cached(other, now)
                 self.prefix.republish(block)
+            else:
+                self._offer(block, other, slots, now)
+
+    def _offer(self, block: int, kept: int, slots: Slots, now: float) -> None:
+        """Offers the published block to the table with an equal one; it is held until that names it, or ends."""
+        index = int(self.prefix.index[block])
+        for slot in slots.tolist():
+            record = self.tables.record(slot)
+            if index < len(record.blocks) and record.blocks[index] == block:
+                record.merges[index] = kept
+                self.pool.share(np.array([kept]), now)
+                self.merge_offers.append((record.table, index, kept))
+                return
 
     def release_copy_source(self, slot: int, now: float) -> None:
         """Drops the reference on the source of a copy that has run."""
@@ -339,6 +376,9 @@ class PoolMemory:
 
     def _publish_tail(self, slot: int, record: TableRecord) -> None:
         """Makes the written head of the last, partly filled block matchable by copy."""
+        if record.shared_index >= 0 or record.copy_source:
+            # Others share it, or the copy that brings it may not have run.
+            return
         index, count = divmod(int(self.tables.written[slot]), self.spec.block_size)
         # A head is matched by its tokens alone: what covers more is found only as a full block.
         plain = index not in record.extras

@@ -131,6 +131,10 @@ class PrefixIndex:
         """Returns the 16-byte identity that prompts match, or nothing if there is none."""
         return self._digest(self._identity, block) if self.published[block] == _FULL else b""
 
+    def parent(self, block: int) -> bytes:
+        """Returns the identity of the block before one that was published, or the root digest."""
+        return self._digest(self._parent, block)
+
     def block_of(self, identity: bytes) -> int:
         """Returns the block published under `identity`, or 0."""
         for block in self._by_identity.candidates(identity):

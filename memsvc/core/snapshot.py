@@ -22,6 +22,7 @@ from memsvc.core import invariants
 from memsvc.core.codec import Codec, Node, state_of, values_of
 from memsvc.core.digest_chains import DigestChains
 from memsvc.core.forecast import AdmissionForecast, OutputForecast
+from memsvc.core.fork import SharedBlocks
 from memsvc.core.free_order import BlankOrder, CachedOrder
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import Gateway, Grants
@@ -34,7 +35,7 @@ from memsvc.core.table import TableColumns, TableRecord, TableState
 from memsvc.core.validation import PoolRegistration
 from quire.errors import CorruptionError, InvariantError
 from quire.media import MediaItem
-from quire.memory import AdmitRequest, CloseReason, PoolSpec
+from quire.memory import AdmitRequest, CloseReason, ForkRequest, PoolSpec
 
 VERSION: Final = 1
 DIGEST_BYTES: Final = 16
@@ -48,6 +49,7 @@ DERIVED: Final[Mapping[type, frozenset[str]]] = {
     PoolStatistics: frozenset(),
     Grants: frozenset(),
     BlockPool: frozenset({"native"}),
+    SharedBlocks: frozenset(),
     BlankOrder: frozenset(),
     CachedOrder: frozenset(),
     # Views of the columns, and the pool's tenants, which are in the pool.
@@ -62,7 +64,16 @@ DERIVED: Final[Mapping[type, frozenset[str]]] = {
 }
 """Classes with a state, and their fields that are none."""
 
-VALUES: Final = (AdmitRequest, CloseReason, JournalColumns, MediaItem, PoolRegistration, PoolSpec, TableState)
+VALUES: Final = (
+    AdmitRequest,
+    CloseReason,
+    ForkRequest,
+    JournalColumns,
+    MediaItem,
+    PoolRegistration,
+    PoolSpec,
+    TableState,
+)
 """Classes of immutable objects in the state and in commands."""
 
 _GROWING: Final = frozenset({TableColumns})

@@ -68,7 +68,10 @@ class TableRecord:
         blocks: block ids in order, int64.
         parent: identity of the last committed block, or the root digest.
         copy_source: block that is copied before the first write, 0 for none; referenced as if it were in the table.
-        overflow: known tokens for which there is no block yet.
+        overflow: known tokens for which there is no block yet that this table may write into.
+        shared_index: position of the open block if this table may not write into it, -1 if it may; see
+            `memsvc.core.fork`.
+        merges: blocks that were offered in place of equal ones, by position; referenced as if they were in the table.
         state: open or closing.
         extras: what the identity of some blocks covers beside their tokens, by position of the block.
     """
@@ -87,6 +90,8 @@ class TableRecord:
     parent: bytes
     copy_source: int = 0
     overflow: list[int] = dataclasses.field(default_factory=list)
+    shared_index: int = -1
+    merges: dict[int, int] = dataclasses.field(default_factory=dict)
     state: TableState = TableState.OPEN
     extras: Mapping[int, bytes] = dataclasses.field(default_factory=lambda: NO_EXTRAS)
 
@@ -100,8 +105,11 @@ class TableRecord:
         return np.array(self.blocks, np.int64)
 
     def held_block_ids(self) -> BlockIds:
-        """Returns the block ids and the copy source: every block that this table has a reference on."""
-        return np.array([*self.blocks, self.copy_source], np.int64) if self.copy_source else self.block_ids()
+        """Returns every block that this table has a reference on: its entries, the copy source, what was offered."""
+        if not self.copy_source and not self.merges:
+            return self.block_ids()
+        source = [self.copy_source] if self.copy_source else []
+        return np.array([*self.blocks, *source, *self.merges.values()], np.int64)
 
 
 class TableColumns:

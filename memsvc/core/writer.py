@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from memsvc.core import replacement
 from memsvc.core.content import FreshContent
+from memsvc.core.fork import Departures
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.pool import BlockState
+from memsvc.core.replacement import Replacement
 from memsvc.core.table import Slots, TableColumns, TableRecord
 from memsvc.core.usual_journal import apply_rows
 from quire import native
@@ -72,6 +75,7 @@ class _Plan:
     single: npt.NDArray[np.bool_]
     closed: list[tuple[int, CloseReason]]
     returned: Column
+    replaced: list[Replacement]
 
 
 class JournalWriter:
@@ -89,12 +93,12 @@ class JournalWriter:
         self._block_limit = div_ceil(self._token_limit, self._size)
 
     def apply(self, gateway: int, journal: JournalColumns, now: float) -> None:
-        """Applies `journal`, in the order appended, rows, closed, returned.
+        """Applies `journal`, in the order appended, replaced, rows, closed, returned.
 
         Raises:
             InvalidRequestError: columns do not fit one another.
             StaleEpochError: a row does not fit the state: a gap, other tokens than known, a block that is not leased to
-                this gateway, a table of another one. Nothing was changed.
+                this gateway, a table of another one, a write into a block that others share. Nothing was changed.
         """
         if native.accelerator is not None and self._apply_natively(gateway, journal, now):
             return
@@ -102,6 +106,12 @@ class JournalWriter:
         plan = self._check(gateway, journal)
         if len(plan.growth.slots):
             self._grow(gateway, plan.growth, now)
+        if plan.replaced:
+            replacement.apply(self._memory, gateway, plan.replaced, now)
+        if plan.closed and self._memory.shared:
+            # Rows may tell of what the last holder has written since the others were fenced.
+            for slot, _ in plan.closed:
+                self._memory.leave_shared(self._memory.tables.record(slot))
         if len(plan.rows.slots):
             self._apply_tokens(plan)
             self._apply_written(plan.rows, now)
@@ -136,12 +146,32 @@ class JournalWriter:
 
     def _check(self, gateway: int, journal: JournalColumns) -> _Plan:
         growth = self._check_appended(gateway, journal.appended) if len(journal.appended) else _NO_GROWTH
-        rows = self._select_rows(gateway, journal)
-        single = self._check_rows(rows, growth)
         closed = self._check_closed(gateway, journal) if len(journal.closed) else []
+        writable: set[int] = set()
+        replaced: list[Replacement] = []
+        taken: set[int] = set(growth.blocks.tolist()) if len(journal.returned) or len(journal.replaced) else set()
+        if len(journal.replaced) or self._memory.shared:
+            replaced, writable = self._check_replaced(gateway, journal.replaced, closed, taken)
+        rows = self._select_rows(gateway, journal)
+        single = self._check_rows(rows, growth, writable)
         if len(journal.returned):
-            self._check_returned(gateway, journal.returned, set(growth.blocks.tolist()))
-        return _Plan(growth, rows, single, closed, journal.returned)
+            self._check_returned(gateway, journal.returned, taken)
+        return _Plan(growth, rows, single, closed, journal.returned, replaced)
+
+    def _check_replaced(
+        self, gateway: int, replaced: Column, closed: list[tuple[int, CloseReason]], taken: set[int]
+    ) -> tuple[list[Replacement], set[int]]:
+        """Returns the replacements, and the tables that may write into their open block by them and by what closes."""
+        memory = self._memory
+        slots = [self._owned_slot(gateway, table, "replaced") for table in replaced[:, 0].tolist()]
+        departures = Departures(memory.shared)
+        found = replacement.check(memory, gateway, replacement.rows_of(replaced, slots), taken, departures)
+        for slot, _ in closed:
+            record = memory.tables.record(slot)
+            if record.shared_index >= 0:
+                departures.leave(record.table, record.blocks[record.shared_index])
+        copied = {memory.tables.record(row.slot).table for row in found if row.is_copy}
+        return found, copied | departures.alone
 
     def _owned_slot(self, gateway: int, table: int, field: str) -> int:
         """Returns the slot of `table`, -1 if it is closed; refuses one that never was or is another gateway's."""
@@ -225,8 +255,11 @@ class JournalWriter:
         rows = _Rows(slots, starts, counts, offsets, written, journal.token_ids)
         return _merged(rows, tables) if tables.has_repeats(slots) else rows
 
-    def _check_rows(self, rows: _Rows, growth: _Growth) -> npt.NDArray[np.bool_]:
-        """Checks rows and returns which of them give just the next token."""
+    def _check_rows(self, rows: _Rows, growth: _Growth, writable: set[int]) -> npt.NDArray[np.bool_]:
+        """Checks rows and returns which of them give just the next token.
+
+        `writable`: tables that share their open block now, and will not when the rows are applied.
+        """
         tables = self._memory.tables
         slots = rows.slots
         known = tables.tokens[slots]
@@ -250,7 +283,22 @@ class JournalWriter:
         doubtful = np.flatnonzero(unusual | moved)
         if len(doubtful):
             self._check_room(rows, doubtful, growth.counts())
+            if self._memory.shared:
+                self._check_sharing(rows, doubtful, writable)
         return single
+
+    def _check_sharing(self, rows: _Rows, doubtful: Column, writable: set[int]) -> None:
+        """Refuses rows that confirm a write into a block that another table names."""
+        tables = self._memory.tables
+        for slot, written in zip(rows.slots[doubtful].tolist(), rows.written[doubtful].tolist(), strict=True):
+            record = tables.record(slot)
+            if record.shared_index < 0 or written <= tables.written[slot] or record.table in writable:
+                continue
+            block = record.blocks[record.shared_index]
+            message = (
+                f"written_counts: table {record.table} was written up to {written} in block {block}, which others hold"
+            )
+            _refuse(message, "SHARED_BLOCK", "written_counts")
 
     def _check_room(self, rows: _Rows, doubtful: Column, growth: dict[int, int]) -> None:
         """Refuses rows that give or confirm tokens for which the table has no blocks, or other tokens than known."""
@@ -335,6 +383,9 @@ class JournalWriter:
         owners, blocks = owners[first], blocks[first]
         for column in (tables.token_block, tables.write_block):
             column[owners] = np.where(column[owners] == 0, blocks, column[owners])
+        if self._memory.shared:
+            for slot in set(owners.tolist()):
+                self.refresh_open_blocks(slot)
         for slot in waiting:
             record = tables.record(slot)
             tokens, record.overflow = array("I", record.overflow), []
@@ -348,7 +399,7 @@ class JournalWriter:
         blocks = record.blocks
         length, end, done = len(blocks), known + len(tokens), 0
         index, offset = divmod(known, size)
-        while known < end and index < length:
+        while known < end and index < length and index != record.shared_index:
             count = min(size - offset, end - known)
             first = blocks[index] * size + offset
             words[first : first + count] = tokens[done : done + count]
@@ -359,6 +410,23 @@ class JournalWriter:
             record.overflow.extend(tokens[done:])
             return 0
         return blocks[index] if index < length else 0
+
+    def write_in_place(self, slot: int) -> None:
+        """Lets a table write into its open block, and moves tokens there that waited for that."""
+        tables, record = self._memory.tables, self._memory.tables.record(slot)
+        index, record.shared_index = record.shared_index, -1
+        tokens, record.overflow = array("I", record.overflow), []
+        self._append_tokens(slot, int(tables.tokens[slot]) - len(tokens), memoryview(tokens))
+        self.refresh_open_blocks(slot)
+        if not record.copy_source:
+            self._memory.pool.filled[record.blocks[index]] = int(tables.written[slot]) % self._size
+
+    def refresh_open_blocks(self, slot: int) -> None:
+        """Notes anew in which blocks a table's next token and next write go."""
+        tables = self._memory.tables
+        waiting = bool(tables.record(slot).overflow)
+        tables.token_block[slot] = 0 if waiting else self._open_block(slot, int(tables.tokens[slot]))
+        tables.write_block[slot] = self._open_block(slot, int(tables.written[slot]))
 
     def _append_rows(self, rows: _Rows, at: Slots) -> None:
         """Adds the tokens of the rows `at`, those left out that are known."""
@@ -376,10 +444,10 @@ class JournalWriter:
         tables.tokens[slots] = ends
 
     def _open_block(self, slot: int, position: int) -> int:
-        """Returns the block that holds a position of a table, or 0."""
-        blocks = self._memory.tables.record(slot).blocks
+        """Returns the block that a table writes a position into, or 0."""
+        record = self._memory.tables.record(slot)
         index = position // self._size
-        return blocks[index] if index < len(blocks) else 0
+        return record.blocks[index] if index < len(record.blocks) and index != record.shared_index else 0
 
     def _apply_tokens(self, plan: _Plan) -> None:
         tables, rows = self._memory.tables, plan.rows
@@ -409,6 +477,8 @@ class JournalWriter:
             written = np.where(written > floors, written, before)
             for slot in slots[(written > floors) & (floors > 0)].tolist():
                 self._memory.release_copy_source(slot, now)
+            moved = (floors == 0) | (written > floors)
+            slots, before, written = slots[moved], before[moved], written[moved]
         blocks = tables.write_block[slots]
         within = (written // self._size == before // self._size) & (blocks > 0)
         tables.written[slots] = written
@@ -456,7 +526,7 @@ class JournalWriter:
         memory.pool.filled[opened[rest > 0]] = rest[rest > 0]
         tables.write_block[slots] = opened
         if fresh.blocks:
-            memory.publish(fresh, now)
+            memory.publish(fresh, slots, now)
 
 
 def _merged(rows: _Rows, tables: TableColumns) -> _Rows:

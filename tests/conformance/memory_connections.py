@@ -19,7 +19,10 @@ from quire import columns, errors, status
 from quire.memory import (
     Admission,
     AdmitRequest,
+    BlocksMerged,
     BlocksRecalled,
+    Fork,
+    ForkRequest,
     JournalEntry,
     MemoryEvent,
     PoolSpec,
@@ -60,6 +63,10 @@ class Connection(Protocol):
         """Opens a table."""
         ...
 
+    async def fork(self, request: ForkRequest) -> Fork:
+        """Opens tables that share the beginning of another."""
+        ...
+
     async def lease(self, pool_id: str, epoch: int, granted_total: int) -> list[int]:
         """Asks for blocks."""
         ...
@@ -87,6 +94,10 @@ class LocalConnection:
     async def admit(self, request: AdmitRequest) -> Admission:
         """Opens a table."""
         return await self._memory.admit(request)
+
+    async def fork(self, request: ForkRequest) -> Fork:
+        """Opens tables that share the beginning of another."""
+        return await self._memory.fork(request)
 
     async def lease(self, pool_id: str, epoch: int, granted_total: int) -> list[int]:
         """Asks for blocks."""
@@ -157,6 +168,10 @@ class StreamConnection:
                 elif kind == "recall":
                     recall = response.recall
                     self.events.append(BlocksRecalled(recall.pool_id, recall.epoch, recall.block_count))
+                elif kind == "merge":
+                    rows = columns.unpack(response.merge.rows, "rows", row_length=3).reshape(-1, 3).tolist()
+                    merged = BlocksMerged(response.merge.pool_id, response.merge.epoch, [tuple(row) for row in rows])
+                    self.events.append(merged)
                 else:
                     self.responses.put_nowait(response)
             if await self.call.code() is not grpc.StatusCode.OK:
@@ -188,6 +203,15 @@ class StreamConnection:
         pairs = columns.unpack(admitted.copies, "copies", row_length=2).reshape(-1, 2).tolist()
         blocks = columns.unpack_list(admitted.block_ids, "block_ids")
         return Admission(admitted.epoch, admitted.table, blocks, admitted.cached_token_count, [tuple(p) for p in pairs])
+
+    async def fork(self, request: ForkRequest) -> Fork:
+        """Opens tables that share the beginning of another; raises what `Refused` says."""
+        number = next(self._numbers)
+        await self.send(fork=memsvc_pb2.ForkRequest(request_no=number, **dataclasses.asdict(request)))
+        forked = await self._answer("forked", number)
+        tables = columns.unpack_list(forked.tables, "tables")
+        blocks = columns.unpack_list(forked.block_ids, "block_ids")
+        return Fork(forked.epoch, tables, blocks, forked.token_count, must_copy=forked.must_copy)
 
     async def lease(self, pool_id: str, epoch: int, granted_total: int) -> list[int]:
         """Asks for blocks."""

@@ -31,7 +31,10 @@ from quire import status
 from quire.memory import (
     Admission,
     AdmitRequest,
+    BlocksMerged,
     CloseReason,
+    Fork,
+    ForkRequest,
     JournalEntry,
     PoolSpec,
 )
@@ -105,6 +108,26 @@ class RigSequence:
             written_counts=[len(self.tokens) if written is None else written],
             appended=appended,
         )
+
+    async def fork(self, count: int = 1, at_token: int = 0, **fields: Any) -> list[RigSequence]:
+        """Opens sequences that share the first `at_token` tokens, all that are written by default."""
+        request = ForkRequest(POOL_ID, self._rig.epoch, self.table, count, at_token, **fields)
+        try:
+            forked = await self._connection.fork(request)
+        finally:
+            self._rig.check()
+        return [self._child(forked, table) for table in forked.tables]
+
+    def _child(self, forked: Fork, table: int) -> RigSequence:
+        admission = Admission(forked.epoch, table, forked.block_ids, forked.token_count, [])
+        return RigSequence(self._rig, self._connection, self.tokens[: forked.token_count], admission)
+
+    async def replace(self, index: int = -1, block: int = 0) -> int:
+        """Reports a leased block in the place of the one at `index`, the last by default; returns the old one."""
+        at = index % len(self.blocks)
+        old, self.blocks[at] = self.blocks[at], block or (await self._rig.grow(self._connection, 1))[0]
+        await self._tell(replaced=[self.table, at, self.blocks[at]])
+        return old
 
     async def close(self, reason: CloseReason = CloseReason.FINISHED) -> None:
         """Reports the table fenced and closed."""
@@ -186,6 +209,13 @@ class Rig:
             await gateway.journal(entry)
         finally:
             self.check()
+
+    async def merged(self, connection: Connection | None = None) -> list[tuple[int, int, int]]:
+        """Returns the blocks that were offered to a gateway since the last call."""
+        gateway = connection if connection is not None else self.gateway
+        found = [row for event in gateway.events if isinstance(event, BlocksMerged) for row in event.rows]
+        gateway.events[:] = [event for event in gateway.events if not isinstance(event, BlocksMerged)]
+        return found
 
     async def pool(self) -> Any:
         """Returns the pool as operators see it."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from memsvc.core import invariants
-from memsvc.core.lease import FenceRequired
+from memsvc.core.lease import FenceRequired, MergeOffered
 from memsvc.core.log import CommandLog, Entry
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
@@ -34,7 +34,7 @@ from quire.errors import (
     StaleEpochError,
 )
 from quire.media import MediaItem
-from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
+from quire.memory import AdmitRequest, CloseReason, ForkRequest, JournalEntry, PoolSpec
 
 SIZE = 16
 USABLE = 9
@@ -59,6 +59,8 @@ class ModelTable:
     blocks: list[int]
     copies: list[tuple[int, int]]
     publishes: bool
+    must_copy: bool = False
+    offered: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -137,6 +139,19 @@ class MemoryMachine(RuleBasedStateMachine):
         self.core.journal(
             gateway.number, POOL, self.epoch, columns_of(JournalEntry(POOL, self.epoch, **fields)), self.now
         )
+        self.hear(gateway)
+
+    def hear(self, gateway: ModelGateway) -> None:
+        """Takes what the core has to say to gateways: fences go to the executor, offers to their tables."""
+        for event in self.core.take_events():
+            if isinstance(event, FenceRequired):
+                self.fences.append((event, gateway))
+            elif isinstance(event, MergeOffered):
+                assert event.gateway_number == gateway.number
+                for number, index, block in event.rows:
+                    # Closed in the same journal: the offer ended with it.
+                    if number in gateway.tables:
+                        gateway.tables[number].offered[index] = block
 
     def read(self, table: ModelTable, count: int) -> list[int | None]:
         """Returns what the device holds at the first `count` positions of a table."""
@@ -216,12 +231,101 @@ class MemoryMachine(RuleBasedStateMachine):
         limit = min(len(table.tokens), len(table.blocks) * SIZE)
         if table.written >= limit:
             return
+        replaced = self.own_open_block(gateway, table)
+        if replaced is None:
+            return
+        if replaced and data.draw(st.booleans()):
+            self.tell(gateway, replaced=replaced)
+            replaced = []
         written = data.draw(st.integers(table.written + 1, limit))
         self.store(table, table.written, written)
         table.written = written
         self.tell(
-            gateway, tables=[table.number], token_starts=[len(table.tokens)], token_counts=[0], written_counts=[written]
+            gateway,
+            replaced=replaced,
+            tables=[table.number],
+            token_starts=[len(table.tokens)],
+            token_counts=[0],
+            written_counts=[written],
         )
+
+    def own_open_block(self, gateway: ModelGateway, table: ModelTable) -> list[int] | None:
+        """Has a table name a block that it may write into: returns what to tell, or None if no block is leased."""
+        index = table.written // SIZE
+        if table.written % SIZE == 0:
+            return []
+        others = [other for other in gateway.tables.values() if other is not table]
+        if not table.must_copy and not any(table.blocks[index] in other.blocks for other in others):
+            return []
+        if not gateway.leased:
+            return None
+        old, table.blocks[index] = table.blocks[index], gateway.leased.pop(0)
+        table.copies.append((old, table.blocks[index]))
+        table.must_copy = False
+        return [table.number, index, table.blocks[index]]
+
+    @rule(which=st.integers(0, 1), data=st.data(), count=st.integers(1, 3))
+    def fork(self, which: int, data: st.DataObject, count: int) -> None:
+        """Opens tables that share the beginning of another; no block is taken for it."""
+        chosen = self.choose(data, which)
+        if chosen is None:
+            return
+        gateway, source = chosen
+        limit = source.written - (source.written % SIZE if source.copies else 0)
+        available, used = self.pool.available_block_count, self.pool.count(BlockState.USED)
+        if limit == 0:
+            with pytest.raises(InvalidRequestError):
+                self.core.fork(gateway.number, ForkRequest(POOL, self.epoch, source.number, count), self.now)
+            return
+        at_token = data.draw(st.integers(1, limit))
+        request = ForkRequest(POOL, self.epoch, source.number, count, 0 if at_token == limit else at_token)
+        forked = self.core.fork(gateway.number, request, self.now)
+        assert (self.pool.available_block_count, self.pool.count(BlockState.USED)) == (available, used)
+        assert (forked.token_count, len(forked.tables)) == (at_token, count)
+        blocks = source.blocks[: -(-at_token // SIZE)]
+        blocks = [source.offered.get(index, block) for index, block in enumerate(blocks)]
+        if at_token % SIZE:
+            blocks[-1] = source.blocks[len(blocks) - 1]
+        assert forked.block_ids == blocks
+        for number in forked.tables:
+            child = dataclasses.replace(
+                source, number=number, tokens=source.tokens[:at_token], written=at_token, blocks=list(blocks),
+                copies=[], must_copy=forked.must_copy, offered={},
+            )  # fmt: skip
+            gateway.tables[number] = child
+            assert self.read(child, at_token) == child.tokens
+
+    @rule(which=st.integers(0, 1), data=st.data())
+    def write_into_what_others_hold(self, which: int, data: st.DataObject) -> None:
+        """Confirms a write into a shared block: refused, and nothing has changed."""
+        chosen = self.choose(data, which)
+        if chosen is None:
+            return
+        gateway, table = chosen
+        others = [other for other in gateway.tables.values() if other is not table]
+        block = table.blocks[table.written // SIZE] if table.written % SIZE else 0
+        if not any(block in other.blocks for other in others):
+            return
+        with pytest.raises(StaleEpochError):
+            self.tell(
+                gateway,
+                tables=[table.number],
+                token_starts=[len(table.tokens)],
+                token_counts=[1],
+                token_ids=[1],
+                written_counts=[table.written + 1],
+            )
+
+    @rule(which=st.integers(0, 1), data=st.data())
+    def merge(self, which: int, data: st.DataObject) -> None:
+        """Has a table name a block that was offered to it; what it reads is the same."""
+        gateway = self.gateways[which]
+        offers = [(table, index) for table in gateway.tables.values() for index in table.offered]
+        if not offers:
+            return
+        table, index = data.draw(st.sampled_from(offers))
+        table.blocks[index] = table.offered.pop(index)
+        self.tell(gateway, replaced=[table.number, index, table.blocks[index]])
 
     @rule(which=st.integers(0, 1), data=st.data(), count=st.integers(1, 20))
     def extend(self, which: int, data: st.DataObject, count: int) -> None:
@@ -322,9 +426,7 @@ class MemoryMachine(RuleBasedStateMachine):
         """A gateway dies and comes back; what it held waits for the fence."""
         dead = self.gateways[which]
         self.gateways[which] = self.connect(dead.name)
-        for event in self.core.take_events():
-            if isinstance(event, FenceRequired):
-                self.fences.append((event, dead))
+        self.hear(dead)
         if not self.fences or self.fences[-1][1] is not dead:
             assert not dead.tables and not dead.leased
 
@@ -410,6 +512,11 @@ class MemoryMachine(RuleBasedStateMachine):
         if self.whole is not None:
             assert digest(replay(self.first, self.whole)) == expected
 
+    @staticmethod
+    def named(table: ModelTable) -> set[int]:
+        """Returns the blocks that may not go while a table is open."""
+        return {*table.blocks, *(source for source, _ in table.copies), *table.offered.values()}
+
     @invariant()
     def holds(self) -> None:
         """Everything adds up, and the model agrees."""
@@ -418,17 +525,12 @@ class MemoryMachine(RuleBasedStateMachine):
         invariants.check(self.core)
         live = [table for gateway in self.gateways for table in gateway.tables.values()]
         dead = [table for _, gateway in self.fences for table in gateway.tables.values()]
-        sources = {source for table in live for source, _ in table.copies}
-        assert (
-            set(np.flatnonzero(self.pool.state == BlockState.USED))
-            == {block for table in live for block in table.blocks} | sources
-        )
+        used = set(np.flatnonzero(self.pool.state == BlockState.USED))
+        assert used == {block for table in live for block in self.named(table)}
         leased = {block for gateway in self.gateways for block in gateway.leased}
         assert set(np.flatnonzero(self.pool.state == BlockState.LEASED)) == leased
-        pending = {block for table in dead for block in table.blocks}
-        pending |= {source for table in dead for source, _ in table.copies}
+        pending = {block for table in dead for block in self.named(table)}
         pending |= {block for _, gateway in self.fences for block in gateway.leased}
-        used = set(np.flatnonzero(self.pool.state == BlockState.USED))
         assert set(np.flatnonzero(self.pool.state == BlockState.PENDING)) == pending - used
         for table in live:
             assert self.read(table, table.written) == table.contents[: table.written]

@@ -352,7 +352,9 @@ class StepPlan(_message.Message):
     removed: _builtins.bytes
     """u32 column: tables to drop. Acknowledged in `fenced` of this step's result; after that nothing writes to them."""
     appended: _builtins.bytes
-    """u32 column of triples (table, index, block): table[index] = block."""
+    """u32 column of triples (table, index, block): table[index] = block. The index is the next one, or that of an entry
+    that is there and now names another block with the same content (after this step's copies).
+    """
     copies: _builtins.bytes
     """u32 column of pairs (source, destination): blocks to copy, all layers, before anything is written."""
     scheduled_tables: _builtins.bytes

@@ -258,6 +258,7 @@ class ConnectRequest(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     JOURNAL_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
+    FORK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First and only once."""
@@ -278,6 +279,10 @@ class ConnectRequest(_message.Message):
     def ping(self) -> Global___Ping:
         """Nothing to say, still alive."""
 
+    @_builtins.property
+    def fork(self) -> Global___ForkRequest:
+        """Opens tables that share the beginning of another."""
+
     def __init__(
         self,
         *,
@@ -286,12 +291,13 @@ class ConnectRequest(_message.Message):
         lease: Global___LeaseRequest | None = ...,
         journal: Global___Journal | None = ...,
         ping: Global___Ping | None = ...,
+        fork: Global___ForkRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "hello", b"hello", "journal", b"journal", "lease", b"lease", "message", b"message", "ping", b"ping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "fork", b"fork", "hello", b"hello", "journal", b"journal", "lease", b"lease", "message", b"message", "ping", b"ping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "hello", b"hello", "journal", b"journal", "lease", b"lease", "message", b"message", "ping", b"ping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "fork", b"fork", "hello", b"hello", "journal", b"journal", "lease", b"lease", "message", b"message", "ping", b"ping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "admit", "lease", "journal", "ping"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "admit", "lease", "journal", "ping", "fork"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -311,6 +317,8 @@ class ConnectResponse(_message.Message):
     JOURNAL_ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     RECALL_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
+    FORKED_FIELD_NUMBER: _builtins.int
+    MERGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """Answer to hello."""
@@ -325,7 +333,7 @@ class ConnectResponse(_message.Message):
 
     @_builtins.property
     def refused(self) -> Global___Refused:
-        """An admit or a lease request was refused, and nothing was changed."""
+        """An admit, fork or lease request was refused, and nothing was changed."""
 
     @_builtins.property
     def lease_granted(self) -> Global___LeaseGranted:
@@ -343,6 +351,14 @@ class ConnectResponse(_message.Message):
     def pong(self) -> Global___Pong:
         """Answer to ping."""
 
+    @_builtins.property
+    def forked(self) -> Global___Forked:
+        """The tables are open."""
+
+    @_builtins.property
+    def merge(self) -> Global___Merge:
+        """Entries of tables that may name other blocks."""
+
     def __init__(
         self,
         *,
@@ -354,12 +370,14 @@ class ConnectResponse(_message.Message):
         journal_acknowledged: Global___JournalAcknowledged | None = ...,
         recall: Global___Recall | None = ...,
         pong: Global___Pong | None = ...,
+        forked: Global___Forked | None = ...,
+        merge: Global___Merge | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "journal_acknowledged", b"journal_acknowledged", "lease_granted", b"lease_granted", "message", b"message", "pong", b"pong", "pool_update", b"pool_update", "recall", b"recall", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "forked", b"forked", "journal_acknowledged", b"journal_acknowledged", "lease_granted", b"lease_granted", "merge", b"merge", "message", b"message", "pong", b"pong", "pool_update", b"pool_update", "recall", b"recall", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "journal_acknowledged", b"journal_acknowledged", "lease_granted", b"lease_granted", "message", b"message", "pong", b"pong", "pool_update", b"pool_update", "recall", b"recall", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "forked", b"forked", "journal_acknowledged", b"journal_acknowledged", "lease_granted", b"lease_granted", "merge", b"merge", "message", b"message", "pong", b"pong", "pool_update", b"pool_update", "recall", b"recall", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "pool_update", "admitted", "refused", "lease_granted", "journal_acknowledged", "recall", "pong"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "pool_update", "admitted", "refused", "lease_granted", "journal_acknowledged", "recall", "pong", "forked", "merge"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -646,6 +664,99 @@ class Admitted(_message.Message):
 Global___Admitted: _TypeAlias = Admitted  # noqa: Y015
 
 @_typing.final
+class ForkRequest(_message.Message):
+    """Opens tables that share every block of the beginning of an open table of this gateway: all of them or none. Takes no
+    block. Journals sent before are applied before.
+
+    Full blocks are shared for good. The last block may be partly filled; whoever writes into it first takes a leased block
+    in its place (`replaced` of a journal) and has the executor copy it; the last table that names it writes in place.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_NO_FIELD_NUMBER: _builtins.int
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    AT_TOKEN_FIELD_NUMBER: _builtins.int
+    FIRST_SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
+    request_no: _builtins.int
+    """Chosen by the gateway, unique within the stream. Repeating one repeats the answer."""
+    pool_id: _builtins.str
+    """Pool of the source."""
+    epoch: _builtins.int
+    """Epoch of the source."""
+    table: _builtins.int
+    """Counter of the source's table."""
+    count: _builtins.int
+    """Tables to open, 1 .. 1024."""
+    at_token: _builtins.int
+    """Leading tokens that are shared, 1 .. tokens of the source that are confirmed as written; 0 for all of these. While a
+    copy of the source is under way only its full blocks count. Blocks behind it are not shared.
+    """
+    first_sample_index: _builtins.int
+    """sample_index of the first new sequence; the others count on. Their request_id is the source's."""
+    def __init__(
+        self,
+        *,
+        request_no: _builtins.int = ...,
+        pool_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        table: _builtins.int = ...,
+        count: _builtins.int = ...,
+        at_token: _builtins.int = ...,
+        first_sample_index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_token", b"at_token", "count", b"count", "epoch", b"epoch", "first_sample_index", b"first_sample_index", "pool_id", b"pool_id", "request_no", b"request_no", "table", b"table"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkRequest: _TypeAlias = ForkRequest  # noqa: Y015
+
+@_typing.final
+class Forked(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_NO_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    MUST_COPY_FIELD_NUMBER: _builtins.int
+    request_no: _builtins.int
+    """Of the request."""
+    epoch: _builtins.int
+    """Epoch of the tables."""
+    tables: _builtins.bytes
+    """u32 column: counters of the new tables."""
+    block_ids: _builtins.bytes
+    """u32 column: the block table that each of them begins with."""
+    token_count: _builtins.int
+    """Tokens that each of them has, all written."""
+    must_copy: _builtins.bool
+    """The last block is full in the source: each new table copies it before it writes there, the last holder too."""
+    def __init__(
+        self,
+        *,
+        request_no: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        tables: _builtins.bytes = ...,
+        block_ids: _builtins.bytes = ...,
+        token_count: _builtins.int = ...,
+        must_copy: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "must_copy", b"must_copy", "request_no", b"request_no", "tables", b"tables", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Forked: _TypeAlias = Forked  # noqa: Y015
+
+@_typing.final
 class Refused(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -796,6 +907,7 @@ class Journal(_message.Message):
     CLOSED_FIELD_NUMBER: _builtins.int
     CLOSE_REASONS_FIELD_NUMBER: _builtins.int
     RETURNED_FIELD_NUMBER: _builtins.int
+    REPLACED_FIELD_NUMBER: _builtins.int
     journal_no: _builtins.int
     """1, 2, 3, ... within the stream and pool. A number already applied is acknowledged and not applied again."""
     pool_id: _builtins.str
@@ -822,6 +934,12 @@ class Journal(_message.Message):
     """u32 column beside `closed`: CloseReason of each."""
     returned: _builtins.bytes
     """u32 column: leased blocks given back unused."""
+    replaced: _builtins.bytes
+    """u32 column of triples (table, index, block): the block takes the place of the one there. Either that one is the
+    partly filled last block that other tables share, the new one is from the lease, and the executor copies the content:
+    to be told before `written_counts` goes beyond what is shared. Or the block was offered by `merge`: to be told when
+    no step in flight reads the old one any more. Applied after `appended` and before the rows.
+    """
     def __init__(
         self,
         *,
@@ -837,10 +955,11 @@ class Journal(_message.Message):
         closed: _builtins.bytes = ...,
         close_reasons: _builtins.bytes = ...,
         returned: _builtins.bytes = ...,
+        replaced: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended", b"appended", "close_reasons", b"close_reasons", "closed", b"closed", "epoch", b"epoch", "journal_no", b"journal_no", "pool_id", b"pool_id", "returned", b"returned", "tables", b"tables", "token_counts", b"token_counts", "token_ids", b"token_ids", "token_starts", b"token_starts", "written_counts", b"written_counts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended", b"appended", "close_reasons", b"close_reasons", "closed", b"closed", "epoch", b"epoch", "journal_no", b"journal_no", "pool_id", b"pool_id", "replaced", b"replaced", "returned", b"returned", "tables", b"tables", "token_counts", b"token_counts", "token_ids", b"token_ids", "token_starts", b"token_starts", "written_counts", b"written_counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -897,6 +1016,38 @@ class Recall(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Recall: _TypeAlias = Recall  # noqa: Y015
+
+@_typing.final
+class Merge(_message.Message):
+    """Full blocks of this gateway's tables hold what others hold already. A gateway may have the executor's tables name the
+    offered blocks and say so in `replaced`; the old ones are free then. What was offered stays valid until the table closes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Pool."""
+    epoch: _builtins.int
+    """Epoch."""
+    rows: _builtins.bytes
+    """u32 column of triples (table, index, block that may take the place of the one there)."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        rows: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "pool_id", b"pool_id", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Merge: _TypeAlias = Merge  # noqa: Y015
 
 @_typing.final
 class LocateRequest(_message.Message):

@@ -80,7 +80,7 @@ class MemoryServiceServicer(object):
 
     def Connect(self, request_iterator, context):
         """The stream that a gateway holds open. The first request is `hello`, the first response `welcome`. Responses to
-        `admit` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
+        `admit`, `fork` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
         acknowledged in order. When the stream ends the gateway's grants live on for the lease TTL of `welcome`; then its
         tables are fenced at the executor and freed.
         """

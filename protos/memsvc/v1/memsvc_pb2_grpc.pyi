@@ -55,7 +55,7 @@ class MemoryServiceStub:
     """
     Connect: _grpc.StreamStreamMultiCallable[_memsvc_pb2.ConnectRequest, _memsvc_pb2.ConnectResponse]
     """The stream that a gateway holds open. The first request is `hello`, the first response `welcome`. Responses to
-    `admit` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
+    `admit`, `fork` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
     acknowledged in order. When the stream ends the gateway's grants live on for the lease TTL of `welcome`; then its
     tables are fenced at the executor and freed.
     """
@@ -81,7 +81,7 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """
     Connect: _aio.StreamStreamMultiCallable[_memsvc_pb2.ConnectRequest, _memsvc_pb2.ConnectResponse]  # type: ignore[assignment]
     """The stream that a gateway holds open. The first request is `hello`, the first response `welcome`. Responses to
-    `admit` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
+    `admit`, `fork` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
     acknowledged in order. When the stream ends the gateway's grants live on for the lease TTL of `welcome`; then its
     tables are fenced at the executor and freed.
     """
@@ -122,7 +122,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_memsvc_pb2.ConnectResponse], _abc.AsyncIterator[_memsvc_pb2.ConnectResponse]]:
         """The stream that a gateway holds open. The first request is `hello`, the first response `welcome`. Responses to
-        `admit` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
+        `admit`, `fork` and `lease` carry the `request_no` of their request and may come in any order; journals are applied and
         acknowledged in order. When the stream ends the gateway's grants live on for the lease TTL of `welcome`; then its
         tables are fenced at the executor and freed.
         """
