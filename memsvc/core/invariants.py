@@ -114,7 +114,8 @@ def _check_tables(memory: PoolMemory) -> None:
         _require((pool.filled[blocks[:committed]] == size).all(), f"{name}: a committed block is not filled")
         for position, column in ((tokens, memory.tables.token_block), (written, memory.tables.write_block)):
             index = position // size
-            expected = record.blocks[index] if index < len(record.blocks) and index != record.shared_index else 0
+            waits = index == record.shared_index or (position == tokens and record.overflow)
+            expected = record.blocks[index] if index < len(record.blocks) and not waits else 0
             _require(column[slot] == expected, f"{name}: open block {column[slot]}, expected {expected}")
 
 

@@ -396,6 +396,9 @@ class JournalWriter:
         """Adds tokens (u32) after the `known` ones; returns the block in which the next one goes, 0 for none yet."""
         size, words = self._size, self._memory.prefix.token_words
         record = self._memory.tables.record(slot)
+        if record.overflow:
+            record.overflow.extend(tokens)
+            return 0
         blocks = record.blocks
         length, end, done = len(blocks), known + len(tokens), 0
         index, offset = divmod(known, size)
@@ -424,8 +427,7 @@ class JournalWriter:
     def refresh_open_blocks(self, slot: int) -> None:
         """Notes anew in which blocks a table's next token and next write go."""
         tables = self._memory.tables
-        waiting = bool(tables.record(slot).overflow)
-        tables.token_block[slot] = 0 if waiting else self._open_block(slot, int(tables.tokens[slot]))
+        tables.token_block[slot] = self._token_block(slot, int(tables.tokens[slot]))
         tables.write_block[slot] = self._open_block(slot, int(tables.written[slot]))
 
     def _append_rows(self, rows: _Rows, at: Slots) -> None:
@@ -438,10 +440,16 @@ class JournalWriter:
         firsts = offsets + known - rows.starts[at]
         listed = zip(slots.tolist(), known.tolist(), firsts.tolist(), (ends - known).tolist(), strict=True)
         tables.token_block[slots] = [
-            self._append_tokens(slot, before, given[first : first + count]) if count else self._open_block(slot, before)
+            self._append_tokens(slot, before, given[first : first + count])
+            if count
+            else self._token_block(slot, before)
             for slot, before, first, count in listed
         ]
         tables.tokens[slots] = ends
+
+    def _token_block(self, slot: int, position: int) -> int:
+        """Returns the block in which the next token goes, or 0 if it has to wait, as those before it do."""
+        return 0 if self._memory.tables.record(slot).overflow else self._open_block(slot, position)
 
     def _open_block(self, slot: int, position: int) -> int:
         """Returns the block that a table writes a position into, or 0."""

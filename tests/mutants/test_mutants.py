@@ -15,13 +15,27 @@ from tests.mutants import (
     mutants,
     operator_mutants,
     operator_scenarios,
+    sharing_mutants,
+    sharing_scenarios,
 )
 from tests.mutants.mutation import Mutant, applied
 
-SCENARIOS = (
-    core_scenarios.SCENARIOS | log_scenarios.SCENARIOS | gateway_scenarios.SCENARIOS | operator_scenarios.SCENARIOS
+SCENARIOS = {
+    name: scenario
+    for module in (
+        core_scenarios,
+        gateway_scenarios,
+        log_scenarios,
+        operator_scenarios,
+        sharing_scenarios,
+    )
+    for name, scenario in module.SCENARIOS.items()
+}
+MUTANTS = (
+    *mutants.MUTANTS,
+    *operator_mutants.MUTANTS,
+    *sharing_mutants.MUTANTS,
 )
-MUTANTS = mutants.MUTANTS + operator_mutants.MUTANTS
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from memsvc.core import invariants, views
-from memsvc.core.lease import FenceRequired, LeaseRecalled
+from memsvc.core.lease import FenceRequired, LeaseRecalled, MergeOffered
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.validation import PoolRegistration
 from memsvc.local import columns_of
 from quire.columns import pack
 from quire.errors import QuireError
-from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
+from quire.memory import AdmitRequest, CloseReason, ForkRequest, JournalEntry, PoolSpec
 
 POOL = "pool"
 SIZE = 16
@@ -108,6 +108,10 @@ class World:
         """Returns how many blocks are asked back."""
         return sum(event.block_count for event in self.core.take_events() if isinstance(event, LeaseRecalled))
 
+    def offered(self) -> list[tuple[int, int, int]]:
+        """Returns the blocks that are offered in place of equal ones: table, index, block."""
+        return [row for event in self.core.take_events() if isinstance(event, MergeOffered) for row in event.rows]
+
     def check(self) -> None:
         """Checks every invariant."""
         invariants.check(self.core)
@@ -146,6 +150,26 @@ class World:
         assert self.read(held, held.cached) == held.tokens[: held.cached], "another content than was asked for"
         self.check()
         return held
+
+    def fork(self, held: Held, count: int = 1, at_token: int = 0) -> list[Held]:
+        """Opens sequences that share the beginning of another; they read what it holds."""
+        forked = self.core.fork(held.gateway, ForkRequest(POOL, self.epoch, held.table, count, at_token), self.now)
+        self.check()
+        shared = forked.token_count
+        return [
+            Held(held.gateway, table, held.tokens[:shared], list(forked.block_ids), shared, [], shared, held.tenant)
+            for table in forked.tables
+        ]
+
+    def replace(self, held: Held, index: int = -1, block: int = 0) -> int:
+        """Puts a block in the place of another, a leased one for the last by default, and returns the old one."""
+        at = index % len(held.blocks)
+        is_copy = at == held.written // SIZE
+        old, held.blocks[at] = held.blocks[at], block or self.lease(1, held.gateway)[0]
+        if is_copy:
+            held.copies.append((old, held.blocks[at]))
+        self.tell(held.gateway, replaced=[held.table, at, held.blocks[at]])
+        return old
 
     def read(self, held: Held, count: int) -> list[int | None]:
         """Returns what the device holds at the first `count` positions, copies that have not run yet included."""

@@ -237,16 +237,19 @@ class MemoryMachine(RuleBasedStateMachine):
         if replaced and data.draw(st.booleans()):
             self.tell(gateway, replaced=replaced)
             replaced = []
-        written = data.draw(st.integers(table.written + 1, limit))
+        self.confirm(gateway, table, data.draw(st.integers(table.written + 1, limit)), replaced=replaced)
+
+    def confirm(self, gateway: ModelGateway, table: ModelTable, written: int, **fields: Any) -> None:
+        """Has a table written up to a position, and tells so."""
         self.store(table, table.written, written)
         table.written = written
         self.tell(
             gateway,
-            replaced=replaced,
             tables=[table.number],
             token_starts=[len(table.tokens)],
             token_counts=[0],
             written_counts=[written],
+            **fields,
         )
 
     def own_open_block(self, gateway: ModelGateway, table: ModelTable) -> list[int] | None:
@@ -254,8 +257,7 @@ class MemoryMachine(RuleBasedStateMachine):
         index = table.written // SIZE
         if table.written % SIZE == 0:
             return []
-        others = [other for other in gateway.tables.values() if other is not table]
-        if not table.must_copy and not any(table.blocks[index] in other.blocks for other in others):
+        if not self.is_shared(gateway, table):
             return []
         if not gateway.leased:
             return None
@@ -264,20 +266,33 @@ class MemoryMachine(RuleBasedStateMachine):
         table.must_copy = False
         return [table.number, index, table.blocks[index]]
 
+    @staticmethod
+    def is_shared(gateway: ModelGateway, table: ModelTable) -> bool:
+        """Whether a table may not write into its open block."""
+        others = [other for other in gateway.tables.values() if other is not table]
+        return table.must_copy or any(table.blocks[table.written // SIZE] in other.blocks for other in others)
+
     @rule(which=st.integers(0, 1), data=st.data(), count=st.integers(1, 3))
     def fork(self, which: int, data: st.DataObject, count: int) -> None:
         """Opens tables that share the beginning of another; no block is taken for it."""
         chosen = self.choose(data, which)
-        if chosen is None:
-            return
-        gateway, source = chosen
-        limit = source.written - (source.written % SIZE if source.copies else 0)
+        if chosen is not None:
+            limit = self.fork_limit(chosen[1])
+            self.fork_of(*chosen, count, data.draw(st.integers(min(1, limit), limit)))
+
+    @staticmethod
+    def fork_limit(source: ModelTable) -> int:
+        """Returns how many tokens of a table can be shared."""
+        return source.written - (source.written % SIZE if source.copies else 0)
+
+    def fork_of(self, gateway: ModelGateway, source: ModelTable, count: int, at_token: int) -> None:
+        """Forks a table; refused where nothing is written."""
+        limit = self.fork_limit(source)
         available, used = self.pool.available_block_count, self.pool.count(BlockState.USED)
         if limit == 0:
             with pytest.raises(InvalidRequestError):
                 self.core.fork(gateway.number, ForkRequest(POOL, self.epoch, source.number, count), self.now)
             return
-        at_token = data.draw(st.integers(1, limit))
         request = ForkRequest(POOL, self.epoch, source.number, count, 0 if at_token == limit else at_token)
         forked = self.core.fork(gateway.number, request, self.now)
         assert (self.pool.available_block_count, self.pool.count(BlockState.USED)) == (available, used)
@@ -289,11 +304,18 @@ class MemoryMachine(RuleBasedStateMachine):
         assert forked.block_ids == blocks
         for number in forked.tables:
             child = dataclasses.replace(
-                source, number=number, tokens=source.tokens[:at_token], written=at_token, blocks=list(blocks),
-                copies=[], must_copy=forked.must_copy, offered={},
-            )  # fmt: skip
+                source,
+                number=number,
+                tokens=source.tokens[:at_token],
+                contents=source.contents[:at_token],
+                written=at_token,
+                blocks=list(blocks),
+                copies=[],
+                must_copy=forked.must_copy,
+                offered={},
+            )
             gateway.tables[number] = child
-            assert self.read(child, at_token) == child.tokens
+            assert self.read(child, at_token) == child.contents
 
     @rule(which=st.integers(0, 1), data=st.data())
     def write_into_what_others_hold(self, which: int, data: st.DataObject) -> None:
@@ -302,9 +324,7 @@ class MemoryMachine(RuleBasedStateMachine):
         if chosen is None:
             return
         gateway, table = chosen
-        others = [other for other in gateway.tables.values() if other is not table]
-        block = table.blocks[table.written // SIZE] if table.written % SIZE else 0
-        if not any(block in other.blocks for other in others):
+        if table.written % SIZE == 0 or not self.is_shared(gateway, table):
             return
         with pytest.raises(StaleEpochError):
             self.tell(
@@ -323,7 +343,10 @@ class MemoryMachine(RuleBasedStateMachine):
         offers = [(table, index) for table in gateway.tables.values() for index in table.offered]
         if not offers:
             return
-        table, index = data.draw(st.sampled_from(offers))
+        self.take_up(gateway, *data.draw(st.sampled_from(offers)))
+
+    def take_up(self, gateway: ModelGateway, table: ModelTable, index: int) -> None:
+        """Has a table name the block that was offered for one of its entries."""
         table.blocks[index] = table.offered.pop(index)
         self.tell(gateway, replaced=[table.number, index, table.blocks[index]])
 
@@ -331,9 +354,11 @@ class MemoryMachine(RuleBasedStateMachine):
     def extend(self, which: int, data: st.DataObject, count: int) -> None:
         """Adds tokens, growing from the lease as far as it goes."""
         chosen = self.choose(data, which)
-        if chosen is None:
-            return
-        gateway, table = chosen
+        if chosen is not None:
+            self.extend_by(*chosen, count)
+
+    def extend_by(self, gateway: ModelGateway, table: ModelTable, count: int) -> None:
+        """Adds tokens to a table; see `extend`."""
         count = min(count, 10 * SIZE - len(table.tokens))
         appended: list[int] = []
         while gateway.leased and len(table.blocks) * SIZE < len(table.tokens) + count:

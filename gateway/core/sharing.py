@@ -1,0 +1,67 @@
+"""Who may write into open blocks that forked tables share: copy at the first write, in place for the last holder.
+
+`quire.memory.Memory.fork` opens tables that name the same blocks. The last of these may be partly filled. Before a
+table writes into it the gateway asks `must_copy`; if so it takes a block from its growth lease, plans a copy and the
+new entry (`StepPlan.copies`, `StepPlan.appended`), tells memsvc (`JournalEntry.replaced`), and notes it by `left`. The
+answer holds from the step on that is planned next: the executor applies removals and copies before it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class SharedTails:
+    """The partly filled last blocks that several tables of one pool name.
+
+    A table is in here as long as it may not write into its last block. Whoever is left alone drops out by itself.
+    """
+
+    def __init__(self) -> None:
+        """Starts with nothing shared."""
+        self._holders: dict[int, set[int]] = {}
+        self._block: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        """Tables that would have to copy before they write."""
+        return len(self._block)
+
+    def forked(self, source: int, children: Iterable[int], block: int, *, must_copy: bool) -> None:
+        """Notes a fork in the middle of a block; one at the end of a block shares nothing that is written again.
+
+        Args:
+            source: table that was forked.
+            children: tables that were opened.
+            block: the last of `Fork.block_ids`.
+            must_copy: as `Fork` says it.
+        """
+        if must_copy:
+            # The block is full: it has no holders among which one could be the last.
+            self._block.update((child, block) for child in children)
+            return
+        tables = {source, *children}
+        self._holders.setdefault(block, set()).update(tables)
+        self._block.update((table, block) for table in tables)
+
+    def must_copy(self, table: int) -> bool:
+        """Whether a table has to put a copy in the place of its last block before it writes there."""
+        return table in self._block
+
+    def left(self, table: int) -> None:
+        """Notes that a table names its last block no more: it was copied, or the table's removal is planned."""
+        block = self._block.pop(table, None)
+        if block is None:
+            return
+        holders = self._holders.get(block)
+        if holders is None:
+            return
+        holders.discard(table)
+        if len(holders) == 1:
+            del self._block[holders.pop()]
+        if not holders:
+            del self._holders[block]
+
+    def clear(self) -> None:
+        """Forgets everything: the tables are void."""
+        self._holders.clear()
+        self._block.clear()
