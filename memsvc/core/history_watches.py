@@ -9,9 +9,10 @@ from typing import Final
 from memsvc.core.content import Publication
 from memsvc.core.history import Change
 from memsvc.core.log import Segment
-from memsvc.core.memory import MemoryCore, RegisteredPool
+from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import PoolMemory
+from memsvc.core.registered import RegisteredPool
 from memsvc.core.table import TableRecord, TableState
 from quire.errors import BlockNotFoundError, InvalidRequestError, SequenceNotFoundError
 from quire.memory import AdmitRequest

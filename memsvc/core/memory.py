@@ -7,9 +7,7 @@ never goes back.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-import dataclasses
 import functools
 
 from memsvc.core.commands import Recorder, command
@@ -18,6 +16,7 @@ from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, MergeOffered, PoolChanged
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import AdmitContext, PoolMemory
+from memsvc.core.registered import RegisteredPool
 from memsvc.core.roots import Roots
 from memsvc.core.validation import (
     TEXT_LENGTH_MAXIMUM,
@@ -29,36 +28,9 @@ from memsvc.core.validation import (
 )
 from quire import hashing
 from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PoolNotFoundError, StaleEpochError
-from quire.memory import Admission, AdmitRequest, Fork, ForkRequest, PoolInfo, PoolSpec
+from quire.memory import Admission, AdmitRequest, Fork, ForkRequest, PoolSpec
 
 EPOCH_MAXIMUM = 2**32 - 1
-_SUPERSEDED_LIMIT = 64
-
-
-@dataclasses.dataclass(slots=True)
-class RegisteredPool:
-    """A pool that this service knows."""
-
-    registration: PoolRegistration
-    epoch: int
-    ready: bool
-    expires_at: float
-    """The executor counts as lost then."""
-    memory: PoolMemory
-    superseded: deque[int] = dataclasses.field(default_factory=lambda: deque(maxlen=_SUPERSEDED_LIMIT))
-    """Older incarnations of the executor, the newest last."""
-
-    def info(self) -> PoolInfo:
-        """Returns the pool as gateways hear of it."""
-        registration = self.registration
-        return PoolInfo(
-            pool_id=registration.executor_id,
-            epoch=self.epoch,
-            ready=self.ready,
-            spec=registration.spec,
-            executor_address=registration.address,
-            executor_incarnation=registration.executor_incarnation,
-        )
 
 
 class MemoryCore:

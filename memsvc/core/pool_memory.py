@@ -162,12 +162,20 @@ class PoolMemory:
             self.write_in_place(self.tables.slot(last))
 
     def write_in_place(self, slot: int) -> None:
-        """Lets a table write into its open block."""
-        self._writer.write_in_place(slot)
+        """Lets a table write into its open block, and moves tokens there that waited for that."""
+        tables, record = self.tables, self.tables.record(slot)
+        index, record.shared_index = record.shared_index, -1
+        tokens, record.overflow = array("I", record.overflow), []
+        self._writer.append_tokens(slot, int(tables.tokens[slot]) - len(tokens), memoryview(tokens))
+        self.refresh_open_blocks(slot)
+        if not record.copy_source:
+            self.pool.filled[record.blocks[index]] = int(tables.written[slot]) % self.spec.block_size
 
     def refresh_open_blocks(self, slot: int) -> None:
         """Notes anew in which blocks a table's next token and next write go."""
-        self._writer.refresh_open_blocks(slot)
+        tables = self.tables
+        tables.token_block[slot] = self._writer.token_block(slot, int(tables.tokens[slot]))
+        tables.write_block[slot] = self._writer.open_block(slot, int(tables.written[slot]))
 
     def lease(self, gateway: int, granted_total: int, now: float) -> list[int]:
         """Brings the blocks ever granted to `gateway` up to `granted_total`; returns the new ones, maybe too few."""

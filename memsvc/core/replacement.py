@@ -16,6 +16,7 @@ import numpy as np
 from memsvc.core.content import Publication
 from memsvc.core.fork import Departures
 from memsvc.core.journal import Column
+from memsvc.core.table import Slots
 from quire.errors import StaleEpochError
 
 if TYPE_CHECKING:
@@ -33,29 +34,33 @@ class Replacement:
     """Whether the executor copies the old block; if not, the two are equal and this one was offered."""
 
 
-def refuse(message: str, reason: str) -> NoReturn:
+def _refuse(message: str, reason: str, field: str = "replaced") -> NoReturn:
     """Raises: a row does not fit the state it meets."""
-    raise StaleEpochError(message, reason=reason, field="replaced")
+    raise StaleEpochError(message, reason=reason, field=field)
 
 
 def check(
-    memory: PoolMemory, gateway: int, rows: list[tuple[int, int, int, int]], taken: set[int], departures: Departures
-) -> list[Replacement]:
-    """Returns what is to be replaced; rows that say what is so already are left out.
+    memory: PoolMemory, gateway: int, rows: tuple[Column, list[int]], closing: list[int], taken: set[int]
+) -> tuple[list[Replacement], set[int]]:
+    """Returns what is to be replaced, and which tables may write into their open block by this and by what closes.
 
     Args:
         memory: the pool.
         gateway: who says it.
-        rows: (slot, table, index, block) of open tables of this gateway.
+        rows: triples (table, index, block), and the slot of each table, -1 for one that is closed: it is left out, as
+            are rows that say what is so already.
+        closing: slots of the tables that the same journal closes, in order.
         taken: blocks that the journal has appended to tables; those replaced with are added.
-        departures: of the tables that leave their shared block by this.
 
     Raises:
         StaleEpochError: the entry is not the open one of its table, nobody shares it, or the block is not leased to
             this gateway.
     """
+    departures = Departures(memory.shared)
     found: dict[tuple[int, int], Replacement] = {}
-    for slot, table, index, block in rows:
+    for (table, index, block), slot in zip(rows[0].tolist(), rows[1], strict=True):
+        if slot < 0:
+            continue
         record = memory.tables.record(slot)
         earlier = found.get((slot, index))
         known = record.blocks[index] if earlier is None and index < len(record.blocks) else 0
@@ -65,17 +70,43 @@ def check(
             found[slot, index] = Replacement(slot, index, block, is_copy=False)
             continue
         if record.shared_index != index or table in departures.alone or earlier is not None:
-            refuse(
+            _refuse(
                 f"replaced: entry {index} of table {table} is not an open block that others share, and no block was "
                 "offered for it",
                 "BLOCK_NOT_SHARED",
             )
         if not 0 < block < memory.pool.block_count or memory.pool.lessee[block] != gateway or block in taken:
-            refuse(f"replaced: block {block} is not leased to this gateway", "BLOCK_NOT_LEASED")
+            _refuse(f"replaced: block {block} is not leased to this gateway", "BLOCK_NOT_LEASED")
         taken.add(block)
         departures.leave(table, record.blocks[index])
         found[slot, index] = Replacement(slot, index, block, is_copy=True)
-    return list(found.values())
+    for slot in closing:
+        record = memory.tables.record(slot)
+        if record.shared_index >= 0:
+            departures.leave(record.table, record.blocks[record.shared_index])
+    copied = {memory.tables.record(row.slot).table for row in found.values() if row.is_copy}
+    return list(found.values()), copied | departures.alone
+
+
+def check_writes(memory: PoolMemory, slots: Slots, written: Column, writable: set[int]) -> None:
+    """Refuses to confirm writes of `slots` up to `written` into blocks that other tables name.
+
+    Args:
+        memory: the pool.
+        slots: `[row]` slot of a table.
+        written: `[row]` tokens confirmed as written.
+        writable: tables that share their open block now, and will not when the rows are applied.
+
+    Raises:
+        StaleEpochError: naming the table and the block.
+    """
+    for slot, count in zip(slots.tolist(), written.tolist(), strict=True):
+        record = memory.tables.record(slot)
+        if record.shared_index < 0 or count <= memory.tables.written[slot] or record.table in writable:
+            continue
+        block = record.blocks[record.shared_index]
+        message = f"written_counts: table {record.table} was written up to {count} in block {block}, which others hold"
+        _refuse(message, "SHARED_BLOCK", "written_counts")
 
 
 def apply(memory: PoolMemory, gateway: int, replacements: list[Replacement], now: float) -> None:
@@ -114,8 +145,3 @@ def _merge(memory: PoolMemory, replacement: Replacement, now: float) -> None:
     if memory.pool.refs[old[0]] == 1 and memory.prefix.published[old[0]] == Publication.DUPLICATE:
         memory.prefix.forget(old)
     memory.pool.drop(old, memory.prefix.published[old] != Publication.NONE, now)
-
-
-def rows_of(column: Column, slots: list[int]) -> list[tuple[int, int, int, int]]:
-    """Returns the rows (slot, table, index, block) of a column of triples whose tables are open."""
-    return [(slot, *row) for slot, row in zip(slots, column.tolist(), strict=True) if slot >= 0]

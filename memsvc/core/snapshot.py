@@ -26,10 +26,11 @@ from memsvc.core.fork import SharedBlocks
 from memsvc.core.free_order import BlankOrder, CachedOrder
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import Gateway, Grants
-from memsvc.core.memory import MemoryCore, RegisteredPool
+from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockPool
 from memsvc.core.pool_memory import PoolMemory, PoolStatistics
 from memsvc.core.prefix import PrefixIndex
+from memsvc.core.registered import RegisteredPool
 from memsvc.core.roots import RecordedRoots
 from memsvc.core.table import TableColumns, TableRecord, TableState
 from memsvc.core.validation import PoolRegistration

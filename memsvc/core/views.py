@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 
 from memsvc.core.content import Publication
-from memsvc.core.memory import MemoryCore, RegisteredPool
+from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import PoolMemory
+from memsvc.core.registered import RegisteredPool
 from memsvc.core.table import TableRecord, TableState
 from quire.errors import BlockNotFoundError, InvalidRequestError, SequenceNotFoundError
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from memsvc.core import replacement
 from memsvc.core.content import FreshContent
-from memsvc.core.fork import Departures
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.pool import BlockState
 from memsvc.core.replacement import Replacement
@@ -151,27 +150,14 @@ class JournalWriter:
         replaced: list[Replacement] = []
         taken: set[int] = set(growth.blocks.tolist()) if len(journal.returned) or len(journal.replaced) else set()
         if len(journal.replaced) or self._memory.shared:
-            replaced, writable = self._check_replaced(gateway, journal.replaced, closed, taken)
+            slots = [self._owned_slot(gateway, table, "replaced") for table in journal.replaced[:, 0].tolist()]
+            closing = [slot for slot, _ in closed]
+            replaced, writable = replacement.check(self._memory, gateway, (journal.replaced, slots), closing, taken)
         rows = self._select_rows(gateway, journal)
         single = self._check_rows(rows, growth, writable)
         if len(journal.returned):
             self._check_returned(gateway, journal.returned, taken)
         return _Plan(growth, rows, single, closed, journal.returned, replaced)
-
-    def _check_replaced(
-        self, gateway: int, replaced: Column, closed: list[tuple[int, CloseReason]], taken: set[int]
-    ) -> tuple[list[Replacement], set[int]]:
-        """Returns the replacements, and the tables that may write into their open block by them and by what closes."""
-        memory = self._memory
-        slots = [self._owned_slot(gateway, table, "replaced") for table in replaced[:, 0].tolist()]
-        departures = Departures(memory.shared)
-        found = replacement.check(memory, gateway, replacement.rows_of(replaced, slots), taken, departures)
-        for slot, _ in closed:
-            record = memory.tables.record(slot)
-            if record.shared_index >= 0:
-                departures.leave(record.table, record.blocks[record.shared_index])
-        copied = {memory.tables.record(row.slot).table for row in found if row.is_copy}
-        return found, copied | departures.alone
 
     def _owned_slot(self, gateway: int, table: int, field: str) -> int:
         """Returns the slot of `table`, -1 if it is closed; refuses one that never was or is another gateway's."""
@@ -284,21 +270,8 @@ class JournalWriter:
         if len(doubtful):
             self._check_room(rows, doubtful, growth.counts())
             if self._memory.shared:
-                self._check_sharing(rows, doubtful, writable)
+                replacement.check_writes(self._memory, rows.slots[doubtful], rows.written[doubtful], writable)
         return single
-
-    def _check_sharing(self, rows: _Rows, doubtful: Column, writable: set[int]) -> None:
-        """Refuses rows that confirm a write into a block that another table names."""
-        tables = self._memory.tables
-        for slot, written in zip(rows.slots[doubtful].tolist(), rows.written[doubtful].tolist(), strict=True):
-            record = tables.record(slot)
-            if record.shared_index < 0 or written <= tables.written[slot] or record.table in writable:
-                continue
-            block = record.blocks[record.shared_index]
-            message = (
-                f"written_counts: table {record.table} was written up to {written} in block {block}, which others hold"
-            )
-            _refuse(message, "SHARED_BLOCK", "written_counts")
 
     def _check_room(self, rows: _Rows, doubtful: Column, growth: dict[int, int]) -> None:
         """Refuses rows that give or confirm tokens for which the table has no blocks, or other tokens than known."""
@@ -385,14 +358,14 @@ class JournalWriter:
             column[owners] = np.where(column[owners] == 0, blocks, column[owners])
         if self._memory.shared:
             for slot in set(owners.tolist()):
-                self.refresh_open_blocks(slot)
+                self._memory.refresh_open_blocks(slot)
         for slot in waiting:
             record = tables.record(slot)
             tokens, record.overflow = array("I", record.overflow), []
             before = int(tables.tokens[slot]) - len(tokens)
-            tables.token_block[slot] = self._append_tokens(slot, before, memoryview(tokens))
+            tables.token_block[slot] = self.append_tokens(slot, before, memoryview(tokens))
 
-    def _append_tokens(self, slot: int, known: int, tokens: memoryview) -> int:
+    def append_tokens(self, slot: int, known: int, tokens: memoryview) -> int:
         """Adds tokens (u32) after the `known` ones; returns the block in which the next one goes, 0 for none yet."""
         size, words = self._size, self._memory.prefix.token_words
         record = self._memory.tables.record(slot)
@@ -414,22 +387,6 @@ class JournalWriter:
             return 0
         return blocks[index] if index < length else 0
 
-    def write_in_place(self, slot: int) -> None:
-        """Lets a table write into its open block, and moves tokens there that waited for that."""
-        tables, record = self._memory.tables, self._memory.tables.record(slot)
-        index, record.shared_index = record.shared_index, -1
-        tokens, record.overflow = array("I", record.overflow), []
-        self._append_tokens(slot, int(tables.tokens[slot]) - len(tokens), memoryview(tokens))
-        self.refresh_open_blocks(slot)
-        if not record.copy_source:
-            self._memory.pool.filled[record.blocks[index]] = int(tables.written[slot]) % self._size
-
-    def refresh_open_blocks(self, slot: int) -> None:
-        """Notes anew in which blocks a table's next token and next write go."""
-        tables = self._memory.tables
-        tables.token_block[slot] = self._token_block(slot, int(tables.tokens[slot]))
-        tables.write_block[slot] = self._open_block(slot, int(tables.written[slot]))
-
     def _append_rows(self, rows: _Rows, at: Slots) -> None:
         """Adds the tokens of the rows `at`, those left out that are known."""
         tables = self._memory.tables
@@ -440,18 +397,16 @@ class JournalWriter:
         firsts = offsets + known - rows.starts[at]
         listed = zip(slots.tolist(), known.tolist(), firsts.tolist(), (ends - known).tolist(), strict=True)
         tables.token_block[slots] = [
-            self._append_tokens(slot, before, given[first : first + count])
-            if count
-            else self._token_block(slot, before)
+            self.append_tokens(slot, before, given[first : first + count]) if count else self.token_block(slot, before)
             for slot, before, first, count in listed
         ]
         tables.tokens[slots] = ends
 
-    def _token_block(self, slot: int, position: int) -> int:
+    def token_block(self, slot: int, position: int) -> int:
         """Returns the block in which the next token goes, or 0 if it has to wait, as those before it do."""
-        return 0 if self._memory.tables.record(slot).overflow else self._open_block(slot, position)
+        return 0 if self._memory.tables.record(slot).overflow else self.open_block(slot, position)
 
-    def _open_block(self, slot: int, position: int) -> int:
+    def open_block(self, slot: int, position: int) -> int:
         """Returns the block that a table writes a position into, or 0."""
         record = self._memory.tables.record(slot)
         index = position // self._size
@@ -473,7 +428,7 @@ class JournalWriter:
         tables.tokens[slots] = known
         filled = known % self._size == 0
         for slot, position in zip(slots[filled].tolist(), known[filled].tolist(), strict=True):
-            tables.token_block[slot] = self._open_block(slot, position)
+            tables.token_block[slot] = self.open_block(slot, position)
 
     def _apply_written(self, rows: _Rows, now: float) -> None:
         tables = self._memory.tables

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import dataclasses
 
 from memsvc.core.events import BlocksStored
-from memsvc.core.memory import MemoryCore, RegisteredPool
+from memsvc.core.memory import MemoryCore
+from memsvc.core.registered import RegisteredPool
 from memsvc.sharing.publisher import Publisher, PublisherStatistics
 from memsvc.sharing.sinks import HintSink, JournalSink
 from memsvc.store.base import HintOwner, HintSpace, ServiceRecord, Store

@@ -42,7 +42,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a table writes into a block that another names",
-        f"{_WRITER}._check_sharing",
+        f"{_REPLACEMENT}:check_writes",
         "if record.shared_index < 0 or",
         "if True or",
         "a_first_write_copies_and_the_last_holder_writes_in_place",
@@ -70,7 +70,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "who ends in a journal still counts as a holder in it",
-        f"{_WRITER}._check_replaced",
+        f"{_REPLACEMENT}:check",
         "departures.leave(record.table, record.blocks[record.shared_index])",
         "pass",
         "the_last_holder_writes_in_the_step_that_fenced_the_others",
@@ -105,7 +105,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "tokens that are told early are written over those of others",
-        f"{_WRITER}._append_tokens",
+        f"{_WRITER}.append_tokens",
         "and index != record.shared_index",
         "",
         "tokens_told_early_belong_to_their_table",

@@ -6,13 +6,12 @@ is cached must be there to read through the block table, whatever happened befor
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 import numpy as np
 import pytest
 
@@ -33,68 +32,23 @@ from quire.errors import (
     PromptTooLongError,
     StaleEpochError,
 )
-from quire.media import MediaItem
-from quire.memory import AdmitRequest, CloseReason, ForkRequest, JournalEntry, PoolSpec
-
-SIZE = 16
-USABLE = 9
-POOL = "executor"
-# Prompts are made of few pieces, shorter and longer than a block, so that they share prefixes of every kind.
-# Kinds 3 and 4 are pictures: their tokens are equal, their contents are not.
-PIECES = st.lists(st.tuples(st.integers(0, 4), st.sampled_from([16, 16, 8, 19])), min_size=1, max_size=4)
-FIRST_PICTURE = 3
-PLACEHOLDER = 7777
-TENANTS = st.sampled_from(["", "a"])
-
-
-@dataclasses.dataclass
-class ModelTable:
-    """A table as its gateway knows it."""
-
-    number: int
-    tenant: str
-    tokens: list[int]
-    contents: list[int]
-    written: int
-    blocks: list[int]
-    copies: list[tuple[int, int]]
-    publishes: bool
-    must_copy: bool = False
-    offered: dict[int, int] = dataclasses.field(default_factory=dict)
+from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
+from tests.properties.memory_model import (
+    PIECES,
+    POOL,
+    SIZE,
+    TENANTS,
+    USABLE,
+    ModelGateway,
+    ModelTable,
+    contents_of,
+    media_of,
+    tokens_of,
+)
+from tests.properties.sharing_rules import SharingRules
 
 
-@dataclasses.dataclass
-class ModelGateway:
-    """A gateway as it knows itself."""
-
-    number: int
-    name: str
-    tables: dict[int, ModelTable] = dataclasses.field(default_factory=dict)
-    leased: list[int] = dataclasses.field(default_factory=list)
-    granted: int = 0
-
-
-def contents_of(pieces: list[tuple[int, int]]) -> list[int]:
-    """Returns what the slots of a prompt hold."""
-    return [kind * 1000 + position for kind, length in pieces for position in range(length)]
-
-
-def tokens_of(pieces: list[tuple[int, int]]) -> list[int]:
-    """Returns the tokens of a prompt: those of every picture are the same."""
-    return [PLACEHOLDER if content >= FIRST_PICTURE * 1000 else content for content in contents_of(pieces)]
-
-
-def media_of(pieces: list[tuple[int, int]]) -> tuple[MediaItem, ...]:
-    """Returns the pictures of a prompt."""
-    ends = list(itertools.accumulate(length for _, length in pieces))
-    return tuple(
-        MediaItem(end - length, length, bytes([kind]) * 16)
-        for (kind, length), end in zip(pieces, ends, strict=True)
-        if kind >= FIRST_PICTURE
-    )
-
-
-class MemoryMachine(RuleBasedStateMachine):
+class MemoryMachine(SharingRules):
     """Random commands of two gateways, deaths included."""
 
     def __init__(self) -> None:
@@ -251,104 +205,6 @@ class MemoryMachine(RuleBasedStateMachine):
             written_counts=[written],
             **fields,
         )
-
-    def own_open_block(self, gateway: ModelGateway, table: ModelTable) -> list[int] | None:
-        """Has a table name a block that it may write into: returns what to tell, or None if no block is leased."""
-        index = table.written // SIZE
-        if table.written % SIZE == 0:
-            return []
-        if not self.is_shared(gateway, table):
-            return []
-        if not gateway.leased:
-            return None
-        old, table.blocks[index] = table.blocks[index], gateway.leased.pop(0)
-        table.copies.append((old, table.blocks[index]))
-        table.must_copy = False
-        return [table.number, index, table.blocks[index]]
-
-    @staticmethod
-    def is_shared(gateway: ModelGateway, table: ModelTable) -> bool:
-        """Whether a table may not write into its open block."""
-        others = [other for other in gateway.tables.values() if other is not table]
-        return table.must_copy or any(table.blocks[table.written // SIZE] in other.blocks for other in others)
-
-    @rule(which=st.integers(0, 1), data=st.data(), count=st.integers(1, 3))
-    def fork(self, which: int, data: st.DataObject, count: int) -> None:
-        """Opens tables that share the beginning of another; no block is taken for it."""
-        chosen = self.choose(data, which)
-        if chosen is not None:
-            limit = self.fork_limit(chosen[1])
-            self.fork_of(*chosen, count, data.draw(st.integers(min(1, limit), limit)))
-
-    @staticmethod
-    def fork_limit(source: ModelTable) -> int:
-        """Returns how many tokens of a table can be shared."""
-        return source.written - (source.written % SIZE if source.copies else 0)
-
-    def fork_of(self, gateway: ModelGateway, source: ModelTable, count: int, at_token: int) -> None:
-        """Forks a table; refused where nothing is written."""
-        limit = self.fork_limit(source)
-        available, used = self.pool.available_block_count, self.pool.count(BlockState.USED)
-        if limit == 0:
-            with pytest.raises(InvalidRequestError):
-                self.core.fork(gateway.number, ForkRequest(POOL, self.epoch, source.number, count), self.now)
-            return
-        request = ForkRequest(POOL, self.epoch, source.number, count, 0 if at_token == limit else at_token)
-        forked = self.core.fork(gateway.number, request, self.now)
-        assert (self.pool.available_block_count, self.pool.count(BlockState.USED)) == (available, used)
-        assert (forked.token_count, len(forked.tables)) == (at_token, count)
-        blocks = source.blocks[: -(-at_token // SIZE)]
-        blocks = [source.offered.get(index, block) for index, block in enumerate(blocks)]
-        if at_token % SIZE:
-            blocks[-1] = source.blocks[len(blocks) - 1]
-        assert forked.block_ids == blocks
-        for number in forked.tables:
-            child = dataclasses.replace(
-                source,
-                number=number,
-                tokens=source.tokens[:at_token],
-                contents=source.contents[:at_token],
-                written=at_token,
-                blocks=list(blocks),
-                copies=[],
-                must_copy=forked.must_copy,
-                offered={},
-            )
-            gateway.tables[number] = child
-            assert self.read(child, at_token) == child.contents
-
-    @rule(which=st.integers(0, 1), data=st.data())
-    def write_into_what_others_hold(self, which: int, data: st.DataObject) -> None:
-        """Confirms a write into a shared block: refused, and nothing has changed."""
-        chosen = self.choose(data, which)
-        if chosen is None:
-            return
-        gateway, table = chosen
-        if table.written % SIZE == 0 or not self.is_shared(gateway, table):
-            return
-        with pytest.raises(StaleEpochError):
-            self.tell(
-                gateway,
-                tables=[table.number],
-                token_starts=[len(table.tokens)],
-                token_counts=[1],
-                token_ids=[1],
-                written_counts=[table.written + 1],
-            )
-
-    @rule(which=st.integers(0, 1), data=st.data())
-    def merge(self, which: int, data: st.DataObject) -> None:
-        """Has a table name a block that was offered to it; what it reads is the same."""
-        gateway = self.gateways[which]
-        offers = [(table, index) for table in gateway.tables.values() for index in table.offered]
-        if not offers:
-            return
-        self.take_up(gateway, *data.draw(st.sampled_from(offers)))
-
-    def take_up(self, gateway: ModelGateway, table: ModelTable, index: int) -> None:
-        """Has a table name the block that was offered for one of its entries."""
-        table.blocks[index] = table.offered.pop(index)
-        self.tell(gateway, replaced=[table.number, index, table.blocks[index]])
 
     @rule(which=st.integers(0, 1), data=st.data(), count=st.integers(1, 20))
     def extend(self, which: int, data: st.DataObject, count: int) -> None:
@@ -536,11 +392,6 @@ class MemoryMachine(RuleBasedStateMachine):
         assert digest(replay(elsewhere, self.log.segments[-1].entries())) == expected
         if self.whole is not None:
             assert digest(replay(self.first, self.whole)) == expected
-
-    @staticmethod
-    def named(table: ModelTable) -> set[int]:
-        """Returns the blocks that may not go while a table is open."""
-        return {*table.blocks, *(source for source, _ in table.copies), *table.offered.values()}
 
     @invariant()
     def holds(self) -> None:

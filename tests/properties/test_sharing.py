@@ -12,7 +12,8 @@ import random
 import pytest
 
 from quire.memory import CloseReason
-from tests.properties.test_memory_machine import SIZE, MemoryMachine, ModelTable
+from tests.properties.memory_model import SIZE, ModelTable
+from tests.properties.test_memory_machine import MemoryMachine
 
 STEPS = 70
 PIECES = [(0, 16), (0, 16), (0, 16), (0, 19), (1, 8), (3, 19)]
