@@ -53,6 +53,8 @@ def _check_references(memory: PoolMemory) -> None:
     for closing, column in ((None, pool.refs), (TableState.CLOSING, pool.closing_refs)):
         named = [record.held_block_ids() for _, record in _records(memory) if closing in {None, record.state}]
         blocks = np.concatenate(named) if named else np.zeros(0, np.int64)
+        inside = (blocks >= 0) & (blocks < pool.block_count)
+        _require(inside.all(), f"a table names block {blocks[~inside][:1]}, which the pool does not have")
         expected = np.bincount(blocks, minlength=pool.block_count)
         wrong = np.flatnonzero(expected != column)
         _require(

@@ -307,7 +307,7 @@ class PoolMemory:
     def _offer(self, block: int, kept: int, slots: Slots, now: float) -> None:
         """Offers the published block to the table with an equal one; it is held until that names it, or ends."""
         index = int(self.prefix.index[block])
-        for slot in slots.tolist():
+        for slot in slots[slots >= 0].tolist():
             record = self.tables.record(slot)
             if index < len(record.blocks) and record.blocks[index] == block:
                 record.merges[index] = kept

@@ -26,7 +26,8 @@ def apply_rows(
         block_limit: most blocks of a table.
     """
     accelerator, blocks, index = native.accelerator, memory.pool.native, memory.prefix.native
-    if accelerator is None or blocks is None or index is None:
+    if accelerator is None or blocks is None or index is None or memory.shared or len(journal.replaced):
+        # What is shared by forks, and whatever takes the place of a block, is told in rows that are not usual.
         return False
     appended = journal.appended
     fresh = memory.tables.hold(accelerator).apply(
@@ -40,5 +41,5 @@ def apply_rows(
         memory.pool.count_adopted(len(appended))
         memory.grants_of(gateway).leased -= len(appended)
     if fresh[0]:
-        memory.publish(FreshContent(*fresh), now)
+        memory.publish(FreshContent(*fresh), memory.tables.slots(journal.tables), now)
     return True

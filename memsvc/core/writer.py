@@ -19,7 +19,8 @@ from memsvc.core.content import FreshContent
 from memsvc.core.journal import Column, JournalColumns
 from memsvc.core.pool import BlockState
 from memsvc.core.replacement import Replacement
-from memsvc.core.table import Slots, TableColumns, TableRecord
+from memsvc.core.rows import NO_GROWTH, Growth, Rows, merged
+from memsvc.core.table import Slots, TableRecord
 from memsvc.core.usual_journal import apply_rows
 from quire import native
 from quire.errors import QuireError, StaleEpochError
@@ -36,41 +37,11 @@ def _refuse(message: str, reason: str, field: str) -> NoReturn:
 
 
 @dataclasses.dataclass(slots=True)
-class _Rows:
-    """Rows of open tables, each table once."""
-
-    slots: Slots
-    starts: Column
-    counts: Column
-    offsets: Column
-    written: Column
-    tokens: Column
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Growth:
-    """New blocks of tables, in the order in which each table gets them."""
-
-    slots: Slots
-    blocks: Column
-
-    def counts(self) -> dict[int, int]:
-        """Returns how many blocks each slot gets."""
-        counts: dict[int, int] = {}
-        for slot in self.slots.tolist():
-            counts[slot] = counts.get(slot, 0) + 1
-        return counts
-
-
-_NO_GROWTH = _Growth(np.zeros(0, np.int64), np.zeros(0, np.int64))
-
-
-@dataclasses.dataclass(slots=True)
 class _Plan:
     """A checked journal. `single`: rows that give just the next token."""
 
-    growth: _Growth
-    rows: _Rows
+    growth: Growth
+    rows: Rows
     single: npt.NDArray[np.bool_]
     closed: list[tuple[int, CloseReason]]
     returned: Column
@@ -144,7 +115,7 @@ class JournalWriter:
     # Checking
 
     def _check(self, gateway: int, journal: JournalColumns) -> _Plan:
-        growth = self._check_appended(gateway, journal.appended) if len(journal.appended) else _NO_GROWTH
+        growth = self._check_appended(gateway, journal.appended) if len(journal.appended) else NO_GROWTH
         closed = self._check_closed(gateway, journal) if len(journal.closed) else []
         writable: set[int] = set()
         replaced: list[Replacement] = []
@@ -170,7 +141,7 @@ class JournalWriter:
             _refuse(f"{field}: table {table} belongs to another gateway", "FOREIGN_TABLE", field)
         return slot
 
-    def _check_appended(self, gateway: int, appended: Column) -> _Growth:
+    def _check_appended(self, gateway: int, appended: Column) -> Growth:
         """Returns the new blocks; those that a table has already are left out."""
         pool, tables = self._memory.pool, self._memory.tables
         slots, blocks = tables.slots(appended[:, 0]), appended[:, 2]
@@ -186,9 +157,9 @@ class JournalWriter:
             and not tables.has_repeats(slots)
             and len(set(blocks.tolist())) == len(blocks)
         )
-        return _Growth(slots, blocks) if usual else self._check_appended_each(gateway, appended)
+        return Growth(slots, blocks) if usual else self._check_appended_each(gateway, appended)
 
-    def _check_appended_each(self, gateway: int, appended: Column) -> _Growth:
+    def _check_appended_each(self, gateway: int, appended: Column) -> Growth:
         """Checks growth row by row; see `_check_appended`."""
         pool, tables = self._memory.pool, self._memory.tables
         growth: dict[int, list[int]] = {}
@@ -220,9 +191,9 @@ class JournalWriter:
             taken.add(block)
             growth.setdefault(slot, []).append(block)
         owned = [slot for slot, new in growth.items() for _ in new]
-        return _Growth(np.array(owned, np.int64), np.array([b for new in growth.values() for b in new], np.int64))
+        return Growth(np.array(owned, np.int64), np.array([b for new in growth.values() for b in new], np.int64))
 
-    def _select_rows(self, gateway: int, journal: JournalColumns) -> _Rows:
+    def _select_rows(self, gateway: int, journal: JournalColumns) -> Rows:
         """Returns the rows whose tables are open, several of one table merged."""
         tables = self._memory.tables
         counts = journal.token_counts
@@ -238,10 +209,10 @@ class JournalWriter:
         if len(slots) and not (tables.gateway[slots] == gateway).all():
             table = int(tables.counter[slots[tables.gateway[slots] != gateway][0]])
             _refuse(f"tables: table {table} belongs to another gateway", "FOREIGN_TABLE", "tables")
-        rows = _Rows(slots, starts, counts, offsets, written, journal.token_ids)
-        return _merged(rows, tables) if tables.has_repeats(slots) else rows
+        rows = Rows(slots, starts, counts, offsets, written, journal.token_ids)
+        return merged(rows, tables) if tables.has_repeats(slots) else rows
 
-    def _check_rows(self, rows: _Rows, growth: _Growth, writable: set[int]) -> npt.NDArray[np.bool_]:
+    def _check_rows(self, rows: Rows, growth: Growth, writable: set[int]) -> npt.NDArray[np.bool_]:
         """Checks rows and returns which of them give just the next token.
 
         `writable`: tables that share their open block now, and will not when the rows are applied.
@@ -273,7 +244,7 @@ class JournalWriter:
                 replacement.check_writes(self._memory, rows.slots[doubtful], rows.written[doubtful], writable)
         return single
 
-    def _check_room(self, rows: _Rows, doubtful: Column, growth: dict[int, int]) -> None:
+    def _check_room(self, rows: Rows, doubtful: Column, growth: dict[int, int]) -> None:
         """Refuses rows that give or confirm tokens for which the table has no blocks, or other tokens than known."""
         tables, size = self._memory.tables, self._size
         slots = rows.slots[doubtful]
@@ -295,7 +266,7 @@ class JournalWriter:
             if count and start < before:
                 self._check_known(rows, at, slot, min(before, start + count))
 
-    def _check_known(self, rows: _Rows, at: int, slot: int, end: int) -> None:
+    def _check_known(self, rows: Rows, at: int, slot: int, end: int) -> None:
         """Refuses a row whose tokens before `end` are not those known."""
         start, offset = int(rows.starts[at]), int(rows.offsets[at])
         if rows.tokens[offset : offset + end - start].tolist() != self.known_tokens(slot, start, end):
@@ -337,7 +308,7 @@ class JournalWriter:
             found = stored[start - first * self._size : min(end, in_blocks) - first * self._size].tolist()
         return found + record.overflow[max(0, start - in_blocks) : max(0, end - in_blocks)]
 
-    def _grow(self, gateway: int, growth: _Growth, now: float) -> None:
+    def _grow(self, gateway: int, growth: Growth, now: float) -> None:
         """Appends leased blocks to tables, and moves tokens that waited for them."""
         tables, pool = self._memory.tables, self._memory.pool
         owners, blocks = growth.slots, growth.blocks
@@ -387,7 +358,7 @@ class JournalWriter:
             return 0
         return blocks[index] if index < length else 0
 
-    def _append_rows(self, rows: _Rows, at: Slots) -> None:
+    def _append_rows(self, rows: Rows, at: Slots) -> None:
         """Adds the tokens of the rows `at`, those left out that are known."""
         tables = self._memory.tables
         given = rows.tokens.astype(np.uint32).data
@@ -430,7 +401,7 @@ class JournalWriter:
         for slot, position in zip(slots[filled].tolist(), known[filled].tolist(), strict=True):
             tables.token_block[slot] = self.open_block(slot, position)
 
-    def _apply_written(self, rows: _Rows, now: float) -> None:
+    def _apply_written(self, rows: Rows, now: float) -> None:
         tables = self._memory.tables
         slots = rows.slots
         before = tables.written[slots]
@@ -490,34 +461,3 @@ class JournalWriter:
         tables.write_block[slots] = opened
         if fresh.blocks:
             memory.publish(fresh, slots, now)
-
-
-def _merged(rows: _Rows, tables: TableColumns) -> _Rows:
-    """Returns `rows` with those of one table joined into one, in their order.
-
-    Raises:
-        StaleEpochError: they leave a gap, overlap, or their written counts fall.
-    """
-    merged: dict[int, tuple[int, list[int], int]] = {}
-    for at, slot in enumerate(rows.slots.tolist()):
-        start, written, offset = int(rows.starts[at]), int(rows.written[at]), int(rows.offsets[at])
-        tokens = rows.tokens[offset : offset + int(rows.counts[at])].tolist()
-        if slot not in merged:
-            merged[slot] = (start, tokens, written)
-            continue
-        first, known, before = merged[slot]
-        if not known:
-            first = start
-        if (tokens and start != first + len(known)) or written < before:
-            message = f"tables: rows of table {int(tables.counter[slot])} do not follow one another"
-            _refuse(message, "ROW_MISMATCH", "tables")
-        merged[slot] = (first, known + tokens, written)
-    counts = np.array([len(tokens) for _, tokens, _ in merged.values()], np.int64)
-    return _Rows(
-        slots=np.array(list(merged), np.int64),
-        starts=np.array([start for start, _, _ in merged.values()], np.int64),
-        counts=counts,
-        offsets=counts.cumsum() - counts,
-        written=np.array([written for _, _, written in merged.values()], np.int64),
-        tokens=np.array([token for _, tokens, _ in merged.values() for token in tokens], np.int64),
-    )
