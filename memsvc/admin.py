@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 
-from memsvc import translate
+from memsvc import translate, translate_history
 from memsvc.core import views
 from memsvc.core.pool import BlockState
+from memsvc.history import Historian, Question
 from memsvc.keeper import Keeper
 from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
 from quire.errors import InvalidRequestError
@@ -70,6 +71,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
+        self._historian = Historian(keeper)
 
     async def ListPools(
         self, request: admin_pb2.ListPoolsRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -142,6 +144,26 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             leased_to=view.leased_to,
             explanation=view.explanation,
             since=translate.to_duration(self._keeper.now - view.since) if view.since else None,
+        )
+
+    async def History(
+        self, request: admin_pb2.HistoryRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.HistoryResponse:
+        """Tells what happened to a block, to a sequence, or to everything."""
+        told = await self._historian.tell(
+            Question(
+                pool_id=request.pool_id,
+                block_id=request.block_id,
+                sequence_id=request.sequence_id,
+                after=read_number("history", request.page_token, -1),
+                limit=page_size(request.page_size, _LIST_PAGE_DEFAULT, _LIST_PAGE_MAXIMUM),
+            )
+        )
+        now = self._keeper.now
+        return admin_pb2.HistoryResponse(
+            records=[translate_history.from_record(record, now) for record in told.records],
+            next_page_token=write_page_token("history", str(told.cursor)) if told.cursor >= 0 else "",
+            log_age=translate.to_duration(now - told.begins_at) if told.begins_at is not None else None,
         )
 
     async def ResetCache(

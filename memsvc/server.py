@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import structlog
 
@@ -10,6 +11,7 @@ from memsvc.admin import AdminServicer
 from memsvc.config import MemsvcConfig
 from memsvc.core.memory import MemoryCore
 from memsvc.keeper import Keeper
+from memsvc.recorder import LogRecorder
 from memsvc.service import MemoryServicer
 from memsvc.sharing.locate import Locator
 from memsvc.sharing.tail import Tail
@@ -60,6 +62,11 @@ class MemsvcServer:
         self.failed = False
         changed = self.tail.notify if self.tail is not None else lambda: None
         self.keeper = Keeper(config, core, self._store, self._fail, changed=changed)
+        self.recorder: LogRecorder | None = None
+        if config.log_dir is not None and self.keeper.log is not None:
+            self.recorder = LogRecorder(
+                self.keeper.log, core, Path(config.log_dir), config.memsvc_id, config.log_dir_mib << 20
+            )
         if shared and config.tenant_secret_file is None:
             log.info("tenant_secret_drawn", effect="no other memory service finds the prefixes of this one")
 
@@ -73,6 +80,8 @@ class MemsvcServer:
         self.locator.start(service)
         if self.tail is not None:
             self.tail.start(service)
+        if self.recorder is not None:
+            self.recorder.start()
         await self.host.set_serving(serving=True)
         return address
 
@@ -82,6 +91,8 @@ class MemsvcServer:
         if self.tail is not None:
             await self.tail.close()
         await self.keeper.close()
+        if self.recorder is not None:
+            await self.recorder.close()
         await self._store.close()
 
     def _fail(self, reason: str) -> None:

@@ -172,11 +172,13 @@ class SequenceWatch:
     """Watches the tables of one sequence, or of all samples of a request.
 
     Args:
-        names: the sequences, "request/sample".
+        sequence_id: the sequence, "request/sample"; empty to go by the request.
+        request_id: the request whose every sample is watched; empty to go by the sequence.
     """
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self._names = names
+    def __init__(self, sequence_id: str = "", request_id: str = "") -> None:
+        self._sequence_id = sequence_id
+        self._request_id = request_id
         self._tables: dict[tuple[str, int, int], tuple[str, SequenceFacts]] = {}
         self._seen: dict[str, tuple[PoolMemory, int]] = {}
 
@@ -215,7 +217,11 @@ class SequenceWatch:
                 continue
             self._seen[pool_id] = (pool.memory, tables.next_counter)
             for record in _records(pool):
-                if record.table < first or record.sequence_id not in self._names:
+                if record.table < first or not (
+                    record.sequence_id == self._sequence_id
+                    if self._sequence_id
+                    else record.request_id == self._request_id
+                ):
                     continue
                 facts = _sequence_facts(pool, record.table)
                 assert facts is not None, record.table
@@ -287,23 +293,25 @@ def watch_sequence(segments: Sequence[Segment], name: str) -> SequenceWatch:
         SequenceNotFoundError: the log does not tell of it.
         InvalidRequestError: the beginning of several.
     """
-    known: set[str] = set()
+    requests: set[str] = set()
     if segments:
         for pool in segments[0].base.pools.values():
-            known |= {record.sequence_id for record in _records(pool)}
+            requests |= {record.request_id for record in _records(pool)}
     for segment in segments:
-        for entry in segment.entries():
-            for value in (*entry.args, *entry.kwargs.values()):
-                if isinstance(value, AdmitRequest):
-                    known.add(f"{value.request_id}/{value.sample_index}")
-    if name in known:
-        return SequenceWatch(frozenset({name}))
-    of_request = {each for each in known if each.rpartition("/")[0] == name}
-    found = of_request or {each for each in known if each.startswith(name)}
-    if not name or not found:
+        for entry in segment.entries(stop=len(segment.lines)):
+            requests |= {
+                value.request_id for value in (*entry.args, *entry.kwargs.values()) if type(value) is AdmitRequest
+            }
+    if name in requests:
+        return SequenceWatch(request_id=name)
+    request_id, _, sample = name.rpartition("/")
+    if request_id in requests and sample.isdecimal():
+        return SequenceWatch(name)
+    begins = [each for each in requests if each.startswith(name)] if name else []
+    if not begins:
         raise SequenceNotFoundError(f"sequence_id: the log does not tell of a sequence {name[:256]!r}")
-    if not of_request and len(found) > 1:
-        names = ", ".join(sorted(found)[:_NAMES_SHOWN])
-        message = f"sequence_id: {name!r} begins {len(found)} sequences, among them {names}"
+    if len(begins) > 1:
+        names = ", ".join(sorted(begins)[:_NAMES_SHOWN])
+        message = f"sequence_id: {name!r} begins {len(begins)} requests, among them {names}"
         raise InvalidRequestError(message, field="sequence_id")
-    return SequenceWatch(frozenset(found))
+    return SequenceWatch(request_id=begins[0])

@@ -12,9 +12,10 @@ confidential as the requests it tells of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import itertools
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from memsvc.core import snapshot
@@ -29,6 +30,7 @@ _SEGMENTS: Final = 2
 _WEIGH_EVERY: Final = 64
 _ENTRY_BYTES: Final = 256
 _ENTRY_LIMIT: Final = 1_000_000
+_LIGHT: Final = frozenset({int, float, bool})
 
 
 class Entry(NamedTuple):
@@ -40,8 +42,10 @@ class Entry(NamedTuple):
     refused: bool
 
 
-Line = tuple[str, tuple[Any, ...], Mapping[str, Any], bool]
-"""An entry as it is kept: a plain tuple costs a third of a named one."""
+Line = tuple[str, tuple[Any, ...], Mapping[str, Any] | None, bool]
+"""An entry as it is kept: a plain tuple costs a third of a named one, and without a dict the collector passes it by."""
+
+_NO_KWARGS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclasses.dataclass(slots=True)
@@ -52,16 +56,19 @@ class Segment:
         first: place of its first entry among all since the log began.
         base: the state before it; never changed.
         lines: the commands, oldest first; only ever appended to.
+        readers: who reads it, maybe in another thread: its memory is not used anew before they are done.
     """
 
     first: int
     base: MemoryCore
     lines: list[Line] = dataclasses.field(default_factory=list)
+    readers: set[object] = dataclasses.field(default_factory=set)
 
     def entries(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
         """Yields the entries [start, stop) of this segment; without `stop` those included that come meanwhile."""
         for line in itertools.islice(self.lines, start, stop):
-            yield Entry(*line)
+            command, args, kwargs, refused = line
+            yield Entry(command, args, kwargs or _NO_KWARGS, refused)
 
 
 class CommandLog:
@@ -92,7 +99,7 @@ class CommandLog:
     def append(self, command: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, refused: bool) -> None:
         """Takes down a command; see `memsvc.core.commands.Recorder`."""
         lines = self._lines
-        lines.append((command, args, kwargs, refused))
+        lines.append((command, args, kwargs or None, refused))
         if len(lines) >= self._due:
             self._weigh()
 
@@ -101,7 +108,7 @@ class CommandLog:
 
     def derived(self, spec: PoolSpec, adapter: str, tenant: str, cache_salt: str, root: bytes, tenant_tag: int) -> None:
         """Takes down a root, so that a replay does not need the tenants' secret."""
-        self._lines.append((ROOT, (spec, adapter, tenant, cache_salt, root, tenant_tag), {}, False))
+        self._lines.append((ROOT, (spec, adapter, tenant, cache_salt, root, tenant_tag), None, False))
 
     @property
     def first(self) -> int:
@@ -113,6 +120,19 @@ class CommandLog:
         """How many entries there were since the log began."""
         return self.segments[-1].first + len(self._lines) if self.segments else 0
 
+    def read(self) -> tuple[object, list[Segment]]:
+        """Returns the segments, which stay as they are until `done` is called with the first of both."""
+        reader = object()
+        for segment in self.segments:
+            segment.readers.add(reader)
+        return reader, list(self.segments)
+
+    @staticmethod
+    def done(reader: object, segments: Iterable[Segment]) -> None:
+        """Ends a `read`; may be called in another thread."""
+        for segment in segments:
+            segment.readers.discard(reader)
+
     def rotate(self) -> bool:
         """Begins a new segment and drops the oldest if there are too many; false if the state is too large for it."""
         size = snapshot.weight(self._core)
@@ -123,8 +143,10 @@ class CommandLog:
             self.close()
             return False
         first = self.end
-        del self.segments[: len(self.segments) + 1 - _SEGMENTS]
-        self.segments.append(Segment(first, snapshot.clone(self._core)))
+        dropped = self.segments[: len(self.segments) + 1 - _SEGMENTS]
+        del self.segments[: len(dropped)]
+        spare = dropped[0].base if dropped and not dropped[0].readers else None
+        self.segments.append(Segment(first, snapshot.clone(self._core, spare)))
         self._lines = self.segments[-1].lines
         self._weighed, self._due = 0, _WEIGH_EVERY
         # Each segment is complete: roots that are used in it are taken down in it.
@@ -144,7 +166,11 @@ class CommandLog:
         room = self._room - _ENTRY_BYTES * (len(lines) - self._weighed)
         for command, args, kwargs, _ in lines[self._weighed :]:
             if command == ROOT or not COMMANDS[command].is_light:
-                room -= snapshot.weight(args) + snapshot.weight(kwargs)
+                for item in args:
+                    if type(item) not in _LIGHT:
+                        room -= snapshot.weight(item)
+                if kwargs:
+                    room -= snapshot.weight(kwargs)
         self._room = room
         self._weighed, self._due = len(lines), len(lines) + _WEIGH_EVERY
         if room <= 0 or len(lines) >= _ENTRY_LIMIT:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import enum
 import hashlib
+import operator
 from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 
 from memsvc.core import invariants
-from memsvc.core.codec import Codec, Node, state_of, values_of
+from memsvc.core.codec import Codec, Node, fields_of, state_of, values_of
 from memsvc.core.digest_chains import DigestChains
 from memsvc.core.forecast import AdmissionForecast, OutputForecast
 from memsvc.core.fork import SharedBlocks
@@ -81,6 +82,10 @@ _GROWING: Final = frozenset({TableColumns})
 """Classes whose columns may have any length."""
 
 _ATOMS: Final = frozenset({int, float, str, bytes, bool, type(None), MappingProxyType, *VALUES})
+_PLAIN: Final = frozenset(kind for kind in VALUES if not issubclass(kind, enum.Enum))
+_column_bytes: Final[Callable[[JournalColumns], tuple[int, ...]]] = operator.attrgetter(
+    *(f"{name}.nbytes" for name in fields_of(JournalColumns))
+)
 _COLLECTIONS: Final = frozenset({list, tuple, set, deque})
 _RECORD_BYTES: Final = 512
 _MISSING: Final = object()
@@ -89,9 +94,16 @@ _MISSHAPEN: Final = (AssertionError, AttributeError, IndexError, KeyError, Overf
 CODEC: Final = Codec(VALUES, DERIVED)
 
 
-def clone(core: MemoryCore) -> MemoryCore:
-    """Returns a core of its own in the same state. It has no log and keeps no events."""
-    return _Copier(_empty_like(core)).fill(core)
+def clone(core: MemoryCore, spare: MemoryCore | None = None) -> MemoryCore:
+    """Returns a core of its own in the same state. It has no log and keeps no events.
+
+    Args:
+        core: what is copied.
+        spare: a copy that nobody needs any more; its memory is used where it fits. Fresh memory costs several times the
+            copying.
+    """
+    spares = [pool.memory for pool in spare.pools.values()] if spare is not None else []
+    return _Copier(MemoryCore(core._tenant_secret, chain=core._chain), spares).fill(core)  # noqa: SLF001 - no state
 
 
 def encode(core: MemoryCore) -> bytes:
@@ -131,6 +143,8 @@ def digest(core: MemoryCore) -> bytes:
 def weight(value: Any) -> int:
     """Returns about how many bytes a value or a state takes."""
     kind = type(value)
+    if kind is JournalColumns:
+        return 64 + sum(_column_bytes(value))
     if kind is TableRecord:
         return _RECORD_BYTES + 8 * len(value.blocks)
     if kind is np.ndarray or kind is memoryview:
@@ -141,20 +155,19 @@ def weight(value: Any) -> int:
         return sum(64 + weight(key) + weight(item) for key, item in value.items())
     if kind in _COLLECTIONS:
         return sum([8 + weight(item) for item in value if item is not None])
-    if kind in DERIVED or (kind in VALUES and not issubclass(kind, enum.Enum)):
-        return 64 + sum(weight(item) for item in state_of(value, DERIVED.get(kind, frozenset())).values())
+    if kind in DERIVED:
+        return 64 + sum(weight(item) for item in state_of(value, DERIVED[kind]).values())
+    if kind in _PLAIN:
+        return 64 + sum([weight(item) for item in values_of(value)])
     return 8
-
-
-def _empty_like(core: MemoryCore) -> MemoryCore:
-    return MemoryCore(core._tenant_secret, chain=core._chain)  # noqa: SLF001 - what is no state is taken over
 
 
 class _Copier:
     """Copies a state, of a core or as it was decoded, into a core."""
 
-    def __init__(self, core: MemoryCore) -> None:
+    def __init__(self, core: MemoryCore, spares: Collection[PoolMemory] = ()) -> None:
         self._core = core
+        self._spares = list(spares)
         self._made: dict[int, object] = {}
 
     def fill(self, source: MemoryCore | Node) -> MemoryCore:
@@ -237,4 +250,7 @@ class _Copier:
         if not isinstance(spec, PoolSpec) or len(refs) != spec.block_count:
             raise ValueError("the columns do not fit the pool's size")
         forecast = fields["forecast"] is not None
+        for at, spare in enumerate(self._spares):
+            if spare.spec == spec and (spare.forecast is not None) == forecast:
+                return self._spares.pop(at)
         return PoolMemory(spec, fields["epoch"], self._core._chain, forecast=forecast)  # noqa: SLF001 - as above

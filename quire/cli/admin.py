@@ -77,6 +77,28 @@ class AdminClient:
         """
         return self._call(self._stub.ResetCache, admin_pb2.ResetCacheRequest(pool_id=pool_id, force=force))
 
+    def history(
+        self, *, pool_id: str = "", block_id: int = 0, sequence_id: str = "", limit: int = 0
+    ) -> admin_pb2.HistoryResponse:
+        """Returns what happened to a block, a sequence, or everything; at most `limit` records, 0 for all.
+
+        Raises:
+            PoolNotFoundError, BlockNotFoundError, SequenceNotFoundError, InvalidRequestError: as the service says.
+            UnsupportedError: no command log is kept.
+        """
+        request = admin_pb2.HistoryRequest(
+            pool_id=pool_id, block_id=block_id, sequence_id=sequence_id, page_size=min(limit, _PAGE) or _PAGE
+        )
+        whole = self._call(self._stub.History, request)
+        while whole.next_page_token and not 0 < limit <= len(whole.records):
+            request.page_token = whole.next_page_token
+            page = self._call(self._stub.History, request)
+            whole.records.extend(page.records)
+            whole.next_page_token = page.next_page_token
+        if limit:
+            del whole.records[limit:]
+        return whole
+
     def _call(self, method: Callable[..., _Answer], request: object) -> _Answer:
         """Calls a method with a deadline; raises QuireError."""
         try:

@@ -171,6 +171,30 @@ def test_the_pool_is_shown_and_adds_up(stack: Stack, capsys: pytest.CaptureFixtu
     assert f"cached {pool['cached_block_count']}" in text
 
 
+def test_what_happened_to_a_sequence_and_its_block_can_be_asked_when_it_is_gone(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sequence that went wrong is over when somebody asks."""
+    with Client(stack.address) as client:
+        client.generate(PROMPT * 4, max_tokens=20, temperature=0, request_id="gone-1")
+    stack.wait_idle()
+    assert main.run(["history", "gone", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)["records"]
+    assert {record["sequence_id"] for record in records} == {"gone-1/0"}
+    assert records[0]["command"] == "admit"
+    assert "sequence_after" not in records[-1]
+    assert main.run(["history", "gone-1/0"]) == 0
+    shown = capsys.readouterr()
+    assert "Opened as table" in shown.out and "is closed, after" in shown.out
+    assert "the log goes" in shown.err
+    assert main.run(["history", POOL_ID, "1", "--limit", "3"]) == 0
+    assert "GENERATION" in capsys.readouterr().out
+    assert main.run(["history", "--pool", POOL_ID, "--limit", "5"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert main.run(["history", "nobody"]) == 1
+    assert "does not tell of a sequence" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["block", "nope", "1"], ["block", POOL_ID, "99999999"], ["blocks", "nope"]])
 def test_what_is_not_there_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A typo in an id is the commonest mistake of all."""

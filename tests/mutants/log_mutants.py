@@ -36,8 +36,8 @@ LOG: Final = (
     Mutant(
         "an entry forgets its time",
         f"{_LOG}.append",
-        "(command, args, kwargs, refused)",
-        "(command, tuple(0.0 if isinstance(item, float) else item for item in args), kwargs, refused)",
+        "(command, args, kwargs or None, refused)",
+        "(command, tuple(0.0 if isinstance(item, float) else item for item in args), kwargs or None, refused)",
         _STATE,
     ),
     Mutant(
@@ -85,9 +85,16 @@ LOG: Final = (
     Mutant(
         "a log never forgets",
         f"{_LOG}.rotate",
-        "del self.segments[: len(self.segments) + 1 - _SEGMENTS]",
+        "del self.segments[: len(dropped)]",
         "pass",
         "a_full_log_still_covers_its_commands",
+    ),
+    Mutant(
+        "a snapshot that is read is overwritten",
+        f"{_LOG}.rotate",
+        "not dropped[0].readers",
+        "True",
+        "who_reads_a_log_is_not_disturbed",
     ),
     Mutant(
         "history tells how a block is after a command as how it was before",

@@ -63,6 +63,27 @@ def a_full_log_still_covers_its_commands() -> None:
     assert digest(replay_segments(log.segments)) == digest(world.core)
 
 
+def who_reads_a_log_is_not_disturbed() -> None:
+    """Segments that are dropped meanwhile stay as they were, until whoever reads them is done; then they are spare."""
+    world = World()
+    log = CommandLog(world.core, 1 << 22)
+    assert log.rotate()
+    reader, segments = log.read()
+    before = digest(segments[1].base)
+    _work(world, 3)
+    for _ in range(3):
+        assert log.rotate()
+    assert digest(segments[1].base) == before
+    log.done(reader, segments)
+    _, kept = log.read()
+    spare = kept[0].base.pool(POOL).memory
+    log.done(_, kept)
+    _work(world, 23)
+    assert log.rotate()
+    assert log.segments[1].base.pool(POOL).memory is spare, "memory is not used anew"
+    assert digest(log.segments[1].base) == digest(world.core)
+
+
 def history_tells_of_blocks_and_sequences() -> None:
     """Who had a block, in their order, and what became of a sequence."""
     world = World()
@@ -88,6 +109,7 @@ SCENARIOS = {
     for scenario in (
         the_log_gives_the_state_back,
         a_full_log_still_covers_its_commands,
+        who_reads_a_log_is_not_disturbed,
         history_tells_of_blocks_and_sequences,
     )
 }

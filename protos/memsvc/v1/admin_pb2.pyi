@@ -626,3 +626,231 @@ class GetBlockResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetBlockResponse: _TypeAlias = GetBlockResponse  # noqa: Y015
+
+@_typing.final
+class HistoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Pool whose commands are told of; with block_id, the pool of the block. Not with sequence_id."""
+    block_id: _builtins.int
+    """Only what changed this block, 1 .. block_count - 1; 0 for none. Needs pool_id."""
+    sequence_id: _builtins.str
+    """Only what changed the table of this sequence, "request/sample"; a request's id or its unique beginning for all its
+    samples.
+    """
+    page_size: _builtins.int
+    """At most this many; 0 for 100, never more than 1000."""
+    page_token: _builtins.str
+    """From the previous answer."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        block_id: _builtins.int = ...,
+        sequence_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "page_size", b"page_size", "page_token", b"page_token", "pool_id", b"pool_id", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryRequest: _TypeAlias = HistoryRequest  # noqa: Y015
+
+@_typing.final
+class HistoryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    LOG_AGE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___HistoryRecord]:
+        """What happened, the oldest first."""
+
+    @_builtins.property
+    def log_age(self) -> _duration_pb2.Duration:
+        """How far back the log goes; what is older is forgotten. Absent when nothing was logged."""
+
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[Global___HistoryRecord] | None = ...,
+        next_page_token: _builtins.str = ...,
+        log_age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["log_age", b"log_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_age", b"log_age", "next_page_token", b"next_page_token", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryResponse: _TypeAlias = HistoryResponse  # noqa: Y015
+
+@_typing.final
+class HistoryRecord(_message.Message):
+    """What one command did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACE_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    BLOCK_BEFORE_FIELD_NUMBER: _builtins.int
+    BLOCK_AFTER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_BEFORE_FIELD_NUMBER: _builtins.int
+    SEQUENCE_AFTER_FIELD_NUMBER: _builtins.int
+    place: _builtins.int
+    """Place of the command among all since the service started."""
+    command: _builtins.str
+    """The command, as the memory core names it: "admit", "journal", ...; "beginning" for how things were when the log
+    begins.
+    """
+    pool_id: _builtins.str
+    """Pool that the command named; empty if none."""
+    gateway_id: _builtins.str
+    """Gateway that it came from or is about; empty if none."""
+    refused: _builtins.bool
+    """Whether it was refused for want of blocks; it may have recalled some."""
+    sequence_id: _builtins.str
+    """The sequence concerned; of several the first."""
+    explanation: _builtins.str
+    """What happened, in a sentence; empty when nothing is watched."""
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Time since."""
+
+    @_builtins.property
+    def block_before(self) -> Global___BlockFacts:
+        """The block as it was; absent if none is watched, or it was not there."""
+
+    @_builtins.property
+    def block_after(self) -> Global___BlockFacts:
+        """The block as it became; absent if none is watched, or it is not there any more."""
+
+    @_builtins.property
+    def sequence_before(self) -> Global___SequenceFacts:
+        """The table as it was; absent if none is watched, or it was not open."""
+
+    @_builtins.property
+    def sequence_after(self) -> Global___SequenceFacts:
+        """The table as it became; absent if none is watched, or it is closed."""
+
+    def __init__(
+        self,
+        *,
+        place: _builtins.int = ...,
+        age: _duration_pb2.Duration | None = ...,
+        command: _builtins.str = ...,
+        pool_id: _builtins.str = ...,
+        gateway_id: _builtins.str = ...,
+        refused: _builtins.bool = ...,
+        sequence_id: _builtins.str = ...,
+        explanation: _builtins.str = ...,
+        block_before: Global___BlockFacts | None = ...,
+        block_after: Global___BlockFacts | None = ...,
+        sequence_before: Global___SequenceFacts | None = ...,
+        sequence_after: Global___SequenceFacts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_after", b"block_after", "block_before", b"block_before", "sequence_after", b"sequence_after", "sequence_before", b"sequence_before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_after", b"block_after", "block_before", b"block_before", "command", b"command", "explanation", b"explanation", "gateway_id", b"gateway_id", "place", b"place", "pool_id", b"pool_id", "refused", b"refused", "sequence_after", b"sequence_after", "sequence_before", b"sequence_before", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryRecord: _TypeAlias = HistoryRecord  # noqa: Y015
+
+@_typing.final
+class BlockFacts(_message.Message):
+    """A block at one time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REF_COUNT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    MATCHABLE_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Epoch of its pool."""
+    state: Global___BlockState.ValueType
+    """Where it was."""
+    ref_count: _builtins.int
+    """References of tables, and of copies that had not run."""
+    generation: _builtins.int
+    """How often it had been given new content."""
+    matchable: _builtins.bool
+    """Whether prompts could match its content, whole or in part."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        state: Global___BlockState.ValueType = ...,
+        ref_count: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        matchable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "matchable", b"matchable", "ref_count", b"ref_count", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockFacts: _TypeAlias = BlockFacts  # noqa: Y015
+
+@_typing.final
+class SequenceFacts(_message.Message):
+    """A sequence's table at one time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    WRITTEN_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Epoch of its pool."""
+    table: _builtins.int
+    """Counter of the table."""
+    state: Global___SequenceState.ValueType
+    """Open or closing."""
+    token_count: _builtins.int
+    """Tokens known."""
+    written_token_count: _builtins.int
+    """Tokens whose keys and values were confirmed."""
+    block_count: _builtins.int
+    """Blocks in the table."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        table: _builtins.int = ...,
+        state: Global___SequenceState.ValueType = ...,
+        token_count: _builtins.int = ...,
+        written_token_count: _builtins.int = ...,
+        block_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "epoch", b"epoch", "state", b"state", "table", b"table", "token_count", b"token_count", "written_token_count", b"written_token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceFacts: _TypeAlias = SequenceFacts  # noqa: Y015

@@ -61,6 +61,11 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockRequest.SerializeToString,
                 response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockResponse.FromString,
                 _registered_method=True)
+        self.History = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/History',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryResponse.FromString,
+                _registered_method=True)
         self.ResetCache = channel.unary_unary(
                 '/quire.memsvc.v1.AdminService/ResetCache',
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheRequest.SerializeToString,
@@ -108,6 +113,15 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def History(self, request, context):
+        """Tells what happened to a block, to a sequence, or to everything, oldest first, as far back as the command log goes.
+        NOT_FOUND: no such pool, or the log does not tell of the sequence. OUT_OF_RANGE: no such block. INVALID_ARGUMENT:
+        the beginning of several requests, or fields that do not go together. UNIMPLEMENTED: no log is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ResetCache(self, request, context):
         """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
         blocks, and `force` is not set.
@@ -143,6 +157,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetBlock,
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockRequest.FromString,
                     response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockResponse.SerializeToString,
+            ),
+            'History': grpc.unary_unary_rpc_method_handler(
+                    servicer.History,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryResponse.SerializeToString,
             ),
             'ResetCache': grpc.unary_unary_rpc_method_handler(
                     servicer.ResetCache,
@@ -287,6 +306,33 @@ class AdminService(object):
             '/quire.memsvc.v1.AdminService/GetBlock',
             protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockRequest.SerializeToString,
             protos_dot_memsvc_dot_v1_dot_admin__pb2.GetBlockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def History(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/History',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

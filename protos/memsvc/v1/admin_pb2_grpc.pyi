@@ -45,6 +45,11 @@ class AdminServiceStub:
     """Shows the block table of a sequence. NOT_FOUND: no such sequence."""
     GetBlock: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetBlockRequest, _admin_pb2.GetBlockResponse]
     """Shows one block: who holds it and why. NOT_FOUND: no such pool. OUT_OF_RANGE: no such block."""
+    History: _grpc.UnaryUnaryMultiCallable[_admin_pb2.HistoryRequest, _admin_pb2.HistoryResponse]
+    """Tells what happened to a block, to a sequence, or to everything, oldest first, as far back as the command log goes.
+    NOT_FOUND: no such pool, or the log does not tell of the sequence. OUT_OF_RANGE: no such block. INVALID_ARGUMENT:
+    the beginning of several requests, or fields that do not go together. UNIMPLEMENTED: no log is kept.
+    """
     ResetCache: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ResetCacheRequest, _admin_pb2.ResetCacheResponse]
     """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
     blocks, and `force` is not set.
@@ -67,6 +72,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Shows the block table of a sequence. NOT_FOUND: no such sequence."""
     GetBlock: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetBlockRequest, _admin_pb2.GetBlockResponse]  # type: ignore[assignment]
     """Shows one block: who holds it and why. NOT_FOUND: no such pool. OUT_OF_RANGE: no such block."""
+    History: _aio.UnaryUnaryMultiCallable[_admin_pb2.HistoryRequest, _admin_pb2.HistoryResponse]  # type: ignore[assignment]
+    """Tells what happened to a block, to a sequence, or to everything, oldest first, as far back as the command log goes.
+    NOT_FOUND: no such pool, or the log does not tell of the sequence. OUT_OF_RANGE: no such block. INVALID_ARGUMENT:
+    the beginning of several requests, or fields that do not go together. UNIMPLEMENTED: no log is kept.
+    """
     ResetCache: _aio.UnaryUnaryMultiCallable[_admin_pb2.ResetCacheRequest, _admin_pb2.ResetCacheResponse]  # type: ignore[assignment]
     """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
     blocks, and `force` is not set.
@@ -116,6 +126,17 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetBlockResponse, _abc.Awaitable[_admin_pb2.GetBlockResponse]]:
         """Shows one block: who holds it and why. NOT_FOUND: no such pool. OUT_OF_RANGE: no such block."""
+
+    @_abc_1.abstractmethod
+    def History(
+        self,
+        request: _admin_pb2.HistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.HistoryResponse, _abc.Awaitable[_admin_pb2.HistoryResponse]]:
+        """Tells what happened to a block, to a sequence, or to everything, oldest first, as far back as the command log goes.
+        NOT_FOUND: no such pool, or the log does not tell of the sequence. OUT_OF_RANGE: no such block. INVALID_ARGUMENT:
+        the beginning of several requests, or fields that do not go together. UNIMPLEMENTED: no log is kept.
+        """
 
     @_abc_1.abstractmethod
     def ResetCache(

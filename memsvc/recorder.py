@@ -1,0 +1,119 @@
+"""Writes the command log of a running service to files, beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+import time
+from typing import Final
+from urllib.parse import quote
+
+import structlog
+
+from memsvc.core.log import CommandLog, Segment
+from memsvc.core.memory import MemoryCore
+from memsvc.log_files import SUFFIX, LogFile
+from quire.errors import ConfigError
+
+log = structlog.get_logger(__name__)
+
+INTERVAL_SECONDS: Final = 0.25
+"""What came within so long may be lost when the process is killed."""
+
+
+class LogRecorder:
+    """Follows a command log.
+
+    Args:
+        commands: what is written.
+        core: whose log it is.
+        directory: where to; made if it is not there.
+        name: name of the service, with which its files begin.
+        limit_bytes: size of the service's files above which the oldest are removed.
+
+    Raises:
+        ConfigError: the directory cannot be made.
+    """
+
+    def __init__(self, commands: CommandLog, core: MemoryCore, directory: Path, name: str, limit_bytes: int) -> None:
+        self._commands = commands
+        self._core = core
+        self._directory = directory
+        self._prefix = f"{quote(name, safe='')}-"
+        self._limit_bytes = limit_bytes
+        self._file: LogFile | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        # Files of several lives of a service are in the order of their names.
+        self._started = f"{time.time_ns() // 1_000_000:014d}"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--log-dir: {directory}: {error.strerror}", field="log_dir") from error
+
+    def start(self) -> None:
+        """Begins to follow the log."""
+        self._task = asyncio.create_task(self._follow(), name="recorder")
+
+    async def close(self) -> None:
+        """Writes what is left, and the digest of the state."""
+        self._closing.set()
+        if self._task is not None:
+            await self._task
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.finish(self._core)
+
+    async def _follow(self) -> None:
+        """Writes until there is nothing more to come."""
+        try:
+            while not self._closing.is_set():
+                await self._write()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), INTERVAL_SECONDS)
+            await self._write()
+        except (OSError, TypeError) as error:
+            # The service is worth more than its log.
+            log.exception("recorder_stopped", directory=str(self._directory), effect=f"nothing is written: {error}")
+            self._file = None
+
+    async def _write(self) -> None:
+        """Writes what came since the last time."""
+        reader, segments = self._commands.read()
+        try:
+            if segments:
+                await asyncio.to_thread(self._write_all, [(segment, len(segment.lines)) for segment in segments])
+        finally:
+            self._commands.done(reader, segments)
+
+    def _write_all(self, segments: list[tuple[Segment, int]]) -> None:
+        """Writes the segments' entries up to the counts given; runs in a thread."""
+        at = next((place for place, (segment, _) in enumerate(segments) if self._is_open(segment)), None)
+        if at is None and self._file is not None:
+            log.warning("recorder_late", effect="commands are missing between two files")
+            self._file.close()
+            self._file = None
+        for segment, stop in segments[at or 0 :]:
+            if self._file is None or self._file.segment is not segment:
+                if self._file is not None:
+                    self._file.finish(segment.base)
+                self._file = LogFile(
+                    self._directory / f"{self._prefix}{self._started}-{segment.first:012d}{SUFFIX}", segment
+                )
+                self._prune()
+            self._file.write(stop)
+
+    def _is_open(self, segment: Segment) -> bool:
+        return self._file is not None and self._file.segment is segment
+
+    def _prune(self) -> None:
+        """Removes the oldest files of this service while all of them take too much; never the one that is written."""
+        found = sorted(self._directory.glob(f"{self._prefix}*{SUFFIX}"))
+        sizes = {path: path.stat().st_size for path in found}
+        total = sum(sizes.values())
+        for path in found:
+            if total <= self._limit_bytes or (self._file is not None and path == self._file.path):
+                break
+            path.unlink(missing_ok=True)
+            total -= sizes[path]
