@@ -15,6 +15,8 @@ from tests.mutants import (
     mutants,
     operator_mutants,
     operator_scenarios,
+    scheduler_mutants,
+    scheduler_scenarios,
     sharing_mutants,
     sharing_scenarios,
 )
@@ -27,6 +29,7 @@ SCENARIOS = {
         gateway_scenarios,
         log_scenarios,
         operator_scenarios,
+        scheduler_scenarios,
         sharing_scenarios,
     )
     for name, scenario in module.SCENARIOS.items()
@@ -34,6 +37,7 @@ SCENARIOS = {
 MUTANTS = (
     *mutants.MUTANTS,
     *operator_mutants.MUTANTS,
+    *scheduler_mutants.MUTANTS,
     *sharing_mutants.MUTANTS,
 )
 

@@ -9,7 +9,7 @@ what a request must produce is known beforehand (`expected_tokens`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import hashlib
 import json
@@ -31,20 +31,31 @@ def digest_of(parent: bytes, token: int) -> bytes:
     return hashlib.blake2b(parent + token.to_bytes(4, "little"), digest_size=8).digest()
 
 
-def next_token(digest: bytes, seed: int) -> int:
-    """Returns the token that follows; about one in 256 is the end of the sequence."""
+def next_token(digest: bytes, seed: int, withheld: Collection[int] = ()) -> int:
+    """Returns the token that follows; about one in 256 is the end of the sequence. Withheld ones are passed over."""
     drawn = hashlib.blake2b(digest + seed.to_bytes(8, "little"), digest_size=4).digest()
-    return int.from_bytes(drawn, "little") % VOCAB_SIZE
+    token = int.from_bytes(drawn, "little") % VOCAB_SIZE
+    while token in withheld:
+        token = (token + 1) % VOCAB_SIZE
+    return token
 
 
-def expected_tokens(prompt: Sequence[int], seed: int, max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
-    """Returns what a request must produce."""
+def expected_tokens(
+    prompt: Sequence[int],
+    seed: int,
+    max_tokens: int,
+    *,
+    ignore_eos: bool = False,
+    withheld: Collection[int] = (),
+    min_tokens: int = 0,
+) -> list[int]:
+    """Returns what a request must produce; the first `min_tokens` are none of `withheld`."""
     digest = b""
     for token in prompt:
         digest = digest_of(digest, token)
     produced: list[int] = []
     while len(produced) < max_tokens:
-        token = next_token(digest, seed)
+        token = next_token(digest, seed, withheld if len(produced) < min_tokens else ())
         produced.append(token)
         if token == EOS_TOKEN and not ignore_eos:
             break
@@ -71,6 +82,8 @@ class _Row:
     blocks: list[int]
     computed: int
     seed: int
+    withheld: frozenset[int]
+    withheld_until: int
 
 
 class WrongContentError(AssertionError):
@@ -162,7 +175,10 @@ class OracleExecutor:
             blocks = columns.unpack_list(start.block_ids, "block_ids")
             assert 0 not in blocks
             assert start.computed_token_count < len(tokens)
-            self.rows[start.table] = _Row(tokens, blocks, start.computed_token_count, start.sampling.seed)
+            sampling = start.sampling
+            withheld = frozenset(columns.unpack_list(sampling.withheld_tokens, "withheld_tokens"))
+            row = _Row(tokens, blocks, start.computed_token_count, sampling.seed, withheld, sampling.withheld_until)
+            self.rows[start.table] = row
         appended = columns.unpack_list(plan.appended, "appended", row_length=3)
         for table, index, block in zip(appended[::3], appended[1::3], appended[2::3], strict=True):
             assert index == len(self.rows[table].blocks)
@@ -194,7 +210,8 @@ class OracleExecutor:
             row.computed += count
             written_counts.append(row.computed)
             if row.computed == len(row.tokens):
-                row.tokens.append(next_token(digest, row.seed))
+                withheld = row.withheld if len(row.tokens) < row.withheld_until else ()
+                row.tokens.append(next_token(digest, row.seed, withheld))
                 sampled_tables.append(table)
                 sampled_tokens.append(row.tokens[-1])
         return pb.StepResult(

@@ -1,0 +1,72 @@
+"""The rows of the scheduler as scenarios: each test of a row is what must fail when its rule is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+
+from gateway.core.precedence import SchedulingPolicy
+from tests.conformance import (
+    test_scheduler_admission,
+    test_scheduler_endings,
+    test_scheduler_preemption,
+    test_scheduler_returns,
+    test_scheduler_steps,
+)
+from tests.conformance.scheduler_rig import SIZE
+
+admission, endings, preemption = test_scheduler_admission, test_scheduler_endings, test_scheduler_preemption
+returns, steps = test_scheduler_returns, test_scheduler_steps
+
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "row 36: until it fits": preemption.test_row_36_a_shortage_preempts_until_the_step_fits,
+    "row 36: itself": preemption.test_row_36_who_needs_the_block_gives_way_itself_if_it_is_the_last,
+    "row 36: on its way": preemption.test_row_36_what_is_on_its_way_back_is_counted,
+    "row 37: the latest": preemption.test_row_37_the_victim_is_the_latest_admitted,
+    "row 37: the lowest": (
+        preemption.test_row_37_under_priorities_the_lowest_gives_way_and_of_those_the_latest_to_arrive
+    ),
+    "row 37: steps": preemption.test_row_37_under_priorities_the_first_get_tokens_and_blocks_first,
+    "row 38": preemption.test_row_38_who_was_preempted_keeps_its_tokens_and_is_first_in_the_queue_again,
+    "row 39": functools.partial(
+        preemption.test_row_39_what_steps_in_flight_sampled_for_a_victim_is_delivered_once_and_in_order,
+        2,
+    ),
+    "row 41: in the step": preemption.test_row_41_nobody_is_admitted_in_a_step_that_preempted,
+    "row 41: on their way": preemption.test_row_41_nor_while_the_blocks_of_the_victim_are_on_their_way,
+    "row 42: alone": admission.test_row_42_a_lone_request_is_never_held_back_by_headroom,
+    "row 42: growth": admission.test_row_42_headroom_is_kept_from_newcomers_and_not_from_those_that_run,
+    "row 43": admission.test_row_43_a_request_starts_only_when_its_whole_prompt_fits,
+    "row 44": functools.partial(
+        admission.test_row_44_the_blocks_that_admission_foresees_are_those_that_it_takes,
+        4 * SIZE,
+        2 * SIZE,
+    ),
+    "row 45: order": admission.test_row_45_the_queue_goes_by_priority_then_arrival_then_id,
+    "row 45: returns": functools.partial(
+        admission.test_row_45_the_order_survives_skips_and_returns, SchedulingPolicy.FCFS
+    ),
+    "row 45: starts": functools.partial(
+        admission.test_row_45_requests_start_in_the_order_of_the_queue, SchedulingPolicy.PRIORITY
+    ),
+    "row 46": preemption.test_row_46_who_matters_more_preempts_nobody_while_there_is_room,
+    "row 47": functools.partial(steps.test_row_47_no_step_exceeds_its_tokens, 4, 2),
+    "row 47: chunks": steps.test_row_47_a_long_prompt_goes_on_where_it_stopped_behind_those_that_need_one_token,
+    "row 48": steps.test_row_48_one_prompt_takes_its_share_while_others_take_part_and_all_when_it_is_alone,
+    "row 49": functools.partial(steps.test_row_49_never_more_tables_than_allowed_closing_ones_included, 3),
+    "row 49: paused": steps.test_row_49_those_that_pause_for_want_of_a_block_count,
+    "row 50: nothing follows": functools.partial(endings.test_row_50_nothing_follows_a_stop, 3),
+    "row 50: min_tokens": functools.partial(endings.test_row_50_min_tokens_puts_stops_off, preempting=True),
+    "row 51: fence": functools.partial(
+        returns.test_row_51_blocks_of_a_finished_sequence_return_behind_the_last_step_that_may_write_to_them,
+        2,
+    ),
+    "row 51: at once": returns.test_row_51_with_no_step_in_flight_they_return_at_once,
+    "row 52": functools.partial(
+        returns.test_row_52_cancelled_and_preempted_ones_leave_the_books_at_once_and_their_blocks_behind_the_fence,
+        "cancelled",
+    ),
+    "row 52: both": returns.test_row_52_who_is_cancelled_while_it_is_preempted_does_not_come_back,
+    "row 53: each": returns.test_row_53_returns_go_in_the_order_of_their_fences_each_at_its_own,
+    "row 53: order": returns.test_row_53_what_ends_between_two_steps_returns_together_in_its_order,
+}
