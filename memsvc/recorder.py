@@ -45,6 +45,8 @@ class LogRecorder:
         self._file: LogFile | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
+        self._follower = commands.follow()
+        self._missed = 0
         # Files of several lives of a service are in the order of their names.
         self._started = f"{time.time_ns() // 1_000_000:014d}"
         try:
@@ -63,7 +65,11 @@ class LogRecorder:
             await self._task
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.finish(self._core)
+                if self._commands.too_large:
+                    # The log ended before its last commands were written: no state to compare a replay with.
+                    self._file.close()
+                else:
+                    self._file.finish(self._core)
 
     async def _follow(self) -> None:
         """Writes until there is nothing more to come."""
@@ -80,32 +86,37 @@ class LogRecorder:
 
     async def _write(self) -> None:
         """Writes what came since the last time."""
-        reader, segments = self._commands.read()
-        try:
-            if segments:
-                await asyncio.to_thread(self._write_all, [(segment, len(segment.lines)) for segment in segments])
-        finally:
-            self._commands.done(reader, segments)
+        follower = self._follower
+        if follower.missed != self._missed:
+            log.warning(
+                "recorder_late", missing_count=follower.missed - self._missed, effect="commands are not written"
+            )
+            self._missed = follower.missed
+        segments = [(segment, len(segment.lines)) for segment in follower.segments]
+        if not segments:
+            return
+        await asyncio.to_thread(self._write_all, segments)
+        while follower.segments[0].first < segments[-1][0].first:
+            follower.done()
 
     def _write_all(self, segments: list[tuple[Segment, int]]) -> None:
         """Writes the segments' entries up to the counts given; runs in a thread."""
-        at = next((place for place, (segment, _) in enumerate(segments) if self._is_open(segment)), None)
-        if at is None and self._file is not None:
-            log.warning("recorder_late", effect="commands are missing between two files")
-            self._file.close()
-            self._file = None
-        for segment, stop in segments[at or 0 :]:
+        for segment, stop in segments:
             if self._file is None or self._file.segment is not segment:
                 if self._file is not None:
-                    self._file.finish(segment.base)
-                self._file = LogFile(
-                    self._directory / f"{self._prefix}{self._started}-{segment.first:012d}{SUFFIX}", segment
-                )
+                    self._end(self._file, segment)
+                name = f"{self._prefix}{self._started}-{segment.first:012d}{SUFFIX}"
+                self._file = LogFile(self._directory / name, segment)
                 self._prune()
             self._file.write(stop)
 
-    def _is_open(self, segment: Segment) -> bool:
-        return self._file is not None and self._file.segment is segment
+    @staticmethod
+    def _end(file: LogFile, following: Segment) -> None:
+        """Ends a file, with the state that the segment after it begins with, if that is the one after it."""
+        if file.segment.first + file.written == following.first:
+            file.finish(following.base)
+        else:
+            file.close()
 
     def _prune(self) -> None:
         """Removes the oldest files of this service while all of them take too much; never the one that is written."""

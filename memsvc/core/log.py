@@ -12,6 +12,7 @@ confidential as the requests it tells of.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import itertools
@@ -27,6 +28,7 @@ ROOT: Final = "root"
 """Name of the entries that are no commands: (geometry, adapter, tenant, salt, root digest, tag of the tenant)."""
 
 _SEGMENTS: Final = 2
+_FOLLOWED: Final = 4
 _WEIGH_EVERY: Final = 64
 _ENTRY_BYTES: Final = 256
 _ENTRY_LIMIT: Final = 1_000_000
@@ -71,6 +73,33 @@ class Segment:
             yield Entry(command, args, kwargs or _NO_KWARGS, refused)
 
 
+class Follower:
+    """Gets every segment of a log in turn, also those that the log has dropped meanwhile, within bounds.
+
+    Attributes:
+        segments: oldest first; the last is the one that is being added to.
+        missed: how many segments were dropped here too, because too many waited.
+    """
+
+    __slots__ = ("missed", "segments")
+
+    def __init__(self) -> None:
+        self.segments: deque[Segment] = deque()
+        self.missed = 0
+
+    def take(self, segment: Segment) -> None:
+        """Takes in a segment that has begun."""
+        segment.readers.add(self)
+        self.segments.append(segment)
+        if len(self.segments) > _FOLLOWED:
+            self.missed += 1
+            self.done()
+
+    def done(self) -> None:
+        """Lets the oldest segment go."""
+        self.segments.popleft().readers.discard(self)
+
+
 class CommandLog:
     """The log of one core; it begins with the state as it is now.
 
@@ -88,6 +117,7 @@ class CommandLog:
         self._limit_bytes = limit_bytes
         self.segments: list[Segment] = []
         self.too_large = 0
+        self._followers: list[Follower] = []
         self._room = 0
         self._weighed = 0
         self._due = _WEIGH_EVERY
@@ -133,6 +163,14 @@ class CommandLog:
         for segment in segments:
             segment.readers.discard(reader)
 
+    def follow(self) -> Follower:
+        """Returns a follower that begins with the newest segment."""
+        follower = Follower()
+        self._followers.append(follower)
+        for segment in self.segments[-1:]:
+            follower.take(segment)
+        return follower
+
     def rotate(self) -> bool:
         """Begins a new segment and drops the oldest if there are too many; false if the state is too large for it."""
         size = snapshot.weight(self._core)
@@ -148,6 +186,8 @@ class CommandLog:
         spare = dropped[0].base if dropped and not dropped[0].readers else None
         self.segments.append(Segment(first, snapshot.clone(self._core, spare)))
         self._lines = self.segments[-1].lines
+        for follower in self._followers:
+            follower.take(self.segments[-1])
         self._weighed, self._due = 0, _WEIGH_EVERY
         # Each segment is complete: roots that are used in it are taken down in it.
         self._core.forget_roots()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memsvc.core import snapshot
 from memsvc.core.replay import decode_entry, encode_entry, replay, replay_segments
+from memsvc.log_files import Replayed, replay_file
+from memsvc.replay import describe
 from protos.memsvc.v1 import admin_pb2
 from quire.errors import (
     BlockNotFoundError,
@@ -148,3 +151,38 @@ async def test_a_service_without_a_log_says_so() -> None:
     async with grpc_rig(spec(), test_config(command_log_mib=0)) as opened:
         with pytest.raises(UnsupportedError, match="no command log is kept"):
             await opened.admin.History(admin_pb2.HistoryRequest())
+
+
+def replayed(folder: Path) -> list[Replayed]:
+    """Returns the files in a folder, replayed, in the order of their names."""
+    return [replay_file(path) for path in sorted(folder.iterdir())]
+
+
+async def test_files_of_a_busy_service_follow_one_another_and_each_gives_the_state_it_had(tmp_path: Path) -> None:
+    """A recorder that loses a command at the change of files explains nothing from then on."""
+    config = test_config(command_log_mib=1, log_dir=str(tmp_path))
+    async with grpc_rig(spec(300), config) as opened:
+        for turn in range(110):
+            await opened.run(prompt(4000, turn % 5), request_id=f"r{turn}")
+        assert opened.log is not None
+        assert opened.log.first > 0, "nothing was dropped"
+        end = opened.log.end
+    files = replayed(tmp_path)
+    assert len(files) > 2
+    assert all(file.is_checked and not file.is_torn for file in files)
+    assert [file.first + file.count for file in files[:-1]] == [file.first for file in files[1:]]
+    assert files[-1].first + files[-1].count >= end
+    assert sum(len(describe(file)["pools"]) for file in files) == len(files)
+
+
+async def test_history_tells_which_samples_share_a_block_after_a_fork(rig: Rig) -> None:
+    """Samples that share a block are the reason why one of them copied it."""
+    first = await rig.admit(prompt(40), request_id="many")
+    await first.write()
+    await first.fork(2, first_sample_index=1)
+    last = (await page(rig, pool_id=POOL_ID, block_id=first.blocks[0]))[-1]
+    assert (last.command, last.block_after.ref_count) == ("fork", 3)
+    assert last.explanation.startswith("Shared: in 3 block tables (many/0, many/1, many/2)")
+    (forked,) = await page(rig, sequence_id="many/2")
+    assert forked.explanation.startswith("Forked as table")
+    assert {record.sequence_id for record in await page(rig, sequence_id="many")} == {"many/0", "many/1", "many/2"}

@@ -154,6 +154,21 @@ async def test_a_service_writes_what_a_replay_reads(tmp_path: Path, capsys: pyte
     assert "No such file" in capsys.readouterr().err
 
 
+async def test_a_recorder_whose_log_ends_leaves_what_it_has(tmp_path: Path) -> None:
+    """A pool that is too large for the log must not spoil the file of what was before."""
+    core = MemoryCore(b"secret of this test")
+    log = CommandLog(core, 1 << 14)
+    recorder = LogRecorder(log, core, tmp_path, "memsvc", 1 << 20)
+    recorder.start()
+    await recorder._write()
+    core.register_pool(PoolRegistration("executor", 7, "h:1", PoolSpec(200, 16, 1, "m", "float32", 160)), 1, 1.0)
+    for turn in range(100):
+        core.heartbeat("executor", 7, 2.0 + turn)
+    assert log.too_large
+    await recorder.close()
+    assert not replay_file(only(tmp_path)).is_checked
+
+
 def test_a_directory_that_cannot_be_is_a_wrong_setting(tmp_path: Path) -> None:
     """Found at the start, not when the log is wanted."""
     (tmp_path / "file").write_text("")
