@@ -29,6 +29,7 @@ from quire.errors import (
     PoolNotFoundError,
     QuireError,
     StaleEpochError,
+    TenantCeilingError,
 )
 from quire.memory import Admission, AdmitRequest, CloseReason, JournalEntry, Memory, PoolInfo
 
@@ -114,6 +115,7 @@ class Lane:
         self._in_flight: deque[asyncio.Task[pb.StepResult]] = deque()
         self._admitting: Sequence | None = None
         self._admission_blocked = False
+        self._full_tenants: set[str] = set()
         self._ending = False
         self._journal: JournalEntry | None = None
 
@@ -348,6 +350,7 @@ class Lane:
             queue.put_back(back)
         if update.journal.closed:
             self._admission_blocked = False
+            self._full_tenants.clear()
 
     # --- blocks -------------------------------------------------------------------------------------------------
 
@@ -377,6 +380,7 @@ class Lane:
         """Allows the pool to be asked again."""
         scheduler.lease.exhausted = False
         self._admission_blocked = False
+        self._full_tenants.clear()
         self.wake()
 
     def _return_idle_lease(self, scheduler: Scheduler) -> None:
@@ -396,7 +400,7 @@ class Lane:
             return
         if not scheduler.can_admit():
             return
-        sequence = queue.pop()
+        sequence = queue.pop(self._full_tenants)
         if sequence is not None:
             self._admitting = sequence
             self._spawn(self._admit(scheduler, queue, sequence), "admission")
@@ -419,6 +423,12 @@ class Lane:
         )
         try:
             admission = await self._memory.admit(request)
+        except TenantCeilingError as error:
+            # Others go ahead: only the end of one of the tenant's own sequences makes room for it.
+            log.debug("admission_refused", reason=error.reason, message=error.message)
+            self._full_tenants.add(settings.tenant)
+            self._put_back(queue, sequence)
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._retry, scheduler)
         except _TRANSIENT as error:
             log.debug("admission_refused", reason=error.reason, message=error.message)
             self._put_back(queue, sequence)

@@ -2,67 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any
 
 import grpc
 
 from memsvc import translate, translate_history
+from memsvc.admin_tenants import TenantCommands
 from memsvc.core import views
 from memsvc.core.pool import BlockState
 from memsvc.history import Historian, Question
 from memsvc.keeper import Keeper
+from memsvc.paging import LIST_DEFAULT, LIST_MAXIMUM, page_size, read_number, read_page_token, write_page_token
 from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
-from quire.errors import InvalidRequestError
 
-_LIST_PAGE_DEFAULT, _LIST_PAGE_MAXIMUM = 100, 1000
 _TABLE_PAGE_DEFAULT, _TABLE_PAGE_MAXIMUM = 1000, 10_000
-_PAGE_TOKEN_LENGTH_MAXIMUM = 1024
-_CURSOR_MAXIMUM = 2**63
 
 
-def page_size(requested: int, default: int, maximum: int) -> int:
-    """Returns how many items a page has."""
-    return min(requested, maximum) if requested else default
-
-
-def write_page_token(kind: str, cursor: str) -> str:
-    """Returns the opaque token of the page after `cursor`. `kind` ties it to one list."""
-    return base64.urlsafe_b64encode(f"{kind}:{cursor}".encode()).decode()
-
-
-def read_page_token(kind: str, token: str) -> str:
-    """Returns the cursor in a token, empty for the first page.
-
-    Raises:
-        InvalidRequestError: not a token of this list.
-    """
-    if not token:
-        return ""
-    try:
-        if len(token) > _PAGE_TOKEN_LENGTH_MAXIMUM:
-            raise ValueError
-        found, separator, cursor = base64.b64decode(token, altchars=b"-_", validate=True).decode().partition(":")
-        if found != kind or not separator:
-            raise ValueError
-    except (ValueError, binascii.Error):
-        message = "page_token: is not a token that this list gave"
-        raise InvalidRequestError(message, field="page_token") from None
-    return cursor
-
-
-def read_number(kind: str, token: str, first: int) -> int:
-    """Returns the number in a page token, `first` for the first page; raises as `read_page_token`."""
-    cursor = read_page_token(kind, token)
-    if not cursor:
-        return first
-    if not (cursor.isascii() and cursor.isdigit()) or int(cursor) >= _CURSOR_MAXIMUM:
-        raise InvalidRequestError("page_token: is not a token that this list gave", field="page_token")
-    return int(cursor)
-
-
-class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+class AdminServicer(TenantCommands, admin_pb2_grpc.AdminServiceServicer):
     """Serves the inspection of memory, and the commands of operators.
 
     Args:
@@ -79,7 +35,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Lists the pools by id."""
         core = self._keeper.core
         after = read_page_token("pools", request.page_token)
-        size = page_size(request.page_size, _LIST_PAGE_DEFAULT, _LIST_PAGE_MAXIMUM)
+        size = page_size(request.page_size, LIST_DEFAULT, LIST_MAXIMUM)
         names = [name for name in sorted(core.pools) if name > after]
         pools = [_pool(views.view_pool(core, name)) for name in names[:size]]
         token = write_page_token("pools", names[size - 1]) if len(names) > size else ""
@@ -96,7 +52,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ListSequencesResponse:
         """Lists sequences that hold blocks, the oldest first."""
         after = read_number("sequences", request.page_token, -1)
-        size = page_size(request.page_size, _LIST_PAGE_DEFAULT, _LIST_PAGE_MAXIMUM)
+        size = page_size(request.page_size, LIST_DEFAULT, LIST_MAXIMUM)
         found = views.list_sequences(self._keeper.core, request.pool_id, after, size + 1)
         token = write_page_token("sequences", str(found[size - 1].record.ordinal)) if len(found) > size else ""
         sequences = [self._sequence(view) for view in found[:size]]
@@ -156,7 +112,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 block_id=request.block_id,
                 sequence_id=request.sequence_id,
                 after=read_number("history", request.page_token, -1),
-                limit=page_size(request.page_size, _LIST_PAGE_DEFAULT, _LIST_PAGE_MAXIMUM),
+                limit=page_size(request.page_size, LIST_DEFAULT, LIST_MAXIMUM),
             )
         )
         now = self._keeper.now

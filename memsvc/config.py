@@ -37,6 +37,12 @@ class MemsvcConfig(ServiceConfig):
     tenant_secret_file: str | None = setting(
         None, "File with 16 bytes or more from which tenants' salts are derived; without it, random at each start."
     )
+    quota_file: str | None = setting(
+        None, "TOML file with what tenants may hold and keep of every pool, see docs/operating.md."
+    )
+    retained_share: float = setting(
+        0.25, "Share of a pool that a tenant may retain if no quota says otherwise.", minimum=0.0, maximum=1.0
+    )
     lease_ttl: float = setting(
         3.0, "Seconds of silence after which a gateway or an executor counts as gone.", minimum=0.1, maximum=3600
     )

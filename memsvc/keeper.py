@@ -20,9 +20,9 @@ from memsvc.config import MemsvcConfig
 from memsvc.core import invariants
 from memsvc.core.lease import FenceRequired, LeaseRecalled, MergeOffered
 from memsvc.core.log import CommandLog
-from memsvc.core.memory import EPOCH_MAXIMUM, MemoryCore
+from memsvc.core.memory import MemoryCore
 from memsvc.core.registered import RegisteredPool
-from memsvc.core.validation import PoolRegistration
+from memsvc.core.validation import EPOCH_MAXIMUM, PoolRegistration
 from memsvc.fences import Fencer
 from memsvc.store import HintSpace, ServiceRecord, Store
 from quire.errors import InvalidRequestError, InvariantError, QuireError, StaleEpochError, StoreUnavailableError

@@ -11,6 +11,7 @@ from memsvc.admin import AdminServicer
 from memsvc.config import MemsvcConfig
 from memsvc.core.memory import MemoryCore
 from memsvc.keeper import Keeper
+from memsvc.quota_file import read_quotas
 from memsvc.recorder import LogRecorder
 from memsvc.service import MemoryServicer
 from memsvc.sharing.locate import Locator
@@ -50,6 +51,8 @@ class MemsvcServer:
             block_count_limit=config.max_pool_blocks,
             pool_limit=config.max_pools,
             cache_events=shared,
+            quotas=read_quotas(config.quota_file) if config.quota_file is not None else {},
+            retained_share=config.retained_share,
         )
         self._store = open_store(config.store, config.store_credentials())
         self.tail = (

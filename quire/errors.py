@@ -12,6 +12,7 @@
     +-- RequestExistsError             ALREADY_EXISTS       REQUEST_EXISTS
     +-- BlockPoolExhaustedError        RESOURCE_EXHAUSTED   BLOCK_POOL_EXHAUSTED
     +-- AdmissionError                 RESOURCE_EXHAUSTED   QUEUE_FULL (or QUEUE_TIMEOUT)
+    +-- TenantCeilingError             RESOURCE_EXHAUSTED   TENANT_CEILING
     +-- CacheInUseError                FAILED_PRECONDITION  CACHE_IN_USE
     +-- StaleEpochError                ABORTED              STALE_EPOCH
     +-- NotReadyError                  UNAVAILABLE          NOT_READY (or DRAINING)
@@ -140,6 +141,13 @@ class AdmissionError(QuireError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     default_reason = "QUEUE_FULL"
+
+
+class TenantCeilingError(QuireError):
+    """The tenant's sequences would hold more blocks than it may; its own must end first. Users never see it."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "TENANT_CEILING"
 
 
 class CacheInUseError(QuireError):

@@ -43,6 +43,7 @@ _ERRORS = {
         errors.PromptTooLongError,
         errors.PoolNotFoundError,
         errors.StaleEpochError,
+        errors.TenantCeilingError,
         errors.InvalidRequestError,
         errors.SequenceNotFoundError,
         errors.NotReadyError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 import heapq
 import itertools
 from typing import TYPE_CHECKING
@@ -72,15 +73,24 @@ class WaitingQueue:
         self._waiting[sequence] = entry = next(self._entries)
         heapq.heappush(self._heap, (place_in_queue(sequence, self.policy), entry, sequence))
 
-    def pop(self) -> Sequence | None:
-        """Takes the head, or None."""
-        while self._heap:
-            _, entry, sequence = heapq.heappop(self._heap)
-            if self._waiting.get(sequence) == entry:
-                del self._waiting[sequence]
-                self._new.discard(sequence)
-                return sequence
-        return None
+    def pop(self, passed_over: Collection[str] = ()) -> Sequence | None:
+        """Takes the first sequence whose tenant is not one of `passed_over`, or None."""
+        waiting: list[tuple[Place, int, Sequence]] = []
+        found: Sequence | None = None
+        while self._heap and found is None:
+            item = heapq.heappop(self._heap)
+            _, entry, sequence = item
+            if self._waiting.get(sequence) != entry:
+                continue
+            if sequence.request.settings.tenant in passed_over:
+                waiting.append(item)
+                continue
+            found = sequence
+            del self._waiting[sequence]
+            self._new.discard(sequence)
+        for item in waiting:
+            heapq.heappush(self._heap, item)
+        return found
 
     def remove(self, sequence: Sequence) -> bool:
         """Takes a sequence out of the middle; returns whether it was there."""

@@ -114,6 +114,7 @@ def fork(memory: PoolMemory, gateway: int, request: ForkRequest, ordinal: int, n
     Raises:
         SequenceNotFoundError: the source is not an open table of this gateway.
         InvalidRequestError: the count or the position is not possible; both limits are named.
+        TenantCeilingError: the new tables may grow beyond what their tenant may hold.
     """
     tables, size = memory.tables, memory.spec.block_size
     slot = tables.slot(request.table)
@@ -127,6 +128,9 @@ def fork(memory: PoolMemory, gateway: int, request: ForkRequest, ordinal: int, n
     at_token = _position(memory, slot, source, request)
     full, rest = divmod(at_token, size)
     committed = int(tables.committed[slot])
+    gate = memory.gate(source.tenant_tag)
+    if gate is not None:
+        gate.require_growth(source, tables, request.count, full)
     shared = source.blocks[: full + (rest > 0)]
     for index, kept in source.merges.items():
         if index < full:

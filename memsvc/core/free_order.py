@@ -94,7 +94,11 @@ class CachedOrder:
         self._position[blocks] = 0
         self._count -= len(blocks)
 
-    def take(self, count: int) -> BlockIds:
+    def discard(self, blocks: BlockIds) -> None:
+        """Takes `blocks`, all of which are here, out of the order: they hold nothing worth keeping any more."""
+        self.remove(blocks)
+
+    def take(self, count: int, taker: int = 0, now: float = 0.0) -> BlockIds:  # noqa: ARG002 - see `Tenancy.take`
         """Removes and returns the first `count` blocks; there are as many."""
         assert count <= self._count, (count, self._count)
         found: list[BlockIds] = []

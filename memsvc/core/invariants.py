@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from memsvc.core import retention
 from memsvc.core.content import Publication
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import PoolMemory
 from memsvc.core.table import TableRecord, TableState
+from memsvc.core.tenancy import Tenancy
 from quire.errors import InvariantError
 from quire.units import div_ceil
 
@@ -36,6 +38,8 @@ def check_pool(memory: PoolMemory) -> None:
     _check_sharing(memory)
     _check_publications(memory)
     _check_grants(memory)
+    if memory.tenancy is not None:
+        _check_tenants(memory, memory.tenancy)
 
 
 def _require(condition: object, message: str) -> None:
@@ -188,3 +192,30 @@ def _check_grants(memory: PoolMemory) -> None:
         leased = int(np.count_nonzero(memory.pool.lessee == number))
         _require(grants.leased == leased, f"gateway {number}: {grants.leased} blocks leased, {leased} found")
     _require(tables.keys() <= memory.grants.keys(), "a table has no gateway")
+
+
+def _check_tenants(memory: PoolMemory, tenancy: Tenancy) -> None:
+    """What each tenant is counted to have is what the blocks say; every cached block is in the order of eviction."""
+    pool, owner, kept = memory.pool, tenancy.owner, tenancy.retention
+    held, cached = pool.refs > 0, pool.state == BlockState.CACHED
+    owned = held | cached
+    _require(((owner > 0) == owned).all(), "a block that nobody holds has a tenant, or the reverse")
+    numbers = tenancy.numbers(pool.tenant[owned].astype(np.int64))
+    _require((owner[owned] == numbers).all(), "a block is counted for another tenant")
+    _require(not kept[~owned].any(), "a blank block is retained")
+    pinned = kept == retention.PINNED
+    figures = {
+        "held": held,
+        "cached": cached,
+        "retained": (kept > 0) & ~pinned,
+        "pinned": pinned,
+        "pinned_cached": pinned & cached,
+    }
+    for name, blocks in figures.items():
+        column = getattr(tenancy, name)
+        expected = np.bincount(owner[blocks], minlength=len(column))
+        wrong = np.flatnonzero(expected != column)
+        _require(not len(wrong), f"tenant {wrong[:1]}: {column[wrong[:1]]} {name} blocks, found {expected[wrong[:1]]}")
+    order = tenancy.blocks()
+    _require(len(order) == len(tenancy) and set(order.tolist()) == set(np.flatnonzero(cached).tolist()),
+             "the order of eviction is not the cached blocks")  # fmt: skip

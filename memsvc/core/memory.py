@@ -7,18 +7,21 @@ never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+from types import MappingProxyType
 
 from memsvc.core.commands import Recorder, command
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.journal import JournalColumns
 from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, MergeOffered, PoolChanged
-from memsvc.core.pool import BlockState
-from memsvc.core.pool_memory import AdmitContext, PoolMemory
+from memsvc.core.operator import OperatorCommands
+from memsvc.core.pool_memory import RETAINED_SHARE, AdmitContext, PoolMemory
 from memsvc.core.registered import RegisteredPool
 from memsvc.core.roots import Roots
+from memsvc.core.tenancy import TenantQuota
 from memsvc.core.validation import (
+    EPOCH_MAXIMUM,
     TEXT_LENGTH_MAXIMUM,
     PoolRegistration,
     check_admission,
@@ -30,10 +33,8 @@ from quire import hashing
 from quire.errors import BlockPoolExhaustedError, InvalidRequestError, PoolNotFoundError, StaleEpochError
 from quire.memory import Admission, AdmitRequest, Fork, ForkRequest, PoolSpec
 
-EPOCH_MAXIMUM = 2**32 - 1
 
-
-class MemoryCore:
+class MemoryCore(OperatorCommands):
     """The state machine.
 
     Args:
@@ -44,6 +45,8 @@ class MemoryCore:
         chain: computes identities; another one only in tests of collisions.
         cache_events: keep what becomes matchable and what ceases to be, for `take_cache_events`.
         forecast: refuse admissions for which there will be no room soon; see `memsvc.core.forecast`.
+        quotas: what tenants may hold and keep of every pool that appears, by name.
+        retained_share: of each pool, what a tenant may retain if its quota does not say.
 
     Attributes:
         log: takes down accepted commands; None for nobody.
@@ -60,8 +63,12 @@ class MemoryCore:
         chain: Callable[[bytes, bytes | memoryview, int], list[bytes]] = hashing.chain,
         cache_events: bool = False,
         forecast: bool = False,
+        quotas: Mapping[str, TenantQuota] = MappingProxyType({}),
+        retained_share: float = RETAINED_SHARE,
     ) -> None:
         self.lease_ttl = lease_ttl
+        self._quotas = dict(quotas)
+        self._retained_share = retained_share
         self._forecast = forecast
         self._cache_events = cache_events
         self._tenant_secret = tenant_secret
@@ -190,7 +197,9 @@ class MemoryCore:
             ready=True,
             expires_at=now + self.lease_ttl,
             memory=self._new_memory(registration.spec, epoch),
+            quotas=dict(self._quotas) if pool is None else pool.quotas,
         )
+        self._install_quotas(fresh)
         if pool is not None:
             fresh.superseded = pool.superseded
             if pool.registration.executor_incarnation != registration.executor_incarnation:
@@ -228,37 +237,9 @@ class MemoryCore:
         pool.ready = False
         pool.epoch += 1
         pool.memory = self._new_memory(pool.registration.spec, pool.epoch)
+        self._install_quotas(pool)
         self._events.append(PoolChanged(pool_id))
         self._forget_fenced_gateways()
-
-    @command()
-    def reset_cache(self, pool_id: str, now: float, epoch: int = 0) -> int:
-        """Forgets everything that can be matched in a pool and returns how many blocks held it.
-
-        Args:
-            pool_id: the pool.
-            now: the caller's clock.
-            epoch: where sequences hold blocks, begin this epoch, which voids every table and grant: their gateways
-                queue them again in their order. 0 to refuse then.
-
-        Raises:
-            PoolNotFoundError: no such pool.
-            CacheInUseError: sequences hold blocks and `epoch` is 0.
-            StaleEpochError: `epoch` is not above every epoch that the pool ever had.
-        """
-        pool = self.pool(pool_id)
-        if not epoch or not pool.memory.tables.open_count:
-            return pool.memory.reset(now)
-        if not pool.epoch < epoch <= EPOCH_MAXIMUM:
-            raise StaleEpochError(f"epoch: {epoch} does not rise above {pool.epoch}")
-        blocks = pool.memory.pool
-        count = blocks.count(BlockState.USED) + blocks.count(BlockState.CACHED) + blocks.count(BlockState.PENDING)
-        pool.epoch = epoch
-        pool.memory = self._new_memory(pool.registration.spec, epoch)
-        pool.memory.prefix.clear()
-        self._events.append(PoolChanged(pool_id))
-        self._forget_fenced_gateways()
-        return count
 
     # Gateways
 
@@ -429,7 +410,17 @@ class MemoryCore:
     # Inside
 
     def _new_memory(self, spec: PoolSpec, epoch: int) -> PoolMemory:
-        return PoolMemory(spec, epoch, self._chain, cache_events=self._cache_events, forecast=self._forecast)
+        return PoolMemory(
+            spec,
+            epoch,
+            self._chain,
+            cache_events=self._cache_events,
+            forecast=self._forecast,
+            retained_share=self._retained_share,
+        )
+
+    def _tenant_tag(self, spec: PoolSpec, tenant: str) -> int:
+        return self._root(spec, "", tenant, "")[1]
 
     def _open_gateway(self, number: int) -> Gateway:
         gateway = self.gateway(number)

@@ -17,8 +17,10 @@ from __future__ import annotations
 import enum
 
 import numpy as np
+import numpy.typing as npt
 
 from memsvc.core.free_order import BlankOrder, BlockIds, CachedOrder
+from memsvc.core.tenancy import Tenancy
 from quire import native
 from quire.errors import BlockPoolExhaustedError, InvariantError
 
@@ -56,6 +58,7 @@ class BlockPool:
         tenant: `[block]` tag of the tenant that the content belongs to.
         since: `[block]` time of the last change of state, in seconds of the caller's clock.
         native: the same columns in the accelerator; None without one.
+        tenancy: who holds and keeps what; None while no tenant has a quota and no block is retained.
     """
 
     __slots__ = (
@@ -72,6 +75,7 @@ class BlockPool:
         "refs",
         "since",
         "state",
+        "tenancy",
         "tenant",
     )
 
@@ -87,7 +91,8 @@ class BlockPool:
         self.tenant = np.zeros(block_count, np.uint32)
         self.since = np.zeros(block_count, np.float64)
         self._blank = BlankOrder(block_count)
-        self._cached = CachedOrder(block_count)
+        self._cached: CachedOrder | Tenancy = CachedOrder(block_count)
+        self.tenancy: Tenancy | None = None
         self._counts = [0] * (_NULL + 1)
         self._counts[_FREE] = block_count - 1
         self._counts[_NULL] = 1
@@ -134,13 +139,14 @@ class BlockPool:
                 retry_after=RETRY_AFTER_SECONDS,
             )
 
-    def take(self, count: int, now: float, *, lessee: int = 0) -> tuple[BlockIds, BlockIds]:
+    def take(self, count: int, now: float, *, lessee: int = 0, taker: int = 0) -> tuple[BlockIds, BlockIds]:
         """Takes `count` blocks, blank ones first, then cached ones, or none at all.
 
         Args:
             count: how many.
             now: the caller's clock.
             lessee: gateway to lease to; without one the blocks become USED with one reference each.
+            taker: whom they are for, see `Tenancy.take`.
 
         Returns:
             The blocks, and those of them that were cached: the caller forgets their content.
@@ -151,7 +157,7 @@ class BlockPool:
         self.require(count)
         blank = min(count, self._counts[_FREE])
         blocks = self._blank.take(blank)
-        evicted = self._cached.take(count - blank) if count > blank else blocks[:0]
+        evicted = self._cached.take(count - blank, taker, now) if count > blank else blocks[:0]
         if count > blank:
             blocks = np.concatenate((blocks, evicted)) if blank else evicted
         self._counts[_FREE] -= blank
@@ -254,6 +260,8 @@ class BlockPool:
             blank = gone[~reusable]
             self.state[blank] = _FREE
             self._blank.put(blank)
+            if self.tenancy is not None:
+                self.tenancy.blanked(blank)
             gone = gone[reusable]
         if cached:
             self.state[gone] = _CACHED
@@ -268,6 +276,8 @@ class BlockPool:
             blocks = np.frombuffer(blank, np.int64)
             self._counts[_FREE] += len(blocks)
             self._blank.put(blocks)
+            if self.tenancy is not None:
+                self.tenancy.blanked(blocks)
         if cached:
             blocks = np.frombuffer(cached, np.int64)
             self._counts[_CACHED] += len(blocks)
@@ -296,23 +306,27 @@ class BlockPool:
     def clear_cached(self, now: float) -> BlockIds:
         """Turns every cached block into a blank one and returns them, the least recently released first."""
         blocks = self._cached.blocks()
-        self._cached.remove(blocks)
+        self.discard_cached(blocks, now)
+        return blocks
+
+    def discard_cached(self, blocks: BlockIds, now: float) -> None:
+        """Turns cached blocks into blank ones."""
+        self._cached.discard(blocks)
         self._blank.put(blocks)
         self.state[blocks] = _FREE
         self.since[blocks] = now
         self._counts[_CACHED] -= len(blocks)
         self._counts[_FREE] += len(blocks)
-        return blocks
 
-    def discard_cached(self, block: int, now: float) -> None:
-        """Turns a cached block into a blank one."""
-        one = np.array([block])
-        self._cached.remove(one)
-        self._blank.put(one)
-        self.state[block] = _FREE
-        self.since[block] = now
-        self._counts[_CACHED] -= 1
-        self._counts[_FREE] += 1
+    def begin_tenancy(self, tenancy: Tenancy, numbers: npt.NDArray[np.int64]) -> None:
+        """Has `tenancy` count and order the blocks of tenants from now on.
+
+        Args:
+            tenancy: a new one.
+            numbers: `[block]` number of the tenant of each block that is in a table or cached.
+        """
+        tenancy.take_over(np.flatnonzero(self.refs), self._cached.blocks(), numbers)
+        self._cached = self.tenancy = tenancy
 
     def _settle(self, blocks: BlockIds, now: float) -> None:
         """Marks used blocks pending if only closing tables name them."""

@@ -17,7 +17,8 @@ import dataclasses
 
 import numpy as np
 
-from memsvc.core import fork
+from memsvc.core import fork, retention
+from memsvc.core.ceilings import TenantGate
 from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publication
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.forecast import AdmissionForecast
@@ -27,13 +28,17 @@ from memsvc.core.lease import Grants
 from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.prefix import PrefixIndex
 from memsvc.core.table import Slots, TableColumns, TableRecord, TableState
+from memsvc.core.tenancy import LAST_RESORT, NOBODY, Tenancy, TenantUse
 from memsvc.core.writer import JournalWriter
 from quire import hashing, media
 from quire.errors import CacheInUseError, PromptTooLongError
 from quire.memory import Admission, AdmitRequest, CloseReason, Fork, ForkRequest, PoolSpec
 from quire.units import div_ceil
 
+RETAINED_SHARE = 0.25
 _TOKEN_BYTES = 4
+# Blocks for growth that floors and pins yield at once to a gateway's last sequence.
+_LAST_RESORT_GRANT = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class PoolMemory:
         chain: computes identities.
         cache_events: keep what is published and forgotten, for `take_cache_events`.
         forecast: refuse admissions for which there will be no room soon.
+        retained_share: of the pool, what a tenant may retain if its quota does not say.
     """
 
     def __init__(
@@ -81,8 +87,10 @@ class PoolMemory:
         *,
         cache_events: bool = False,
         forecast: bool = False,
+        retained_share: float = RETAINED_SHARE,
     ) -> None:
         self.spec = spec
+        self._retained_share = retained_share
         self.epoch = epoch
         self.pool = BlockPool(spec.block_count)
         self.prefix = PrefixIndex(spec.block_count, spec.block_size, chain, self.pool.tenant)
@@ -95,20 +103,54 @@ class PoolMemory:
         self.merge_offers: list[tuple[int, int, int]] = []
         self._writer = JournalWriter(self)
 
+    @property
+    def tenancy(self) -> Tenancy | None:
+        """Who holds and keeps what; None while no tenant has a quota and no block is retained."""
+        return self.pool.tenancy
+
+    def begin_tenancy(self) -> Tenancy:
+        """Returns the tenancy of the pool, which counts from now on."""
+        if self.pool.tenancy is not None:
+            return self.pool.tenancy
+        retained = int(self._retained_share * self.pool.usable_block_count)
+        tenancy = Tenancy(self.spec.block_count, self.pool.since, retained)
+        owned = np.flatnonzero((self.pool.refs > 0) | (self.pool.state == BlockState.CACHED))
+        numbers = np.zeros(self.spec.block_count, np.int64)
+        numbers[owned] = [tenancy.number(tag) for tag in self.pool.tenant[owned].tolist()]
+        self.pool.begin_tenancy(tenancy, numbers)
+        return tenancy
+
+    def tenant_use(self, tag: int) -> TenantUse:
+        """Returns what a tenant has of this pool."""
+        if self.tenancy is not None:
+            return self.tenancy.use(tag)
+        mine = self.pool.tenant == tag
+        held = int(np.count_nonzero(mine & (self.pool.refs > 0)))
+        return TenantUse(held, int(np.count_nonzero(mine & (self.pool.state == BlockState.CACHED))), 0, 0)
+
     def admit(self, request: AdmitRequest, context: AdmitContext, now: float) -> Admission:
         """Opens a table; see `quire.memory.Memory.admit`."""
         size = self.spec.block_size
         token_count = len(request.token_ids) // _TOKEN_BYTES
         block_count = div_ceil(token_count, size)
         self._require_possible(token_count, block_count)
+        gate = self.gate(context.tenant_tag)
         extras = media.block_extras(request.media, size) if request.media else NO_EXTRAS
         match = self._match(request, context.root, extras)
         new_count = block_count - len(match.blocks)
         source, cached = match.partial_block, len(match.blocks) * size + match.partial_token_count
-        available = self.pool.available_block_count - self._cached_among(match.blocks)
+        revived = self._cached_among(match.blocks)
+        available = self.pool.available_block_count - self._takable(match.blocks)
+        room: int | None = None
+        if gate is not None:
+            gate.require_possible(request, block_count, match.blocks)
+            available -= gate.tenancy.sheltered(gate.number)
+            room = gate.room(request, self.tables, context.tenant_tag, block_count)
+            gate.require_room(request, new_count + revived, room)
         if source:
-            kept = available - (self.pool.state[source] == BlockState.CACHED)
-            if new_count > kept:
+            kept = available - self._takable(np.array([source]))
+            beside = new_count + revived + self._cached_among(np.array([source]))
+            if new_count > kept or (room is not None and beside > room):
                 # The copy's source would take the last block: compute those tokens rather than refuse.
                 source, cached = 0, len(match.blocks) * size
             else:
@@ -116,14 +158,20 @@ class PoolMemory:
         self.pool.require(new_count, available)
         if self.forecast is not None:
             self.forecast.require_room(request, self.tables, new_count, available)
+        if self.tenancy is not None:
+            # What has expired is not retained any more when it is found again.
+            self.tenancy.expire(now)
         counter = self.tables.reserve()
         held = np.append(match.blocks, source) if source else match.blocks
         if len(held):
             self.pool.share(held, now)
-        fresh, evicted = self.pool.take(new_count, now)
+        number = self.tenancy.number(context.tenant_tag) if self.tenancy is not None else NOBODY
+        fresh, evicted = self.pool.take(new_count, now, taker=number)
         if len(evicted):
             self.prefix.forget(evicted)
         self.pool.tenant[fresh] = context.tenant_tag
+        if self.tenancy is not None:
+            self.tenancy.entered(fresh, number)
         self._store_prompt(request.token_ids, fresh, len(match.blocks) * size)
         blocks = np.concatenate((match.blocks, fresh)) if len(match.blocks) else fresh
         record = TableRecord(
@@ -143,6 +191,7 @@ class PoolMemory:
             extras=extras,
         )
         slot = self._open(record, token_count, len(match.blocks))
+        self.tables.limit[slot] = token_count + request.max_new_tokens
         if self.forecast is not None:
             self.forecast.opened(request, self.tables, slot)
         if not (request.resumed or request.skip_cache_read):
@@ -181,9 +230,12 @@ class PoolMemory:
         """Brings the blocks ever granted to `gateway` up to `granted_total`; returns the new ones, maybe too few."""
         grants = self.grants_of(gateway)
         count = min(granted_total - grants.granted_total, self.pool.available_block_count)
+        taker = NOBODY
+        if self.tenancy is not None and count > 0:
+            count, taker = self._unsheltered(self.tenancy, grants, count)
         if count <= 0:
             return []
-        blocks, evicted = self.pool.take(count, now, lessee=gateway)
+        blocks, evicted = self.pool.take(count, now, lessee=gateway, taker=taker)
         if len(evicted):
             self.prefix.forget(evicted)
         grants.granted_total += count
@@ -299,7 +351,7 @@ class PoolMemory:
         for block, other in self.prefix.publish_full(fresh):
             if self.pool.state[other] == BlockState.CACHED:
                 self.prefix.forget(np.array([other]))
-                self.pool.discard_cached(other, now)
+                self.pool.discard_cached(np.array([other]), now)
                 self.prefix.republish(block)
             else:
                 self._offer(block, other, slots, now)
@@ -345,6 +397,20 @@ class PoolMemory:
             },
         )
 
+    def gate(self, tag: int) -> TenantGate | None:
+        """Returns who decides about a tenant's tables, None if nothing does."""
+        return TenantGate(self.tenancy, self.tenancy.known(tag), self.spec) if self.tenancy is not None else None
+
+    def _unsheltered(self, tenancy: Tenancy, grants: Grants, count: int) -> tuple[int, int]:
+        """Returns how many of `count` blocks a gateway may have for growth, and on whose behalf they are taken.
+
+        A gateway that is left with one sequence has nobody to preempt: floors and pins yield to it, a little at a time.
+        """
+        free = self.pool.available_block_count - tenancy.sheltered(NOBODY)
+        if free > 0 or len(grants.tables) != 1 or grants.leased:
+            return min(count, free), NOBODY
+        return min(count, _LAST_RESORT_GRANT), LAST_RESORT
+
     def _match(
         self, request: AdmitRequest, root: bytes, extras: Mapping[int, bytes], *, learn: bool = True
     ) -> PrefixMatch:
@@ -355,6 +421,14 @@ class PoolMemory:
     def _cached_among(self, blocks: BlockIds) -> int:
         """Returns how many of `blocks` nobody uses: sharing them makes that many unavailable."""
         return int(np.count_nonzero(self.pool.state[blocks] == BlockState.CACHED)) if len(blocks) else 0
+
+    def _takable(self, blocks: BlockIds) -> int:
+        """Returns how many of `blocks` could be taken for something else: all that are cached but those pinned."""
+        count = self._cached_among(blocks)
+        if count and self.tenancy is not None:
+            pinned = self.tenancy.retention[blocks] == retention.PINNED
+            count -= self._cached_among(blocks[pinned])
+        return count
 
     def _store_prompt(self, token_ids: bytes, fresh: BlockIds, start: int) -> None:
         """Notes the tokens from `start` on as the content of the fresh blocks."""

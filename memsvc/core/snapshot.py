@@ -22,6 +22,7 @@ import numpy as np
 from memsvc.core import invariants
 from memsvc.core.codec import Codec, Node, fields_of, state_of, values_of
 from memsvc.core.digest_chains import DigestChains
+from memsvc.core.eviction import EvictionLanes, Lane
 from memsvc.core.forecast import AdmissionForecast, OutputForecast
 from memsvc.core.fork import SharedBlocks
 from memsvc.core.free_order import BlankOrder, CachedOrder
@@ -34,6 +35,7 @@ from memsvc.core.prefix import PrefixIndex
 from memsvc.core.registered import RegisteredPool
 from memsvc.core.roots import RecordedRoots
 from memsvc.core.table import TableColumns, TableRecord, TableState
+from memsvc.core.tenancy import Tenancy, TenantQuota
 from memsvc.core.validation import PoolRegistration
 from quire.errors import CorruptionError, InvariantError
 from quire.media import MediaItem
@@ -61,6 +63,10 @@ DERIVED: Final[Mapping[type, frozenset[str]]] = {
     DigestChains: frozenset({"_heads", "_next", "_scratch"}),
     TableColumns: frozenset({"_native", "_scratch"}),
     TableRecord: frozenset(),
+    # The pool's own column.
+    EvictionLanes: frozenset({"since"}),
+    Lane: frozenset(),
+    Tenancy: frozenset(),
     AdmissionForecast: frozenset(),
     OutputForecast: frozenset(),
 }
@@ -75,10 +81,11 @@ VALUES: Final = (
     PoolRegistration,
     PoolSpec,
     TableState,
+    TenantQuota,
 )
 """Classes of immutable objects in the state and in commands."""
 
-_GROWING: Final = frozenset({TableColumns})
+_GROWING: Final = frozenset({EvictionLanes, TableColumns, Tenancy})
 """Classes whose columns may have any length."""
 
 _ATOMS: Final = frozenset({int, float, str, bytes, bool, type(None), MappingProxyType, *VALUES})
@@ -188,6 +195,8 @@ class _Copier:
                 setattr(target, name, after)
         if isinstance(target, TableColumns):
             target.fit_scratch()
+        if isinstance(target, BlockPool) and target.tenancy is not None:
+            target.tenancy.follow(target.since)
 
     def _copy(self, value: Any, before: Any = _MISSING, *, is_growing: bool = False) -> Any:
         """Returns a copy of a value, in the memory of `before` if that is a column: others may look at it too."""
@@ -231,6 +240,8 @@ class _Copier:
             made = before
         elif cls is PoolMemory:
             made = self._new_memory(state_of(value, DERIVED[cls]))
+        elif cls is Tenancy:
+            made = Tenancy(0, np.zeros(0), 0)
         elif dataclasses.is_dataclass(cls):
             items = values_of(value)
             made = cls(*[item if type(item) in _ATOMS else self._copy(item) for item in items])

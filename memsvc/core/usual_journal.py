@@ -39,6 +39,9 @@ def apply_rows(
         return False
     if len(appended):
         memory.pool.count_adopted(len(appended))
+        if memory.tenancy is not None:
+            blocks_grown = appended[:, 2]
+            memory.tenancy.entered(blocks_grown, memory.tenancy.numbers(memory.pool.tenant[blocks_grown]))
         memory.grants_of(gateway).leased -= len(appended)
     if fresh[0]:
         memory.publish(FreshContent(*fresh), memory.tables.slots(journal.tables), now)

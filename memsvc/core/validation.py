@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 
+from memsvc.core.tenancy import TenantQuota
 from quire import media
 from quire.errors import InvalidRequestError
 from quire.memory import AdmitRequest, PoolSpec
@@ -12,6 +14,7 @@ BLOCK_SIZES = (16, 32, 64)
 KV_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3")
 NAME_LENGTH_MAXIMUM = 128
 TEXT_LENGTH_MAXIMUM = 512
+EPOCH_MAXIMUM = 2**32 - 1
 _TOKEN_BYTES = 4
 
 
@@ -75,3 +78,39 @@ def check_admission(request: AdmitRequest) -> None:
         raise InvalidRequestError("request_id: is empty", field="request_id")
     if request.media:
         media.check(request.media, len(request.token_ids) // _TOKEN_BYTES)
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises InvalidRequestError if no tenant can have this name."""
+    if len(tenant) > TEXT_LENGTH_MAXIMUM:
+        message = f"tenant: {len(tenant)} characters, allowed are at most {TEXT_LENGTH_MAXIMUM}"
+        raise InvalidRequestError(message, field="tenant")
+
+
+def check_quota(tenant: str, quota: TenantQuota, others: Mapping[str, TenantQuota], usable: int) -> None:
+    """Raises InvalidRequestError if a tenant cannot have this quota of a pool.
+
+    Args:
+        tenant: name of the tenant.
+        quota: what it is to have.
+        others: quotas of the pool's tenants, this one's included.
+        usable: blocks of the pool that can be handed out.
+    """
+    check_tenant(tenant)
+    figures = {"floor": quota.floor, "ceiling": quota.ceiling, "retained": quota.retained, "pinned": quota.pinned}
+    for name, value in figures.items():
+        least = 1 if name == "ceiling" else 0
+        if value is not None and not least <= value <= usable:
+            field = f"{name}_block_count"
+            raise InvalidRequestError(f"{field}: found {value}, allowed are {least} .. {usable}", field=field)
+    kept = quota.kept
+    if quota.ceiling is not None and kept > quota.ceiling:
+        message = f"ceiling_block_count: found {quota.ceiling}, less than the floor or the pins, {kept}"
+        raise InvalidRequestError(message, field="ceiling_block_count")
+    taken = sum(other.kept for name, other in others.items() if name != tenant)
+    # Something must be left for whoever has no floor, or nobody else could ever be served.
+    if kept and taken + kept >= usable:
+        message = (
+            f"floor_block_count: {kept} blocks and the {taken} of other tenants' floors and pins leave none of {usable}"
+        )
+        raise InvalidRequestError(message, field="floor_block_count")

@@ -321,6 +321,8 @@ class JournalWriter:
         np.add.at(tables.length, owners, 1)
         pool.adopt(blocks, now)
         pool.tenant[blocks] = tables.tenant_tag[owners]
+        if pool.tenancy is not None:
+            pool.tenancy.entered(blocks, pool.tenancy.numbers(tables.tenant_tag[owners]))
         self._memory.grants_of(gateway).leased -= len(blocks)
         # Where a table was full up to its end, the first new block is the one that is open now.
         first = np.concatenate(([True], owners[1:] != owners[:-1]))

@@ -99,6 +99,30 @@ class AdminClient:
             del whole.records[limit:]
         return whole
 
+    def quota(self, pool_id: str, tenant: str) -> admin_pb2.TenantUsage:
+        """Returns what a tenant has of a pool, and what it may have."""
+        return self._call(self._stub.GetQuota, admin_pb2.GetQuotaRequest(pool_id=pool_id, tenant=tenant)).usage
+
+    def quotas(self, pool_id: str) -> list[admin_pb2.TenantUsage]:
+        """Returns every tenant of a pool that has a quota."""
+        found: list[admin_pb2.TenantUsage] = []
+        token = ""
+        while True:
+            request = admin_pb2.ListQuotasRequest(pool_id=pool_id, page_size=_PAGE, page_token=token)
+            page = self._call(self._stub.ListQuotas, request)
+            found += page.usages
+            if not (token := page.next_page_token):
+                return found
+
+    def set_quota(self, pool_id: str, tenant: str, quota: admin_pb2.Quota) -> admin_pb2.TenantUsage:
+        """Changes what a tenant may hold and keep of a pool.
+
+        Raises:
+            InvalidRequestError: a number is not possible, or not beside the other tenants' floors.
+        """
+        request = admin_pb2.SetQuotaRequest(pool_id=pool_id, tenant=tenant, quota=quota)
+        return self._call(self._stub.SetQuota, request).usage
+
     def _call(self, method: Callable[..., _Answer], request: object) -> _Answer:
         """Calls a method with a deadline; raises QuireError."""
         try:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 
 import quire
-from quire.cli import bench, cache, demo, generate, history, inspect, locate, replay, serve, simulate
+from quire.cli import bench, cache, demo, generate, history, inspect, locate, quota, replay, serve, simulate
 from quire.cli.output import print_error
 from quire.errors import ConfigError, QuireError
 
@@ -80,6 +80,7 @@ app.command()(history.history)
 app.command()(locate.locate)
 app.command()(cache.reset)
 app.command()(replay.replay)
+app.command()(quota.quota)
 app.command()(simulate.simulate)
 app.add_typer(bench.app)
 

@@ -272,6 +272,9 @@ class LocalKeeper:
         self.log = memory.log
         self.now = 1.0
 
+    def deliver(self) -> None:
+        """Commands of operators that have news deliver it themselves here."""
+
     async def reset_cache(self, pool_id: str, *, force: bool) -> int:
         """Resets the cache of a pool."""
         return self._memory.reset_cache(pool_id, force=force)

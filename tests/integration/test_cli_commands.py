@@ -231,6 +231,30 @@ def test_a_reset_is_refused_while_a_sequence_runs_and_forced_is_a_pause(
     assert "no pool 'nope'" in capsys.readouterr().err
 
 
+def test_quotas_are_set_shown_and_taken_away(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+    """An operator who shares a pool among teams does it by this command."""
+    assert main.run(["quota", POOL_ID]) == 0
+    assert "no tenant of this pool has a quota" in capsys.readouterr().err
+    assert main.run(["quota", POOL_ID, "team-a", "--floor", "10", "--ceiling", "200"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["team-a", "0", "0", "0", "0", "10", "200", "-", "0"]
+    assert main.run(["quota", POOL_ID, "team-a", "--floor", "0", "--retained", "7"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[5:] == ["0", "200", "7", "0"]
+    assert main.run(["quota", POOL_ID, "", "--ceiling", "600", "--json"]) == 0
+    (default,) = json.loads(capsys.readouterr().out)
+    assert default["quota"]["ceiling_block_count"] == 600
+    assert main.run(["generate", PROMPT, "--max-tokens", "5", *GREEDY]) == 0
+    capsys.readouterr()
+    assert main.run(["quota", POOL_ID]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["(default)", "team-a"]
+    for tenant in ("", "team-a"):
+        assert main.run(["quota", POOL_ID, tenant, "--clear"]) == 0
+    capsys.readouterr()
+    assert main.run(["quota", POOL_ID, "--floor", "1"]) == 1
+    assert "TENANT" in capsys.readouterr().err
+    assert main.run(["quota", POOL_ID, "team-a", "--floor", "99999"]) == 1
+    assert "floor_block_count: found 99999" in capsys.readouterr().err
+
+
 def test_health_asks_all_services(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     """A script that waits for the service needs one command and its exit status."""
     assert main.run(["health", "--json"]) == 0

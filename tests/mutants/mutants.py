@@ -200,7 +200,7 @@ BLOCKS: Final = (
     Mutant(
         "a request counts its own hits as room",
         f"{_MEMORY}.admit",
-        "self.pool.available_block_count - self._cached_among(match.blocks)",
+        "self.pool.available_block_count - self._takable(match.blocks)",
         "self.pool.available_block_count",
         "a_shortage_changes_nothing",
     ),

@@ -6,8 +6,10 @@ from typing import Final
 
 from tests.mutants.mutation import Mutant
 
-_CORE: Final = "memsvc.core.memory:MemoryCore"
+_CORE: Final = "memsvc.core.operator:OperatorCommands"
 _POOL: Final = "memsvc.core.pool:BlockPool"
+_GATE: Final = "memsvc.core.ceilings:TenantGate"
+_TENANCY: Final = "memsvc.core.tenancy:Tenancy"
 _MEMORY: Final = "memsvc.core.pool_memory:PoolMemory"
 
 RESET: Final = (
@@ -48,11 +50,105 @@ RESET: Final = (
     ),
     Mutant(
         "blocks that a reset cleared are lost",
-        f"{_POOL}.clear_cached",
+        f"{_POOL}.discard_cached",
         "self._blank.put(blocks)",
         "pass",
         "a_reset_forgets_everything_and_harms_nobody",
     ),
 )
 
-MUTANTS: Final = RESET
+QUOTAS: Final = (
+    Mutant(
+        "a tenant may hold more than its ceiling",
+        f"{_GATE}._require",
+        "if needed <= room:",
+        "if True:",
+        "a_ceiling_holds",
+    ),
+    Mutant(
+        "growth is not set aside under a ceiling",
+        f"{_GATE}.room",
+        " - self._outstanding(tables, tag)",
+        "",
+        "a_ceiling_holds",
+    ),
+    Mutant(
+        "a sequence's own growth is not set aside",
+        f"{_GATE}.room",
+        " - growth",
+        "",
+        "a_ceiling_holds",
+    ),
+    Mutant(
+        "what never fits under a ceiling waits for ever",
+        f"{_GATE}.require_possible",
+        "ceiling is not None and final > ceiling",
+        "False",
+        "a_ceiling_holds",
+    ),
+    Mutant(
+        "what never fits beside the floors waits for ever",
+        f"{_GATE}.require_possible",
+        "block_count > usable - others",
+        "False",
+        "a_floor_shelters",
+    ),
+    Mutant(
+        "blocks that grew into a table are not counted",
+        "memsvc.core.writer:JournalWriter._grow",
+        "if pool.tenancy is not None:",
+        "if False:",
+        "a_ceiling_holds",
+    ),
+    Mutant(
+        "blocks that became blank stay a tenant's",
+        f"{_POOL}.drop",
+        "if self.tenancy is not None:",
+        "if False:",
+        "a_ceiling_holds",
+    ),
+    Mutant(
+        "the source of a copy breaks a ceiling",
+        f"{_MEMORY}.admit",
+        " or (room is not None and beside > room)",
+        "",
+        "a_ceiling_holds",
+    ),
+    Mutant(
+        "what a floor shelters counts as room for others",
+        f"{_MEMORY}.admit",
+        "available -= gate.tenancy.sheltered(gate.number)",
+        "pass",
+        "a_floor_shelters",
+    ),
+    Mutant(
+        "leases take what a floor shelters",
+        f"{_MEMORY}._unsheltered",
+        "return min(count, free), NOBODY",
+        "return count, LAST_RESORT",
+        "a_floor_shelters",
+    ),
+    Mutant(
+        "a last sequence that cannot grow stands still for ever",
+        f"{_MEMORY}._unsheltered",
+        "free > 0 or len(grants.tables) != 1 or grants.leased",
+        "True",
+        "a_floor_shelters",
+    ),
+    Mutant(
+        "eviction does not look at floors",
+        f"{_TENANCY}._choose",
+        "may[mine[self._excess(number, quota) :]] = False",
+        "pass",
+        "a_floor_shelters",
+    ),
+    Mutant(
+        "a floor binds its own tenant",
+        f"{_TENANCY}.sheltered",
+        "quota.floor and number != taker",
+        "quota.floor",
+        "a_floor_does_not_bind_its_own_tenant",
+    ),
+)
+
+MUTANTS: Final = RESET + QUOTAS

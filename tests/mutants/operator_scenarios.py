@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from memsvc.core.lease import PoolChanged
 from memsvc.core.pool import BlockState
-from quire.errors import CacheInUseError, StaleEpochError
+from memsvc.core.tenancy import TenantQuota
+from quire.errors import (
+    BlockPoolExhaustedError,
+    CacheInUseError,
+    PromptTooLongError,
+    StaleEpochError,
+    TenantCeilingError,
+)
+from quire.memory import CloseReason
 from tests.mutants.world import POOL, SIZE, USABLE, World, prompt, refused
+
+LAST_RESORT_BLOCKS = 4
 
 
 def a_reset_forgets_everything_and_harms_nobody() -> None:
@@ -30,4 +40,66 @@ def a_reset_forgets_everything_and_harms_nobody() -> None:
     assert world.count(BlockState.FREE) == USABLE
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (a_reset_forgets_everything_and_harms_nobody,)}
+def a_ceiling_holds() -> None:
+    """What runs and may still grow counts, a shared block once; what never fits is refused at once."""
+    world = World()
+    world.core.set_quota(POOL, "a", TenantQuota(ceiling=6))
+    first = world.admit(prompt(2 * SIZE), tenant="a", max_new_tokens=SIZE)
+    world.write(first)
+    refused(TenantCeilingError, world.admit, prompt(4 * SIZE, 1), tenant="a")
+    refused(TenantCeilingError, world.admit, prompt(SIZE, 1), tenant="a", max_new_tokens=3 * SIZE)
+    second = world.admit([*prompt(2 * SIZE), 1], tenant="a", max_new_tokens=SIZE)
+    refused(TenantCeilingError, world.admit, prompt(SIZE + 1, 3), tenant="a")
+    world.admit(prompt(8 * SIZE), tenant="b")
+    refused(PromptTooLongError, world.admit, prompt(2 * SIZE), tenant="a", max_new_tokens=5 * SIZE)
+    world.extend(first, prompt(SIZE, 2))
+    refused(TenantCeilingError, world.admit, prompt(SIZE + 1, 3), tenant="a")
+    world.close(first)
+    revived = world.admit([*first.tokens[: 3 * SIZE], 6], tenant="a")
+    assert revived.cached == 3 * SIZE
+    world.close(second)
+    world.close(revived, CloseReason.CANCELLED)
+    assert world.core.pool(POOL).memory.tenant_use(world.core.tenant_tag(POOL, "a")).held == 0
+    world.core.set_quota(POOL, "a", TenantQuota(ceiling=3))
+    # The source of a copy would be one block more than it may hold: what it saves is computed.
+    assert world.admit(first.tokens[: 3 * SIZE], tenant="a").cached == 2 * SIZE
+
+
+def a_floor_shelters() -> None:
+    """Others' admissions and leases take nothing from below it, its own do; a last sequence gets what it needs."""
+    world = World()
+    world.run(prompt(6 * SIZE), tenant="quiet")
+    newer = world.run(prompt(2 * SIZE, 7), tenant="busy")
+    world.core.set_quota(POOL, "quiet", TenantQuota(floor=4))
+    one = world.admit(prompt(5 * SIZE, 1), tenant="busy")
+    two = world.admit(prompt(5 * SIZE, 2), tenant="busy")
+    refused(BlockPoolExhaustedError, world.admit, prompt(3 * SIZE, 3), tenant="busy")
+    refused(PromptTooLongError, world.admit, prompt(13 * SIZE, 3), tenant="busy")
+    leased = world.lease(5)
+    assert sorted(leased) == sorted(newer.blocks)
+    assert world.lease(1) == []
+    world.close(two, CloseReason.CANCELLED)
+    world.tell(returned=leased)
+    world.admit(prompt(7 * SIZE, 4), world.connect("other"), tenant="busy")
+    assert len(world.lease(9)) == LAST_RESORT_BLOCKS
+    assert world.lease(1) == []
+    world.close(one)
+
+
+def a_floor_does_not_bind_its_own_tenant() -> None:
+    """What is kept for a tenant is kept from others."""
+    world = World()
+    world.core.set_quota(POOL, "a", TenantQuota(floor=12))
+    world.run(prompt(12 * SIZE), tenant="a")
+    world.admit(prompt(12 * SIZE, 1), tenant="a")
+
+
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        a_reset_forgets_everything_and_harms_nobody,
+        a_ceiling_holds,
+        a_floor_shelters,
+        a_floor_does_not_bind_its_own_tenant,
+    )
+}

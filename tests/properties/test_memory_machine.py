@@ -31,6 +31,7 @@ from quire.errors import (
     InvalidRequestError,
     PromptTooLongError,
     StaleEpochError,
+    TenantCeilingError,
 )
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
 from tests.properties.memory_model import (
@@ -144,9 +145,9 @@ class MemoryMachine(SharingRules):
         try:
             admission = self.core.admit(gateway.number, request, self.now)
         except PromptTooLongError:
-            assert needed > USABLE or len(tokens) > 10 * SIZE
+            assert needed > USABLE or len(tokens) > 10 * SIZE or self.impossible(tenant, needed)
             return
-        except BlockPoolExhaustedError:
+        except (BlockPoolExhaustedError, TenantCeilingError):
             assert needed > 0
             assert available == self.pool.available_block_count
             return
@@ -168,6 +169,15 @@ class MemoryMachine(SharingRules):
         # Tells what it was told: the copy has not run by this, and its source must stay.
         cached = admission.cached_token_count
         self.tell(gateway, tables=[table.number], token_starts=[len(tokens)], token_counts=[0], written_counts=[cached])
+
+    def impossible(self, tenant: str, needed: int) -> bool:
+        """Whether a tenant can never have so many blocks, though the pool has them."""
+        return False
+
+    def leasable(self, gateway: ModelGateway) -> int:
+        """Returns how many blocks a gateway may lease now."""
+        available: int = self.pool.available_block_count
+        return available
 
     def choose(self, data: st.DataObject, which: int) -> tuple[ModelGateway, ModelTable] | None:
         """Returns one of the open tables of a gateway."""
@@ -268,7 +278,7 @@ class MemoryMachine(SharingRules):
     def lease(self, which: int, count: int) -> None:
         """Leases blocks, and asks again for the same total."""
         gateway = self.gateways[which]
-        expected = min(count, self.pool.available_block_count)
+        expected = min(count, self.leasable(gateway))
         blocks = self.core.lease(gateway.number, POOL, self.epoch, gateway.granted + count, self.now)
         assert len(blocks) == expected
         gateway.granted += len(blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 import contextlib
+import dataclasses
 import random
 
 import pytest
@@ -16,6 +17,7 @@ from gateway.streams import RequestStream
 from gateway.validation import check_spec
 from memsvc.core.invariants import check_pool
 from memsvc.core.pool import BlockState
+from memsvc.core.tenancy import TenantQuota
 from memsvc.local import LocalMemory
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import AdmissionError, PromptTooLongError
@@ -46,12 +48,12 @@ class World:
         if ready:
             self.ready.set()
 
-    async def submit(self, **fields: object) -> RequestStream:
-        """Checks and submits a GenerationSpec with these fields."""
+    async def submit(self, *, tenant: str = "", **fields: object) -> RequestStream:
+        """Checks and submits a GenerationSpec with these fields, for a tenant."""
         spec = pb.GenerationSpec(**fields)
         model = self.engine.find_model("")
         settings = await check_spec(spec, model, max_tokens_default=64, max_queue_time=50.0, caching=True)
-        return self.engine.submit(settings)
+        return self.engine.submit(dataclasses.replace(settings, tenant=tenant))
 
     async def collect(self, stream: RequestStream) -> tuple[list[list[int]], pb.Usage]:
         """Reads a stream to its end: the tokens of each sample, and the usage."""
@@ -257,6 +259,32 @@ async def test_row_31_a_forced_reset_queues_what_ran_in_its_order_and_costs_no_t
         await asyncio.gather(*clients)
         assert admitted[:before] == [f"r{number}" for number in range(before)]
         assert admitted[before:][:8] == [f"r{number}" for number in range(8)]
+        await world.settle()
+
+
+async def test_a_tenant_at_its_ceiling_waits_and_delays_nobody_else() -> None:
+    """A burst of one tenant at the head of the queue must not hold up the others, and must be served in the end."""
+    async with running(World(64)) as world:
+        world.memory.core.set_quota("oracle", "busy", TenantQuota(ceiling=8))
+        ended: list[str] = []
+
+        async def client(number: int, tenant: str) -> None:
+            prompt = [number + 1] * 40
+            stream = await world.submit(
+                tenant=tenant,
+                token_ids=_ids(prompt),
+                sampling=pb.Sampling(seed=number),
+                stopping=pb.Stopping(max_tokens=60, ignore_eos=True),
+            )
+            (tokens,), _ = await world.collect(stream)
+            assert tokens == expected_tokens(prompt, number, 60, ignore_eos=True)
+            ended.append(tenant)
+            core = world.memory.core
+            assert core.pool("oracle").memory.tenant_use(core.tenant_tag("oracle", "busy")).held <= 8
+
+        await asyncio.gather(*(client(number, "busy" if number < 5 else "calm") for number in range(8)))
+        assert sorted(ended) == ["busy"] * 5 + ["calm"] * 3
+        assert ended[-3:] == ["busy"] * 3
         await world.settle()
 
 

@@ -86,6 +86,247 @@ BLOCK_STATE_NULL: BlockState.ValueType  # 6
 Global___BlockState: _TypeAlias = BlockState  # noqa: Y015
 
 @_typing.final
+class Quota(_message.Message):
+    """What a tenant may hold and keep of a pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FLOOR_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    CEILING_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    RETAINED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    PINNED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    floor_block_count: _builtins.int
+    """Blocks, held by its sequences and cached together, below which the pressure of other tenants evicts nothing of it.
+    0 for none. All tenants' floors and pins must leave at least one block of the pool.
+    """
+    ceiling_block_count: _builtins.int
+    """Most blocks that its sequences may hold, 1 .. block_count - 1; the growth of those admitted is set aside. Absent for
+    no limit.
+    """
+    retained_block_count: _builtins.int
+    """Most blocks that its requests and sessions may retain. Absent for the default share of the pool."""
+    pinned_block_count: _builtins.int
+    """Most blocks that may be pinned for it. 0 for none."""
+    def __init__(
+        self,
+        *,
+        floor_block_count: _builtins.int = ...,
+        ceiling_block_count: _builtins.int | None = ...,
+        retained_block_count: _builtins.int | None = ...,
+        pinned_block_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ceiling_block_count", b"_ceiling_block_count", "_retained_block_count", b"_retained_block_count", "ceiling_block_count", b"ceiling_block_count", "retained_block_count", b"retained_block_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ceiling_block_count", b"_ceiling_block_count", "_retained_block_count", b"_retained_block_count", "ceiling_block_count", b"ceiling_block_count", "floor_block_count", b"floor_block_count", "pinned_block_count", b"pinned_block_count", "retained_block_count", b"retained_block_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ceiling_block_count: _TypeAlias = _typing.Literal["ceiling_block_count"]  # noqa: Y015
+    _WhichOneofArgType__ceiling_block_count: _TypeAlias = _typing.Literal["_ceiling_block_count", b"_ceiling_block_count"]  # noqa: Y015
+    _WhichOneofReturnType__retained_block_count: _TypeAlias = _typing.Literal["retained_block_count"]  # noqa: Y015
+    _WhichOneofArgType__retained_block_count: _TypeAlias = _typing.Literal["_retained_block_count", b"_retained_block_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ceiling_block_count) -> _WhichOneofReturnType__ceiling_block_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retained_block_count) -> _WhichOneofReturnType__retained_block_count | None: ...
+
+Global___Quota: _TypeAlias = Quota  # noqa: Y015
+
+@_typing.final
+class TenantUsage(_message.Message):
+    """A tenant and its blocks of a pool. A block in several tables, or held and retained, counts once in each figure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    HELD_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    RETAINED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    PINNED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Name of the tenant; empty for the default one."""
+    held_block_count: _builtins.int
+    """Blocks in tables of its sequences, those waiting for a fence included."""
+    cached_block_count: _builtins.int
+    """Blocks in no table that its prompts can match."""
+    retained_block_count: _builtins.int
+    """Blocks of these that are retained."""
+    pinned_block_count: _builtins.int
+    """Blocks of these that are pinned."""
+    @_builtins.property
+    def quota(self) -> Global___Quota:
+        """What it may have."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        quota: Global___Quota | None = ...,
+        held_block_count: _builtins.int = ...,
+        cached_block_count: _builtins.int = ...,
+        retained_block_count: _builtins.int = ...,
+        pinned_block_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_block_count", b"cached_block_count", "held_block_count", b"held_block_count", "pinned_block_count", b"pinned_block_count", "quota", b"quota", "retained_block_count", b"retained_block_count", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantUsage: _TypeAlias = TenantUsage  # noqa: Y015
+
+@_typing.final
+class SetQuotaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    tenant: _builtins.str
+    """Name of the tenant, at most 512 characters; empty for the default one."""
+    @_builtins.property
+    def quota(self) -> Global___Quota:
+        """What it may have from now on; absent to take its quota away."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        quota: Global___Quota | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_id", b"pool_id", "quota", b"quota", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetQuotaRequest: _TypeAlias = SetQuotaRequest  # noqa: Y015
+
+@_typing.final
+class SetQuotaResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def usage(self) -> Global___TenantUsage:
+        """The tenant after the change."""
+
+    def __init__(
+        self,
+        *,
+        usage: Global___TenantUsage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetQuotaResponse: _TypeAlias = SetQuotaResponse  # noqa: Y015
+
+@_typing.final
+class GetQuotaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    tenant: _builtins.str
+    """Name of the tenant, at most 512 characters; empty for the default one."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_id", b"pool_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQuotaRequest: _TypeAlias = GetQuotaRequest  # noqa: Y015
+
+@_typing.final
+class GetQuotaResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def usage(self) -> Global___TenantUsage:
+        """The tenant."""
+
+    def __init__(
+        self,
+        *,
+        usage: Global___TenantUsage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQuotaResponse: _TypeAlias = GetQuotaResponse  # noqa: Y015
+
+@_typing.final
+class ListQuotasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    page_size: _builtins.int
+    """At most this many; 0 for 100, never more than 1000."""
+    page_token: _builtins.str
+    """From the previous answer."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuotasRequest: _TypeAlias = ListQuotasRequest  # noqa: Y015
+
+@_typing.final
+class ListQuotasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def usages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantUsage]:
+        """The tenants."""
+
+    def __init__(
+        self,
+        *,
+        usages: _abc.Iterable[Global___TenantUsage] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "usages", b"usages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuotasResponse: _TypeAlias = ListQuotasResponse  # noqa: Y015
+
+@_typing.final
 class ResetCacheRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -71,6 +71,21 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheRequest.SerializeToString,
                 response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheResponse.FromString,
                 _registered_method=True)
+        self.SetQuota = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/SetQuota',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.SetQuotaRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.SetQuotaResponse.FromString,
+                _registered_method=True)
+        self.GetQuota = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/GetQuota',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetQuotaRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetQuotaResponse.FromString,
+                _registered_method=True)
+        self.ListQuotas = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/ListQuotas',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -130,6 +145,29 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetQuota(self, request, context):
+        """Changes what a tenant may hold and keep of a pool. Absolute, so it may be repeated. What the tenant has beyond the
+        new quota stays until it is let go. NOT_FOUND: no such pool. INVALID_ARGUMENT: a number is not possible, or not beside
+        the other tenants' floors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetQuota(self, request, context):
+        """Shows what a tenant has of a pool, and what it may have. NOT_FOUND: no such pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListQuotas(self, request, context):
+        """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -167,6 +205,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ResetCache,
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheRequest.FromString,
                     response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheResponse.SerializeToString,
+            ),
+            'SetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetQuota,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.SetQuotaRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.SetQuotaResponse.SerializeToString,
+            ),
+            'GetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQuota,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetQuotaRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetQuotaResponse.SerializeToString,
+            ),
+            'ListQuotas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuotas,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -360,6 +413,87 @@ class AdminService(object):
             '/quire.memsvc.v1.AdminService/ResetCache',
             protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheRequest.SerializeToString,
             protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/SetQuota',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.SetQuotaRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.SetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/GetQuota',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.GetQuotaRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.GetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuotas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/ListQuotas',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasResponse.FromString,
             options,
             channel_credentials,
             insecure,

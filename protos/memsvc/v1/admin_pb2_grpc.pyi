@@ -54,6 +54,15 @@ class AdminServiceStub:
     """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
     blocks, and `force` is not set.
     """
+    SetQuota: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]
+    """Changes what a tenant may hold and keep of a pool. Absolute, so it may be repeated. What the tenant has beyond the
+    new quota stays until it is let go. NOT_FOUND: no such pool. INVALID_ARGUMENT: a number is not possible, or not beside
+    the other tenants' floors.
+    """
+    GetQuota: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetQuotaRequest, _admin_pb2.GetQuotaResponse]
+    """Shows what a tenant has of a pool, and what it may have. NOT_FOUND: no such pool."""
+    ListQuotas: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListQuotasRequest, _admin_pb2.ListQuotasResponse]
+    """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -81,6 +90,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
     blocks, and `force` is not set.
     """
+    SetQuota: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]  # type: ignore[assignment]
+    """Changes what a tenant may hold and keep of a pool. Absolute, so it may be repeated. What the tenant has beyond the
+    new quota stays until it is let go. NOT_FOUND: no such pool. INVALID_ARGUMENT: a number is not possible, or not beside
+    the other tenants' floors.
+    """
+    GetQuota: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetQuotaRequest, _admin_pb2.GetQuotaResponse]  # type: ignore[assignment]
+    """Shows what a tenant has of a pool, and what it may have. NOT_FOUND: no such pool."""
+    ListQuotas: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListQuotasRequest, _admin_pb2.ListQuotasResponse]  # type: ignore[assignment]
+    """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
@@ -147,5 +165,32 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
         blocks, and `force` is not set.
         """
+
+    @_abc_1.abstractmethod
+    def SetQuota(
+        self,
+        request: _admin_pb2.SetQuotaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SetQuotaResponse, _abc.Awaitable[_admin_pb2.SetQuotaResponse]]:
+        """Changes what a tenant may hold and keep of a pool. Absolute, so it may be repeated. What the tenant has beyond the
+        new quota stays until it is let go. NOT_FOUND: no such pool. INVALID_ARGUMENT: a number is not possible, or not beside
+        the other tenants' floors.
+        """
+
+    @_abc_1.abstractmethod
+    def GetQuota(
+        self,
+        request: _admin_pb2.GetQuotaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetQuotaResponse, _abc.Awaitable[_admin_pb2.GetQuotaResponse]]:
+        """Shows what a tenant has of a pool, and what it may have. NOT_FOUND: no such pool."""
+
+    @_abc_1.abstractmethod
+    def ListQuotas(
+        self,
+        request: _admin_pb2.ListQuotasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListQuotasResponse, _abc.Awaitable[_admin_pb2.ListQuotasResponse]]:
+        """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
