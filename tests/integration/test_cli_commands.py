@@ -71,6 +71,8 @@ def test_generate_reads_standard_input_and_stops_at_a_string() -> None:
         (["--top-p", "0"], "top_p"),
         (["--max-tokens", "0"], "max_tokens"),
         (["--max-tokens", "-3"], "max_tokens"),
+        (["--min-tokens", "9", "--max-tokens", "8"], "min_tokens"),
+        (["--priority", "1"], "priority"),
         (["--model", "nope"], "nope"),
         (["--n", "65"], "n"),
     ],

@@ -42,6 +42,22 @@ def test_a_chat_answer_makes_sense(stack: Stack) -> None:
     assert answer.usage.completion_token_count == len(answer.completions[0].token_ids)
 
 
+def test_min_tokens_keeps_the_answer_from_ending(stack: Stack) -> None:
+    """The model's end must be put off, not written into the answer; a priority that means nothing must be refused."""
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    with Client(stack.address) as client:
+        short = client.chat(messages, max_tokens=60, **GREEDY)
+        assert short.finish_reason is FinishReason.EOS
+        count = len(short.token_ids)
+        longer = client.chat(messages, max_tokens=count + 20, min_tokens=count + 10, **GREEDY)
+        assert len(longer.token_ids) >= count + 10
+        assert longer.token_ids[: count - 1] == short.token_ids[:-1]
+        assert short.token_ids[-1] not in longer.token_ids[: count + 10]
+        with pytest.raises(InvalidRequestError, match="in order of arrival") as caught:
+            client.chat(messages, max_tokens=4, priority=2, **GREEDY)
+        assert caught.value.field == "scheduling.priority"
+
+
 def test_the_block_table_matches_the_tokens_while_streaming(stack: Stack) -> None:
     """An operator who looks at a live sequence must see as many blocks as its tokens need."""
     with Client(stack.address) as client, stack.admin() as admin:

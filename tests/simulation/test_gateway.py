@@ -31,7 +31,14 @@ class World:
     """A gateway, a memory core and an executor in one event loop."""
 
     def __init__(
-        self, block_count: int, *, budget: int = 64, max_model_len: int = 512, queue_size: int = 64, seed: int = 0
+        self,
+        block_count: int,
+        *,
+        budget: int = 64,
+        queue_size: int = 64,
+        seed: int = 0,
+        policy: str = "fcfs",
+        long_prefill_token_threshold: int = 0,
     ) -> None:
         """Lays out the pool; `start` connects."""
         self.random = random.Random(seed)
@@ -39,7 +46,12 @@ class World:
         self.executor = OracleExecutor(spec, lambda: self.random.choice((0, 0, 0.001)), budget)
         self.memory = LocalMemory()
         self.memory.register_pool("oracle", self.executor.incarnation, "oracle:0", spec)
-        self.config = GatewayConfig(gateway_id="test", max_queue_size=queue_size)
+        self.config = GatewayConfig(
+            gateway_id="test",
+            max_queue_size=queue_size,
+            scheduling_policy=policy,
+            long_prefill_token_threshold=long_prefill_token_threshold,
+        )
         self.ready = asyncio.Event()
         self.defects: list[str] = []
         self.engine = Engine(self.memory, lambda _: self.executor, self.config, self._readiness, self.defects.append)
@@ -52,7 +64,14 @@ class World:
         """Checks and submits a GenerationSpec with these fields, for a tenant."""
         spec = pb.GenerationSpec(**fields)
         model = self.engine.find_model("")
-        settings = await check_spec(spec, model, max_tokens_default=64, max_queue_time=50.0, caching=True)
+        settings = await check_spec(
+            spec,
+            model,
+            max_tokens_default=64,
+            max_queue_time=50.0,
+            caching=True,
+            priorities=self.config.scheduling_policy == "priority",
+        )
         return self.engine.submit(dataclasses.replace(settings, tenant=tenant))
 
     async def collect(self, stream: RequestStream) -> tuple[list[list[int]], pb.Usage]:
@@ -194,6 +213,33 @@ async def test_memory_pressure_preempts_and_everyone_finishes() -> None:
         preemptions = await asyncio.gather(*(client(number) for number in range(8)))
         assert sum(preemptions) > 0, "the pool was meant to be too small"
         await world.settle()
+
+
+@pytest.mark.invariant(8, 9, 13, 14)
+@pytest.mark.parametrize("seed", range(2))
+async def test_priorities_and_shares_change_the_order_and_no_token(seed: int) -> None:
+    """Whoever goes first under pressure, everybody gets the answer that it gets alone, and the urgent get it first."""
+    async with running(World(30, seed=seed, policy="priority", long_prefill_token_threshold=24)) as world:
+        chance = random.Random(seed)
+        finished: list[int] = []
+
+        async def client(number: int) -> None:
+            priority = chance.randrange(-2, 3)
+            prompt = [chance.randrange(1, 256) for _ in range(chance.randrange(1, 120))]
+            min_tokens = chance.choice((0, 0, 20))
+            stream = await world.submit(
+                token_ids=_ids(prompt),
+                sampling=pb.Sampling(seed=number),
+                stopping=pb.Stopping(max_tokens=60, min_tokens=min_tokens),
+                scheduling=pb.Scheduling(priority=priority),
+            )
+            (tokens,), _ = await world.collect(stream)
+            assert tokens == expected_tokens(prompt, number, 60, withheld={0}, min_tokens=min_tokens)
+            finished.append(priority)
+
+        await asyncio.gather(*(client(number) for number in range(30)))
+        await world.settle()
+        assert sum(finished[:10]) < sum(finished[-10:])
 
 
 @pytest.mark.invariant(9, 10)
