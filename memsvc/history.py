@@ -86,7 +86,7 @@ class Historian:
             raise InvalidRequestError("pool_id: is empty, but block_id is not", field="pool_id")
         if question.pool_id and not question.block_id:
             self._keeper.core.pool(question.pool_id)
-        if log is None or log.too_large:
+        if log is None or log.ended:
             message = "no command log is kept: --command-log-mib is 0, or too small for the pools"
             raise UnsupportedError(message, reason="NO_COMMAND_LOG")
         block = watch_block(self._keeper.core, question.pool_id, question.block_id) if question.block_id else None

@@ -240,14 +240,9 @@ class Keeper:
             self._check_log()
 
     def _check_log(self) -> None:
-        """Says so, once, when the log has ended because the state is too large for it."""
-        if self.log is not None and self.log.too_large:
-            log.warning(
-                "command_log_ended",
-                state_mib=self.log.too_large >> 20,
-                command_log_mib=self.config.command_log_mib,
-                effect="no history; four times the state's size is enough",
-            )
+        """Says so, once, when the log has ended."""
+        if self.log is not None and self.log.ended:
+            log.warning("command_log_ended", reason=self.log.ended, effect="no history; see --command-log-mib")
             self.log = None
 
     def deliver_if_any(self) -> None:

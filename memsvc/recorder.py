@@ -65,7 +65,7 @@ class LogRecorder:
             await self._task
         if self._file is not None:
             with contextlib.suppress(OSError):
-                if self._commands.too_large:
+                if self._commands.ended:
                     # The log ended before its last commands were written: no state to compare a replay with.
                     self._file.close()
                 else:

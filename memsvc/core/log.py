@@ -109,14 +109,14 @@ class CommandLog:
 
     Attributes:
         segments: oldest first.
-        too_large: bytes of the state that ended the log because they are too many; 0 while it goes on.
+        ended: why the log has ended; empty while it goes on.
     """
 
     def __init__(self, core: MemoryCore, limit_bytes: int) -> None:
         self._core = core
         self._limit_bytes = limit_bytes
         self.segments: list[Segment] = []
-        self.too_large = 0
+        self.ended = ""
         self._followers: list[Follower] = []
         self._room = 0
         self._weighed = 0
@@ -172,19 +172,24 @@ class CommandLog:
         return follower
 
     def rotate(self) -> bool:
-        """Begins a new segment and drops the oldest if there are too many; false if the state is too large for it."""
+        """Begins a new segment and drops the oldest if there are too many; false if the log has ended instead.
+
+        It ends when the state is too large for it, or cannot be copied: a defect here must not become one of commands.
+        """
         size = snapshot.weight(self._core)
         self._room = self._limit_bytes // _SEGMENTS - size
         # At least as much room for commands as for the state: else the log would copy more than it takes down.
         if self._room < size:
-            self.too_large = size
-            self.close()
-            return False
+            return self._end(f"the state takes {size} bytes, which needs a log of {2 * _SEGMENTS * size}")
         first = self.end
         dropped = self.segments[: len(self.segments) + 1 - _SEGMENTS]
         del self.segments[: len(dropped)]
         spare = dropped[0].base if dropped and not dropped[0].readers else None
-        self.segments.append(Segment(first, snapshot.clone(self._core, spare)))
+        try:
+            base = snapshot.clone(self._core, spare)
+        except (AttributeError, TypeError, ValueError) as error:
+            return self._end(f"the state cannot be copied: {error}")
+        self.segments.append(Segment(first, base))
         self._lines = self.segments[-1].lines
         for follower in self._followers:
             follower.take(self.segments[-1])
@@ -193,12 +198,14 @@ class CommandLog:
         self._core.forget_roots()
         return True
 
-    def close(self) -> None:
-        """Ends the log and forgets it."""
+    def _end(self, why: str) -> bool:
+        """Ends the log and forgets it; returns false."""
+        self.ended = why
         self.segments.clear()
         self._lines = []
         self._core.log = None
         self._core.roots = None
+        return False
 
     def _weigh(self) -> None:
         """Takes the newest entries off the room that is left, and rotates if there is none."""

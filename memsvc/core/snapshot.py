@@ -262,6 +262,13 @@ class _Copier:
             raise ValueError("the columns do not fit the pool's size")
         forecast = fields["forecast"] is not None
         for at, spare in enumerate(self._spares):
-            if spare.spec == spec and (spare.forecast is not None) == forecast:
+            if spare.spec == spec and (spare.forecast is not None) == forecast and _is_alike(spare.pool, columns):
                 return self._spares.pop(at)
         return PoolMemory(spec, fields["epoch"], self._core._chain, forecast=forecast)  # noqa: SLF001 - as above
+
+
+def _is_alike(spare: BlockPool, columns: Any) -> bool:
+    """Returns whether the parts of a pool are of the classes that they are to be filled from."""
+    fields = state_of(columns, DERIVED[BlockPool])
+    kinds = [value.cls if isinstance(value, Node) else type(value) for value in fields.values()]
+    return kinds == [type(getattr(spare, name)) for name in fields]
