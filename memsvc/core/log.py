@@ -32,6 +32,8 @@ _FOLLOWED: Final = 4
 _WEIGH_EVERY: Final = 64
 _ENTRY_BYTES: Final = 256
 _ENTRY_LIMIT: Final = 1_000_000
+# Entries with objects in them are what the garbage collector passes over: more would show as pauses.
+_HEAVY_LIMIT: Final = 16_384
 _LIGHT: Final = frozenset({int, float, bool})
 
 
@@ -120,6 +122,7 @@ class CommandLog:
         self._followers: list[Follower] = []
         self._room = 0
         self._weighed = 0
+        self._heavy = 0
         self._due = _WEIGH_EVERY
         self._lines: list[Line] = []
         if self.rotate():
@@ -193,7 +196,7 @@ class CommandLog:
         self._lines = self.segments[-1].lines
         for follower in self._followers:
             follower.take(self.segments[-1])
-        self._weighed, self._due = 0, _WEIGH_EVERY
+        self._weighed, self._due, self._heavy = 0, _WEIGH_EVERY, 0
         # Each segment is complete: roots that are used in it are taken down in it.
         self._core.forget_roots()
         return True
@@ -213,6 +216,7 @@ class CommandLog:
         room = self._room - _ENTRY_BYTES * (len(lines) - self._weighed)
         for command, args, kwargs, _ in lines[self._weighed :]:
             if command == ROOT or not COMMANDS[command].is_light:
+                self._heavy += 1
                 for item in args:
                     if type(item) not in _LIGHT:
                         room -= snapshot.weight(item)
@@ -220,5 +224,5 @@ class CommandLog:
                     room -= snapshot.weight(kwargs)
         self._room = room
         self._weighed, self._due = len(lines), len(lines) + _WEIGH_EVERY
-        if room <= 0 or len(lines) >= _ENTRY_LIMIT:
+        if room <= 0 or len(lines) >= _ENTRY_LIMIT or self._heavy >= _HEAVY_LIMIT:
             self.rotate()

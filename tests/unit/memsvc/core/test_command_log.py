@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from memsvc.core import codec, snapshot
+from memsvc.core import log as log_module
 from memsvc.core.codec import state_of
 from memsvc.core.commands import COMMANDS
 from memsvc.core.log import CommandLog, Entry
@@ -253,6 +254,18 @@ def test_a_log_keeps_within_its_bytes_and_covers_what_it_keeps() -> None:
     assert sum(map(len, (segment.lines for segment in log.segments))) == log.end - log.first
     assert snapshot.digest(replay_segments(log.segments)) == snapshot.digest(core)
     assert snapshot.digest(replay_segments(log.segments[:1])) == snapshot.digest(log.segments[1].base)
+
+
+def test_a_log_bounds_what_the_garbage_collector_has_to_pass_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise many small journals in a large log show as pauses of the whole service."""
+    monkeypatch.setattr(log_module, "_HEAVY_LIMIT", 64)
+    core = live(new_core())
+    log = CommandLog(core, 1 << 26)
+    for turn in range(400):
+        core.touch_gateway(1, 60.0 + turn)
+        tell(core, 1, 60.5 + turn)
+    assert [len(segment.lines) for segment in log.segments] == [128, 800 - log.first - 128]
+    assert snapshot.digest(replay_segments(log.segments)) == snapshot.digest(core)
 
 
 def test_a_log_too_small_for_the_state_ends_and_says_so() -> None:
