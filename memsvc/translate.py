@@ -88,6 +88,9 @@ def to_admit(message: memsvc_pb2.AdmitRequest) -> AdmitRequest:
         max_new_tokens=message.max_new_tokens,
         resumed=message.resumed,
         media=_to_media(message.media),
+        session_id=message.session_id,
+        retention_priority=message.retention_priority,
+        retention_ttl_seconds=message.retention_ttl_seconds,
     )
 
 

@@ -75,6 +75,9 @@ class AdmitRequest:
     resumed: bool = False
     media: tuple[MediaItem, ...] = ()
     """What placeholder tokens stand for, in order."""
+    session_id: str = ""
+    retention_priority: int = 0
+    retention_ttl_seconds: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

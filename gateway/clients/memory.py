@@ -170,6 +170,9 @@ class RemoteMemory:
                 pb.MediaItem(start=item.start, token_count=item.token_count, digest=item.digest)
                 for item in request.media
             ],
+            session_id=request.session_id,
+            retention_priority=request.retention_priority,
+            retention_ttl_seconds=request.retention_ttl_seconds,
         )
         self._request_no += 1
         message.request_no = self._request_no

@@ -154,6 +154,8 @@ def fork(memory: PoolMemory, gateway: int, request: ForkRequest, ordinal: int, n
             opened_at=now,
             cached_token_count=at_token,
             publishes=source.publishes,
+            retention=source.retention,
+            session_id=source.session_id,
             blocks=array("q", shared),
             parent=parent,
             shared_index=full if rest else -1,

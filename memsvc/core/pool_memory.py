@@ -158,6 +158,11 @@ class PoolMemory:
         self.pool.require(new_count, available)
         if self.forecast is not None:
             self.forecast.require_room(request, self.tables, new_count, available)
+        keep = retention.asked_for(
+            request.retention_priority, request.retention_ttl_seconds, session=bool(request.session_id)
+        )
+        if keep:
+            self.begin_tenancy()
         if self.tenancy is not None:
             # What has expired is not retained any more when it is found again.
             self.tenancy.expire(now)
@@ -188,6 +193,8 @@ class PoolMemory:
             blocks=array("q", blocks.tobytes()),
             parent=match.identity,
             copy_source=source,
+            retention=keep,
+            session_id=request.session_id,
             extras=extras,
         )
         slot = self._open(record, token_count, len(match.blocks))
@@ -290,6 +297,10 @@ class PoolMemory:
             published = self.prefix.published[blocks]
             self.prefix.forget(blocks[published == Publication.DUPLICATE])
         reusable = (published == Publication.FULL) | (published == Publication.PARTIAL)
+        if record.retention and self.tenancy is not None and reason != CloseReason.FAILED:
+            # The beginning first: without it the rest cannot be matched.
+            number = self.tenancy.known(record.tenant_tag)
+            self.tenancy.retain(blocks[reusable][::-1], record.retention, number)
         self.pool.drop(blocks, reusable, now)
         if self.forecast is not None:
             self.forecast.closed(record, reason, self.tables, slot)

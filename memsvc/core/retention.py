@@ -39,6 +39,19 @@ def retention_class(priority: int, ttl: int) -> int:
     return (-(-priority // _STEP) - 1) * _TTL_COUNT + (ttl - 1).bit_length() + 1
 
 
+def asked_for(priority: int, ttl: int, *, session: bool) -> int:
+    """Returns the class that a request asks for, NONE if it does not.
+
+    Args:
+        priority: 0 .. 100, 0 if it is not said.
+        ttl: seconds, 0 if it is not said.
+        session: whether the request is a turn of one.
+    """
+    if not priority and not session:
+        return NONE
+    return retention_class(priority or SESSION_PRIORITY, ttl or TTL_DEFAULT)
+
+
 def time_to_live(retention: int) -> float:
     """Returns the seconds after release at which a class is worth nothing."""
     return float(1 << ((retention - 1) % _TTL_COUNT))

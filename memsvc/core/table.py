@@ -73,6 +73,8 @@ class TableRecord:
             `memsvc.core.fork`.
         merges: blocks that were offered in place of equal ones, by position; referenced as if they were in the table.
         state: open or closing.
+        retention: class in which its blocks are retained when it closes, see `memsvc.core.retention`.
+        session_id: conversation that it is a turn of.
         extras: what the identity of some blocks covers beside their tokens, by position of the block.
     """
 
@@ -93,6 +95,8 @@ class TableRecord:
     shared_index: int = -1
     merges: dict[int, int] = dataclasses.field(default_factory=dict)
     state: TableState = TableState.OPEN
+    retention: int = 0
+    session_id: str = ""
     extras: Mapping[int, bytes] = dataclasses.field(default_factory=lambda: NO_EXTRAS)
 
     @property

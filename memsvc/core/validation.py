@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 
+from memsvc.core import retention
 from memsvc.core.tenancy import TenantQuota
 from quire import media
 from quire.errors import InvalidRequestError
@@ -69,13 +70,23 @@ def check_admission(request: AdmitRequest) -> None:
     if not request.token_ids or len(request.token_ids) % _TOKEN_BYTES:
         message = f"token_ids: {len(request.token_ids)} bytes, expected at least one token of {_TOKEN_BYTES} bytes"
         raise InvalidRequestError(message, field="token_ids")
-    for field in ("request_id", "tenant", "cache_salt", "adapter"):
+    for field in ("request_id", "tenant", "cache_salt", "adapter", "session_id"):
         length = len(getattr(request, field))
         if length > TEXT_LENGTH_MAXIMUM:
             message = f"{field}: {length} characters, allowed are at most {TEXT_LENGTH_MAXIMUM}"
             raise InvalidRequestError(message, field=field)
     if not request.request_id:
         raise InvalidRequestError("request_id: is empty", field="request_id")
+    if request.retention_priority > retention.PRIORITY_MAXIMUM:
+        message = f"retention_priority: found {request.retention_priority}, allowed are 0 .. 100"
+        raise InvalidRequestError(message, field="retention_priority")
+    if request.retention_ttl_seconds > retention.TTL_MAXIMUM:
+        found = request.retention_ttl_seconds
+        message = f"retention_ttl_seconds: found {found}, allowed are 0 .. {retention.TTL_MAXIMUM}"
+        raise InvalidRequestError(message, field="retention_ttl_seconds")
+    if request.retention_ttl_seconds and not (request.retention_priority or request.session_id):
+        message = "retention_ttl_seconds: is given without retention_priority or session_id"
+        raise InvalidRequestError(message, field="retention_ttl_seconds")
     if request.media:
         media.check(request.media, len(request.token_ids) // _TOKEN_BYTES)
 

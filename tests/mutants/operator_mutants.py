@@ -151,4 +151,63 @@ QUOTAS: Final = (
     ),
 )
 
-MUTANTS: Final = RESET + QUOTAS
+RETENTION: Final = (
+    Mutant(
+        "a retained block is taken like any other",
+        "memsvc.core.eviction:EvictionLanes.candidates",
+        "rank = np.where(places < lane.expired, _UNRETAINED, _RETAINED)",
+        "rank = np.full(len(places), _UNRETAINED)",
+        "what_is_retained_outlives_strangers",
+    ),
+    Mutant(
+        "a tenant retains beyond its quota",
+        f"{_TENANCY}.retain",
+        "new = new[:room]",
+        "pass",
+        "what_is_retained_outlives_strangers",
+    ),
+    Mutant(
+        "the end of a prompt is retained before its beginning",
+        f"{_MEMORY}.close",
+        "blocks[reusable][::-1]",
+        "blocks[reusable]",
+        "what_is_retained_outlives_strangers",
+    ),
+    Mutant(
+        "priorities do not matter",
+        "memsvc.core.retention:head_start",
+        "priority(retention)",
+        "1",
+        "what_is_retained_outlives_strangers",
+    ),
+    Mutant(
+        "retention never expires",
+        f"{_TENANCY}.expire",
+        "if self._retained_total:",
+        "if False:",
+        "what_is_retained_outlives_strangers",
+    ),
+    Mutant(
+        "nothing is retained when it is closed",
+        f"{_MEMORY}.close",
+        "if record.retention and",
+        "if False and",
+        "what_is_retained_outlives_strangers",
+    ),
+    Mutant(
+        "retained blocks are never taken",
+        f"{_TENANCY}.take",
+        "blocks = self._choose(count, taker, retained=True)",
+        "pass",
+        "what_is_retained_outlives_strangers",
+    ),
+    Mutant(
+        "a block that is evicted stays retained",
+        f"{_TENANCY}._forget",
+        "self._release(blocks[self.retention[blocks] != classes.NONE])",
+        "pass",
+        "what_is_retained_outlives_strangers",
+    ),
+)
+
+MUTANTS: Final = RESET + QUOTAS + RETENTION

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memsvc.core.lease import PoolChanged
 from memsvc.core.pool import BlockState
 from memsvc.core.tenancy import TenantQuota
+from quire.columns import pack
 from quire.errors import (
     BlockPoolExhaustedError,
     CacheInUseError,
@@ -12,7 +13,7 @@ from quire.errors import (
     StaleEpochError,
     TenantCeilingError,
 )
-from quire.memory import CloseReason
+from quire.memory import AdmitRequest, CloseReason
 from tests.mutants.world import POOL, SIZE, USABLE, World, prompt, refused
 
 LAST_RESORT_BLOCKS = 4
@@ -94,6 +95,39 @@ def a_floor_does_not_bind_its_own_tenant() -> None:
     world.admit(prompt(12 * SIZE, 1), tenant="a")
 
 
+def what_is_retained_outlives_strangers() -> None:
+    """Within its quota, the beginning first, least worth first, until it expires; it yields when nothing is left."""
+    world = World()
+    world.core.set_quota(POOL, "", TenantQuota(retained=6))
+    strong = world.run(prompt(4 * SIZE), retention_priority=100, retention_ttl_seconds=64)
+    weak = world.run(prompt(4 * SIZE, 1), retention_priority=10, retention_ttl_seconds=64)
+    assert world.core.pool(POOL).memory.tenant_use(world.core.tenant_tag(POOL, "")).retained == 6
+    world.run([*prompt(SIZE), 7])
+    world.run(prompt(8 * SIZE, 2), tenant="stranger")
+    held = world.admit(prompt(10 * SIZE, 3), tenant="stranger")
+    world.close(held, CloseReason.CANCELLED)
+    assert found(world, strong.tokens) == 4 * SIZE
+    assert found(world, weak.tokens) == 2 * SIZE
+    # A stronger wish stays, a failed sequence wishes nothing, and what is left is taken in the end.
+    world.close(world.admit([*prompt(SIZE), 8], retention_priority=10), CloseReason.FAILED)
+    world.close(world.admit(prompt(11 * SIZE, 4), tenant="stranger"), CloseReason.CANCELLED)
+    assert found(world, strong.tokens) == 4 * SIZE
+    assert found(world, weak.tokens) == SIZE
+    world.now += 65
+    fresh = world.run(prompt(4 * SIZE, 5), tenant="stranger")
+    world.close(world.admit(prompt(12 * SIZE, 6), tenant="other"), CloseReason.CANCELLED)
+    assert found(world, strong.tokens) == 0, "it has expired"
+    assert found(world, fresh.tokens, tenant="stranger") == 4 * SIZE
+    assert world.core.pool(POOL).memory.tenant_use(world.core.tenant_tag(POOL, "")).retained == 0
+    world.run(prompt(USABLE * SIZE, 8), session_id="s")
+    world.admit(prompt(USABLE * SIZE, 9), tenant="other")
+
+
+def found(world: World, tokens: list[int], **fields: str) -> int:
+    """Returns how many tokens of a prompt are cached; changes nothing."""
+    return world.core.locate(AdmitRequest(POOL, world.epoch, "r", 0, pack([*tokens, 1]), **fields))  # type: ignore[arg-type]
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -101,5 +135,6 @@ SCENARIOS = {
         a_ceiling_holds,
         a_floor_shelters,
         a_floor_does_not_bind_its_own_tenant,
+        what_is_retained_outlives_strangers,
     )
 }

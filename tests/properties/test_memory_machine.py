@@ -139,6 +139,7 @@ class MemoryMachine(SharingRules):
         request = AdmitRequest(
             POOL, self.epoch, f"r{next(self.names)}", 0, pack(tokens), tenant=tenant,
             skip_cache_read=not read, skip_cache_write=not write, media=media_of(pieces),
+            **self.wishes(needed=-(-len(tokens) // SIZE)),
         )  # fmt: skip
         available = self.pool.available_block_count
         needed = -(-len(tokens) // SIZE)
@@ -169,6 +170,10 @@ class MemoryMachine(SharingRules):
         # Tells what it was told: the copy has not run by this, and its source must stay.
         cached = admission.cached_token_count
         self.tell(gateway, tables=[table.number], token_starts=[len(tokens)], token_counts=[0], written_counts=[cached])
+
+    def wishes(self, needed: int) -> dict[str, Any]:
+        """Returns further fields of an admission of so many blocks."""
+        return {}
 
     def impossible(self, tenant: str, needed: int) -> bool:
         """Whether a tenant can never have so many blocks, though the pool has them."""

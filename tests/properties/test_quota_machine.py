@@ -10,8 +10,8 @@ from hypothesis.stateful import rule
 import pytest
 
 from memsvc.core.tenancy import TenantQuota
-from quire.errors import InvalidRequestError
-from tests.properties.memory_model import POOL, ModelGateway
+from quire.errors import InvalidRequestError, TenantCeilingError
+from tests.properties.memory_model import POOL, ModelGateway, ModelTable
 from tests.properties.test_memory_machine import PIECES, TENANTS, USABLE, MemoryMachine
 
 
@@ -42,6 +42,11 @@ class QuotaMachine(MemoryMachine):
             assert floor > (ceiling or USABLE) or floor + others >= USABLE
         else:
             self.quotas[tenant] = quota
+
+    def wishes(self, needed: int) -> dict[str, Any]:
+        """See the base: some are retained, some are turns of a conversation."""
+        kind = (needed + int(self.now)) % 4
+        return [{}, {"session_id": "chat"}, {"retention_priority": 10, "retention_ttl_seconds": 4}, {}][kind]
 
     def sheltered(self) -> int:
         """Returns how many cached blocks nobody but their tenant may take."""
@@ -77,6 +82,15 @@ class QuotaMachine(MemoryMachine):
                 assert self.total(name) >= min(totals[name], quota.floor)
         ceiling = self.quotas.get(tenant, TenantQuota()).ceiling
         assert ceiling is None or int(self.use(tenant).held) <= max(ceiling, held)
+
+    def fork_of(self, gateway: ModelGateway, source: ModelTable, count: int, at_token: int) -> None:
+        """See the base: refused where the new tables could grow beyond their tenant's ceiling."""
+        before = gateway.tables.keys() | set()
+        try:
+            super().fork_of(gateway, source, count, at_token)
+        except TenantCeilingError:
+            assert self.quotas[source.tenant].ceiling is not None
+            assert gateway.tables.keys() == before
 
 
 QuotaMachine.TestCase.settings = settings(

@@ -533,6 +533,9 @@ class AdmitRequest(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     MEDIA_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    RETENTION_PRIORITY_FIELD_NUMBER: _builtins.int
+    RETENTION_TTL_SECONDS_FIELD_NUMBER: _builtins.int
     request_no: _builtins.int
     """Chosen by the gateway, unique within the stream. Repeating one repeats the answer."""
     pool_id: _builtins.str
@@ -559,6 +562,19 @@ class AdmitRequest(_message.Message):
     """How many more tokens the sequence may produce, for the admission forecast."""
     resumed: _builtins.bool
     """The sequence was admitted before and preempted: not counted again in hit statistics."""
+    session_id: _builtins.str
+    """Conversation that the sequence is a turn of, at most 512 characters; empty for none. Its blocks are retained for the
+    next turn, which retains them anew; with priority 50 and 600 s unless said otherwise below.
+    """
+    retention_priority: _builtins.int
+    """How much the sequence's blocks are worth keeping when nobody uses them, 1 .. 100, rounded up to tens; the worth halves
+    every 600 s after their release. 0 for nothing, or the default of a session. Counts against the tenant's quota of
+    retained blocks, the prompt's beginning first; what goes beyond is cached like anything else.
+    """
+    retention_ttl_seconds: _builtins.int
+    """Seconds after release at which the worth is nothing, 1 .. 524288, rounded up to a power of two. 0 for 600. Only with
+    a priority or a session.
+    """
     @_builtins.property
     def media(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
         """What runs of placeholder tokens stand for, in order of their starts, none overlapping another. Prompts share no
@@ -582,10 +598,13 @@ class AdmitRequest(_message.Message):
         max_new_tokens: _builtins.int = ...,
         resumed: _builtins.bool = ...,
         media: _abc.Iterable[Global___MediaItem] | None = ...,
+        session_id: _builtins.str = ...,
+        retention_priority: _builtins.int = ...,
+        retention_ttl_seconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "sample_index", b"sample_index", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "retention_priority", b"retention_priority", "retention_ttl_seconds", b"retention_ttl_seconds", "sample_index", b"sample_index", "session_id", b"session_id", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
