@@ -18,7 +18,7 @@ import structlog
 
 from memsvc.config import MemsvcConfig
 from memsvc.core import invariants
-from memsvc.core.lease import FenceRequired, LeaseRecalled, MergeOffered
+from memsvc.core.lease import CoreEvent, FenceRequired, LeaseRecalled, MergeOffered
 from memsvc.core.log import CommandLog
 from memsvc.core.memory import MemoryCore
 from memsvc.core.registered import RegisteredPool
@@ -178,10 +178,22 @@ class Keeper:
             self.deliver()
         log.info("gateway_disconnected", gateway_number=number, clean=clean)
 
+    def heard(self) -> None:
+        """Does what a request of a gateway asks for, which is mostly nothing, and ends no other gateway's lease."""
+        self._last_command = self._clock()
+        events = self.core.take_events()
+        if events:
+            self._carry_out(events)
+        self._changed()
+
     def deliver(self) -> None:
         """Does what the last commands ask for."""
         self._last_command = self._clock()
-        for event in self.core.take_events():
+        self._carry_out(self.core.take_events())
+        self._changed()
+
+    def _carry_out(self, events: list[CoreEvent]) -> None:
+        for event in events:
             if isinstance(event, FenceRequired):
                 self._fencer.add(event)
             elif isinstance(event, LeaseRecalled):
@@ -199,7 +211,6 @@ class Keeper:
                 for listener in list(self._listeners.values()):
                     listener.push(PoolUpdated(pool))
         self._end_void_streams()
-        self._changed()
 
     def _end_void_streams(self) -> None:
         """Ends the streams of gateways whose lease is over."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 import secrets
 import time
 
-import numpy as np
 import structlog
 
-from memsvc.core.journal import Column, JournalColumns
+from memsvc.core.journal import COLUMNS, PackedJournal
 from memsvc.core.lease import FenceRequired, LeaseRecalled, MergeOffered
 from memsvc.core.log import CommandLog
 from memsvc.core.memory import MemoryCore
 from memsvc.core.validation import PoolRegistration
-from quire.errors import MemoryUnavailableError
+from quire.columns import pack
+from quire.errors import InvalidRequestError, MemoryUnavailableError
 from quire.memory import (
     Admission,
     AdmitRequest,
@@ -32,7 +31,7 @@ from quire.memory import (
 
 log = structlog.get_logger(__name__)
 
-_EMPTY: Column = np.zeros(0, np.int64)
+_U32_MAXIMUM = 2**32 - 1
 
 Fence = Callable[[str, int], Awaitable[None]]
 
@@ -140,7 +139,7 @@ class LocalMemory:
             InvalidRequestError, StaleEpochError: the entry does not fit; nothing was changed.
         """
         self._require_open()
-        self.core.journal(self._number, entry.pool_id, entry.epoch, columns_of(entry), self._clock())
+        self.core.journal(self._number, entry.pool_id, entry.epoch, packed(entry), self._clock())
         self._deliver()
 
     async def flush(self) -> None:
@@ -180,22 +179,29 @@ class LocalMemory:
                 self._listener(message)
 
 
-def _column(values: Sequence[int]) -> Column:
-    """Returns a list of ints as a column; the array module is twice as fast as numpy at this."""
-    return np.frombuffer(array("q", values), np.int64) if values else _EMPTY
+def packed(entry: JournalEntry) -> PackedJournal:
+    """Returns an entry as the core takes it.
 
-
-def columns_of(entry: JournalEntry) -> JournalColumns:
-    """Returns an entry as the columns that the core takes."""
-    return JournalColumns(
-        tables=_column(entry.tables),
-        token_starts=_column(entry.token_starts),
-        token_counts=_column(entry.token_counts),
-        written_counts=_column(entry.written_counts),
-        token_ids=_column(entry.token_ids),
-        appended=_column(entry.appended).reshape(-1, 3),
-        closed=_column(entry.closed),
-        close_reasons=_column(entry.close_reasons),
-        returned=_column(entry.returned),
-        replaced=_column(entry.replaced).reshape(-1, 3),
-    )
+    Raises:
+        InvalidRequestError: a value is not a u32.
+    """
+    try:
+        return PackedJournal(
+            tables=pack(entry.tables),
+            token_starts=pack(entry.token_starts),
+            token_counts=pack(entry.token_counts),
+            written_counts=pack(entry.written_counts),
+            token_ids=pack(entry.token_ids),
+            appended=pack(entry.appended),
+            closed=pack(entry.closed),
+            close_reasons=pack(entry.close_reasons),
+            returned=pack(entry.returned),
+            replaced=pack(entry.replaced),
+        )
+    except OverflowError:
+        for name in COLUMNS:
+            for value in getattr(entry, name):
+                if not 0 <= value <= _U32_MAXIMUM:
+                    message = f"{name}: found {value}, allowed are 0 .. {_U32_MAXIMUM}"
+                    raise InvalidRequestError(message, field=name) from None
+        raise

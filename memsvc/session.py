@@ -124,7 +124,7 @@ class Session:
         try:
             async for request in requests:
                 response = self._handle(request)
-                self._keeper.deliver()
+                self._keeper.heard()
                 self._put(response)
                 while len(self._waiting) > _READ_LIMIT:
                     self._room.clear()

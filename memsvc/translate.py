@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from google.protobuf import duration_pb2
-import numpy as np
 
-from memsvc.core.journal import Column, JournalColumns
+from memsvc.core.journal import PackedJournal
 from memsvc.core.validation import PoolRegistration
 from memsvc.sharing.locate import Located, Query
 from protos.memsvc.v1 import memsvc_pb2
@@ -158,31 +157,27 @@ def from_refusal(request_no: int, error: QuireError) -> memsvc_pb2.ConnectRespon
     )
 
 
-def to_journal(message: memsvc_pb2.Journal) -> JournalColumns:
-    """Returns the columns in a message.
+def to_journal(message: memsvc_pb2.Journal) -> PackedJournal:
+    """Returns the journal in a message.
 
     Raises:
-        InvalidRequestError: a column is not whole rows of u32, or its rows are not those of the column beside it.
+        InvalidRequestError: a column is not whole rows of u32. Whether its rows are those of the columns beside it, the
+            core checks.
     """
-    tables = _column(message.tables, "tables")
-    closed = _column(message.closed, "closed")
-    return JournalColumns(
-        tables=tables,
-        token_starts=_column(message.token_starts, "token_starts", len(tables)),
-        token_counts=_column(message.token_counts, "token_counts", len(tables)),
-        written_counts=_column(message.written_counts, "written_counts", len(tables)),
-        token_ids=_column(message.token_ids, "token_ids"),
-        appended=columns.unpack(message.appended, "appended", row_length=3).astype(np.int64).reshape(-1, 3),
-        closed=closed,
-        close_reasons=_column(message.close_reasons, "close_reasons", len(closed)),
-        returned=_column(message.returned, "returned"),
-        replaced=columns.unpack(message.replaced, "replaced", row_length=3).astype(np.int64).reshape(-1, 3),
+    journal = PackedJournal(
+        tables=message.tables,
+        token_starts=message.token_starts,
+        token_counts=message.token_counts,
+        written_counts=message.written_counts,
+        token_ids=message.token_ids,
+        appended=message.appended,
+        closed=message.closed,
+        close_reasons=message.close_reasons,
+        returned=message.returned,
+        replaced=message.replaced,
     )
-
-
-def _column(data: bytes, field: str, row_count: int | None = None) -> Column:
-    """Returns a u32 column as int64, in which sums do not overflow."""
-    return columns.unpack(data, field, row_count=row_count).astype(np.int64)
+    journal.check_length()
+    return journal
 
 
 def to_query(message: memsvc_pb2.LocateRequest) -> Query:

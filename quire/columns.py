@@ -1,6 +1,8 @@
 """Packed columns: little-endian u32 in `bytes`, as the internal protocols carry them."""
 
+from array import array
 from collections.abc import Iterable, Sequence
+import sys
 from typing import TypeAlias
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy.typing as npt
 from quire.errors import InvalidRequestError
 
 U32 = np.dtype("<u4")
-_U32_BYTES = 4
+U32_BYTES = 4
 
 Column: TypeAlias = npt.NDArray[np.uint32]
 
@@ -18,7 +20,22 @@ def pack(values: Sequence[int] | Iterable[int] | Column) -> bytes:
     """Returns `values` (each 0 .. 2^32 - 1) as a u32 column."""
     if isinstance(values, np.ndarray):
         return values.astype(U32, copy=False).tobytes()
-    return np.fromiter(values, dtype=U32).tobytes()
+    # Twice as fast as numpy at this, and it copies another array of u32 as it is.
+    packed = array("I", values)
+    if sys.byteorder != "little":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def check(data: bytes, field: str, *, row_length: int = 1, row_count: int | None = None) -> None:
+    """Raises InvalidRequestError unless `data` is as many u32 as it should be; the arguments are those of `unpack`."""
+    row_bytes = U32_BYTES * row_length
+    if len(data) % row_bytes:
+        message = f"{field}: {len(data)} bytes is not a multiple of {row_bytes} (rows of {row_length} u32)"
+        raise InvalidRequestError(message, field=field)
+    if row_count is not None and len(data) != row_count * row_bytes:
+        message = f"{field}: {len(data) // row_bytes} rows, expected {row_count} as in the columns beside it"
+        raise InvalidRequestError(message, field=field)
 
 
 def unpack(data: bytes, field: str, *, row_length: int = 1, row_count: int | None = None) -> Column:
@@ -33,13 +50,7 @@ def unpack(data: bytes, field: str, *, row_length: int = 1, row_count: int | Non
     Raises:
         InvalidRequestError: the length does not fit.
     """
-    row_bytes = _U32_BYTES * row_length
-    if len(data) % row_bytes:
-        message = f"{field}: {len(data)} bytes is not a multiple of {row_bytes} (rows of {row_length} u32)"
-        raise InvalidRequestError(message, field=field)
-    if row_count is not None and len(data) != row_count * row_bytes:
-        message = f"{field}: {len(data) // row_bytes} rows, expected {row_count} as in the columns beside it"
-        raise InvalidRequestError(message, field=field)
+    check(data, field, row_length=row_length, row_count=row_count)
     return np.frombuffer(data, dtype=U32)
 
 

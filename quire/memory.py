@@ -8,7 +8,8 @@ the same tests. All calls come from one asyncio event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, MutableSequence
 import dataclasses
 import enum
 from typing import Protocol
@@ -139,7 +140,7 @@ class JournalEntry:
     token_starts: list[int] = dataclasses.field(default_factory=list)
     token_counts: list[int] = dataclasses.field(default_factory=list)
     written_counts: list[int] = dataclasses.field(default_factory=list)
-    token_ids: list[int] = dataclasses.field(default_factory=list)
+    token_ids: MutableSequence[int] = dataclasses.field(default_factory=lambda: array("I"))
     appended: list[int] = dataclasses.field(default_factory=list)
     closed: list[int] = dataclasses.field(default_factory=list)
     close_reasons: list[CloseReason] = dataclasses.field(default_factory=list)

@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 _OUTBOX_SIZE = 4_096
 _ANSWER_SECONDS = 10.0
+_HEARTBEAT_SECONDS = 0.25
 _RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0)
 
 _ERRORS = {
@@ -103,6 +104,7 @@ class _Connection:
         self.journal_nos: dict[str, int] = {}
         self.acknowledged: dict[str, int] = {}
         self.acknowledgement = asyncio.Event()
+        self.written_count = 0
         self.failure: str = ""
         hello = pb.Hello(gateway_id=gateway_id, gateway_incarnation=self.incarnation)
         self.outbox.put_nowait(pb.ConnectRequest(hello=hello))
@@ -294,35 +296,43 @@ class RemoteMemory:
     async def _live(self, connection: _Connection) -> str:
         """Runs one connection until it breaks; returns why."""
         call = self._stub.Connect()
-        writer = asyncio.create_task(self._write(connection, call), name="memsvc-writer")
-        reader = asyncio.create_task(self._read(connection, call), name="memsvc-reader")
+        tasks = [
+            # When several ended, the reader knows the server's reason.
+            asyncio.create_task(self._read(connection, call), name="memsvc-reader"),
+            asyncio.create_task(self._write(connection, call), name="memsvc-writer"),
+            asyncio.create_task(self._heartbeat(connection), name="memsvc-heartbeat"),
+        ]
         try:
-            done, _ = await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
-            # When both ended, the reader knows the server's reason.
-            return (reader if reader in done else writer).result()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return next(task for task in tasks if task in done).result()
         finally:
             call.cancel()
-            for task in (writer, reader):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(writer, reader, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _write(self, connection: _Connection, call: Any) -> str:
-        """Sends the outbox, and a ping when there has been nothing to send for the heartbeat interval."""
-        interval = 0.5
+        """Sends the outbox."""
         while not connection.failure:
-            try:
-                message = await asyncio.wait_for(connection.outbox.get(), interval)
-                from_outbox = True
-            except TimeoutError:
-                message, from_outbox = pb.ConnectRequest(ping=pb.Ping()), False
+            message = await connection.outbox.get()
             try:
                 await call.write(message)
-                if from_outbox:
-                    connection.outbox.task_done()
+                connection.written_count += 1
+                connection.outbox.task_done()
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
                 # The reader learns the status; give it the time to.
                 await asyncio.sleep(1.0)
                 return f"cannot write: {error}"
+        return connection.failure
+
+    @staticmethod
+    async def _heartbeat(connection: _Connection) -> str:
+        """Has a ping sent when nothing was sent for an interval or two; a timer for each message is too dear."""
+        while not connection.failure:
+            written_count = connection.written_count
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
+            if connection.written_count == written_count and connection.outbox.empty():
+                connection.outbox.put_nowait(pb.ConnectRequest(ping=pb.Ping()))
         return connection.failure
 
     async def _read(self, connection: _Connection, call: Any) -> str:

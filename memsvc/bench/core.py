@@ -14,7 +14,7 @@ from memsvc.bench.samples import Samples, timed
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.validation import PoolRegistration
-from memsvc.local import LocalMemory, columns_of
+from memsvc.local import LocalMemory, packed
 from quire import hashing
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, MemoryEvent, PoolSpec
 
@@ -134,9 +134,9 @@ def cached_bytes(block_size: int) -> Samples:
         request = AdmitRequest(POOL_ID, 1, f"r{index}", 0, os.urandom(4 * count))
         table = core.admit(number, request, 0.0).table
         entry = JournalEntry(POOL_ID, 1, [table], [count], [0], [count])
-        core.journal(number, POOL_ID, 1, columns_of(entry), 0.0)
+        core.journal(number, POOL_ID, 1, packed(entry), 0.0)
         closed = JournalEntry(POOL_ID, 1, closed=[table], close_reasons=[CloseReason.FINISHED])
-        core.journal(number, POOL_ID, 1, columns_of(closed), 0.0)
+        core.journal(number, POOL_ID, 1, packed(closed), 0.0)
     gc.collect()
     used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()

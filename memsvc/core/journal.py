@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from quire import columns
 from quire.errors import InvalidRequestError
 
 Column = npt.NDArray[np.int64]
@@ -43,6 +45,10 @@ class JournalColumns:
     returned: Column = dataclasses.field(default_factory=lambda: _EMPTY)
     replaced: Column = dataclasses.field(default_factory=lambda: _EMPTY_TRIPLES)
 
+    def columns(self) -> JournalColumns:
+        """Returns this journal."""
+        return self
+
     def check(self) -> None:
         """Raises InvalidRequestError if the columns do not fit one another."""
         rows = len(self.tables)
@@ -62,3 +68,51 @@ class JournalColumns:
             if low < 1 or high > _CLOSE_REASON_MAXIMUM:
                 message = f"close_reasons: found {low if low < 1 else high}, allowed are 1 .. {_CLOSE_REASON_MAXIMUM}"
                 raise InvalidRequestError(message, field="close_reasons")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedJournal:
+    """A journal as it travels: each column of `JournalColumns` as packed little-endian u32.
+
+    The accelerator reads it as it is, and most journals are never made into anything else.
+    """
+
+    tables: bytes = b""
+    token_starts: bytes = b""
+    token_counts: bytes = b""
+    written_counts: bytes = b""
+    token_ids: bytes = b""
+    appended: bytes = b""
+    closed: bytes = b""
+    close_reasons: bytes = b""
+    returned: bytes = b""
+    replaced: bytes = b""
+
+    def check_length(self) -> None:
+        """Raises InvalidRequestError if a column is not whole rows of u32."""
+        for name in COLUMNS:
+            columns.check(getattr(self, name), name, row_length=3 if name in _TRIPLES else 1)
+
+    def columns(self) -> JournalColumns:
+        """Returns the same journal in columns of int64, in which sums do not overflow."""
+        return JournalColumns(
+            tables=_widened(self.tables),
+            token_starts=_widened(self.token_starts),
+            token_counts=_widened(self.token_counts),
+            written_counts=_widened(self.written_counts),
+            token_ids=_widened(self.token_ids),
+            appended=_widened(self.appended).reshape(-1, 3),
+            closed=_widened(self.closed),
+            close_reasons=_widened(self.close_reasons),
+            returned=_widened(self.returned),
+            replaced=_widened(self.replaced).reshape(-1, 3),
+        )
+
+
+Journal: TypeAlias = JournalColumns | PackedJournal
+_TRIPLES = frozenset({"appended", "replaced"})
+COLUMNS = tuple(field.name for field in dataclasses.fields(PackedJournal))
+
+
+def _widened(data: bytes) -> Column:
+    return np.frombuffer(data, columns.U32).astype(np.int64) if data else _EMPTY

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from memsvc.core.commands import Recorder, command
 from memsvc.core.events import BlocksStored, CacheEvent
-from memsvc.core.journal import JournalColumns
+from memsvc.core.journal import Journal
 from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, MergeOffered, PoolChanged
 from memsvc.core.operator import OperatorCommands
 from memsvc.core.pool_memory import RETAINED_SHARE, AdmitContext, PoolMemory
@@ -343,7 +343,7 @@ class MemoryCore(OperatorCommands):
         number: int,
         pool_id: str,
         epoch: int,
-        journal: JournalColumns,
+        journal: Journal,
         now: float,
         *,
         journal_no: int | None = None,

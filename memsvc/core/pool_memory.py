@@ -23,7 +23,7 @@ from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publicatio
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.forecast import AdmissionForecast
 from memsvc.core.free_order import BlockIds
-from memsvc.core.journal import JournalColumns
+from memsvc.core.journal import Journal
 from memsvc.core.lease import Grants
 from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.prefix import PrefixIndex
@@ -270,7 +270,7 @@ class PoolMemory:
         self.prefix.collision_count = counted
         return len(match.blocks) * self.spec.block_size + match.partial_token_count
 
-    def journal(self, gateway: int, journal: JournalColumns, now: float) -> None:
+    def journal(self, gateway: int, journal: Journal, now: float) -> None:
         """Applies a journal, whole or not at all; see `JournalWriter.apply`."""
         self._writer.apply(gateway, journal, now)
 
@@ -357,7 +357,7 @@ class PoolMemory:
         self.prefix.clear()
         return len(blocks)
 
-    def publish(self, fresh: FreshContent, slots: Slots, now: float) -> None:
+    def publish(self, fresh: FreshContent, slots: Callable[[], Slots], now: float) -> None:
         """Makes full blocks of the tables `slots` matchable, each content once; see the module's text."""
         for block, other in self.prefix.publish_full(fresh):
             if self.pool.state[other] == BlockState.CACHED:
@@ -365,7 +365,7 @@ class PoolMemory:
                 self.pool.discard_cached(np.array([other]), now)
                 self.prefix.republish(block)
             else:
-                self._offer(block, other, slots, now)
+                self._offer(block, other, slots(), now)
 
     def _offer(self, block: int, kept: int, slots: Slots, now: float) -> None:
         """Offers the published block to the table with an equal one; it is held until that names it, or ends."""

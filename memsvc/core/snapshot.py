@@ -26,7 +26,7 @@ from memsvc.core.eviction import EvictionLanes, Lane
 from memsvc.core.forecast import AdmissionForecast, OutputForecast
 from memsvc.core.fork import SharedBlocks
 from memsvc.core.free_order import BlankOrder, CachedOrder
-from memsvc.core.journal import JournalColumns
+from memsvc.core.journal import JournalColumns, PackedJournal
 from memsvc.core.lease import Gateway, Grants
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockPool
@@ -78,6 +78,7 @@ VALUES: Final = (
     ForkRequest,
     JournalColumns,
     MediaItem,
+    PackedJournal,
     PoolRegistration,
     PoolSpec,
     TableState,
@@ -93,6 +94,7 @@ _PLAIN: Final = frozenset(kind for kind in VALUES if not issubclass(kind, enum.E
 _column_bytes: Final[Callable[[JournalColumns], tuple[int, ...]]] = operator.attrgetter(
     *(f"{name}.nbytes" for name in fields_of(JournalColumns))
 )
+_packed_columns: Final[Callable[[PackedJournal], tuple[bytes, ...]]] = operator.attrgetter(*fields_of(PackedJournal))
 _COLLECTIONS: Final = frozenset({list, tuple, set, deque})
 _RECORD_BYTES: Final = 512
 _MISSING: Final = object()
@@ -152,6 +154,8 @@ def weight(value: Any) -> int:
     kind = type(value)
     if kind is JournalColumns:
         return 64 + sum(_column_bytes(value))
+    if kind is PackedJournal:
+        return 64 + sum(map(len, _packed_columns(value)))
     if kind is TableRecord:
         return _RECORD_BYTES + 8 * len(value.blocks)
     if kind is np.ndarray or kind is memoryview:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memsvc.core.content import FreshContent
-from memsvc.core.journal import JournalColumns
+from memsvc.core.journal import Journal
 from quire import native
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def apply_rows(
-    memory: PoolMemory, gateway: int, journal: JournalColumns, now: float, token_limit: int, block_limit: int
+    memory: PoolMemory, gateway: int, journal: Journal, now: float, token_limit: int, block_limit: int
 ) -> bool:
     """Applies the growth and the rows of a journal; false, with nothing changed, if not all in it is as usual.
 
@@ -29,20 +29,20 @@ def apply_rows(
     if accelerator is None or blocks is None or index is None or memory.shared or len(journal.replaced):
         # What is shared by forks, and whatever takes the place of a block, is told in rows that are not usual.
         return False
-    appended = journal.appended
-    fresh = memory.tables.hold(accelerator).apply(
+    found = memory.tables.hold(accelerator).apply(
         *(blocks, index, gateway, now, token_limit, block_limit),
         *(journal.tables, journal.token_starts, journal.token_counts, journal.written_counts),
-        *(journal.token_ids, appended),
+        *(journal.token_ids, journal.appended),
     )
-    if fresh is None:
+    if found is None:
         return False
-    if len(appended):
-        memory.pool.count_adopted(len(appended))
+    growth_count, *fresh = found
+    if growth_count:
+        memory.pool.count_adopted(growth_count)
+        memory.grants_of(gateway).leased -= growth_count
         if memory.tenancy is not None:
-            blocks_grown = appended[:, 2]
+            blocks_grown = journal.columns().appended[:, 2]
             memory.tenancy.entered(blocks_grown, memory.tenancy.numbers(memory.pool.tenant[blocks_grown]))
-        memory.grants_of(gateway).leased -= len(appended)
     if fresh[0]:
-        memory.publish(FreshContent(*fresh), memory.tables.slots(journal.tables), now)
+        memory.publish(FreshContent(*fresh), lambda: memory.tables.slots(journal.columns().tables), now)
     return True

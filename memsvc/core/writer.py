@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from memsvc.core import replacement
 from memsvc.core.content import FreshContent
-from memsvc.core.journal import Column, JournalColumns
+from memsvc.core.journal import Column, Journal, JournalColumns
 from memsvc.core.pool import BlockState
 from memsvc.core.replacement import Replacement
 from memsvc.core.rows import NO_GROWTH, Growth, Rows, merged
@@ -62,7 +62,7 @@ class JournalWriter:
         self._token_limit = memory.spec.max_model_len + self._size
         self._block_limit = div_ceil(self._token_limit, self._size)
 
-    def apply(self, gateway: int, journal: JournalColumns, now: float) -> None:
+    def apply(self, gateway: int, journal: Journal, now: float) -> None:
         """Applies `journal`, in the order appended, replaced, rows, closed, returned.
 
         Raises:
@@ -72,8 +72,9 @@ class JournalWriter:
         """
         if native.accelerator is not None and self._apply_natively(gateway, journal, now):
             return
-        journal.check()
-        plan = self._check(gateway, journal)
+        columns = journal.columns()
+        columns.check()
+        plan = self._check(gateway, columns)
         if len(plan.growth.slots):
             self._grow(gateway, plan.growth, now)
         if plan.replaced:
@@ -95,21 +96,23 @@ class JournalWriter:
             self._memory.pool.put_back(returned, now)
             self._memory.grants_of(gateway).leased -= len(returned)
 
-    def _apply_natively(self, gateway: int, journal: JournalColumns, now: float) -> bool:
+    def _apply_natively(self, gateway: int, journal: Journal, now: float) -> bool:
         """Applies a journal in which all is as usual; false, with nothing changed, if it is not such a one."""
-        closed: list[tuple[int, CloseReason]] = []
-        if len(journal.closed) or len(journal.close_reasons) or len(journal.returned):
-            try:
-                journal.check()
-                closed = self._check_closed(gateway, journal)
-                if len(journal.returned):
-                    self._check_returned(gateway, journal.returned, set(journal.appended[:, 2].tolist()))
-            except QuireError:
-                # Said again, in its turn, by the checks that look at everything.
-                return False
-        if not apply_rows(self._memory, gateway, journal, now, self._token_limit, self._block_limit):
+        limits = (self._token_limit, self._block_limit)
+        if not (len(journal.closed) or len(journal.close_reasons) or len(journal.returned)):
+            return apply_rows(self._memory, gateway, journal, now, *limits)
+        columns = journal.columns()
+        try:
+            columns.check()
+            closed = self._check_closed(gateway, columns)
+            if len(columns.returned):
+                self._check_returned(gateway, columns.returned, set(columns.appended[:, 2].tolist()))
+        except QuireError:
+            # Said again, in its turn, by the checks that look at everything.
             return False
-        self._end(gateway, closed, journal.returned, now)
+        if not apply_rows(self._memory, gateway, columns, now, *limits):
+            return False
+        self._end(gateway, closed, columns.returned, now)
         return True
 
     # Checking
@@ -462,4 +465,4 @@ class JournalWriter:
         memory.pool.filled[opened[rest > 0]] = rest[rest > 0]
         tables.write_block[slots] = opened
         if fresh.blocks:
-            memory.publish(fresh, slots, now)
+            memory.publish(fresh, lambda: slots, now)

@@ -6,7 +6,7 @@ import numpy as np
 
 from memsvc.core.memory import MemoryCore
 from memsvc.core.validation import PoolRegistration
-from memsvc.local import columns_of
+from memsvc.local import packed
 from memsvc.policies.interface import Wish
 from quire.memory import Admission, JournalEntry, PoolInfo, PoolSpec
 
@@ -45,7 +45,7 @@ class Paged:
 
     def journal(self, entry: JournalEntry) -> None:
         """See Policy."""
-        self.core.journal(self._gateway, _POOL_ID, entry.epoch, columns_of(entry), 0.0)
+        self.core.journal(self._gateway, _POOL_ID, entry.epoch, packed(entry), 0.0)
         # Recalls of unused leases; the simulated gateway holds none that it does not use at once.
         self.core.take_events()
 

@@ -87,7 +87,7 @@ class Tables(Protocol):
         block_limit: int,
         /,
         *columns: Any,
-    ) -> tuple[list[int], list[bytes], list[bytes], list[int], list[int]] | None:
+    ) -> tuple[Any, ...] | None:
         """Applies the rows and the growth of a journal of the usual kind.
 
         Args:
@@ -97,11 +97,11 @@ class Tables(Protocol):
             now: the caller's clock.
             token_limit: most tokens of a table.
             block_limit: most blocks of a table.
-            columns: tables, token_starts, token_counts, written_counts, token_ids, appended (int64 or u32).
+            columns: tables, token_starts, token_counts, written_counts, token_ids, appended: int64, u32, or packed u32.
 
         Returns:
-            What is to be published: the fields of `memsvc.core.content.FreshContent` up to `indexes`. None if the
-            journal was declined: nothing has changed.
+            By how many blocks tables grew, and what is to be published: the fields of
+            `memsvc.core.content.FreshContent` up to `indexes`. None if the journal was declined: nothing has changed.
         """
 
 

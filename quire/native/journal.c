@@ -430,7 +430,8 @@ static PyObject *run(Call *call) {
         fresh.indexes == NULL) {
         undo_growth(call, call->growth_count);
     } else if (apply_growth(call) == 0 && apply_rows(call, &fresh) == 0) {
-        result = PyTuple_Pack(5, fresh.blocks, fresh.parents, fresh.identities, fresh.before, fresh.indexes);
+        result = Py_BuildValue("nOOOOO", call->growth_count, fresh.blocks, fresh.parents, fresh.identities,
+                               fresh.before, fresh.indexes);
     }
     Py_XDECREF(fresh.blocks);
     Py_XDECREF(fresh.parents);

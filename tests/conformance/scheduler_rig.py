@@ -21,7 +21,7 @@ from gateway.plan import to_outcome, to_plan
 from memsvc.core.invariants import check_pool
 from memsvc.core.memory import MemoryCore, PoolRegistration
 from memsvc.core.pool import BlockState
-from memsvc.local import columns_of
+from memsvc.local import packed
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import BlockPoolExhaustedError
@@ -203,7 +203,7 @@ class Rig:
         journal.appended, self._appended = self._appended + journal.appended, []
         self.closed += journal.closed
         if journal:
-            self.core.journal(self._gateway, POOL_ID, self._info.epoch, columns_of(journal), 0.0)
+            self.core.journal(self._gateway, POOL_ID, self._info.epoch, packed(journal), 0.0)
         check_pool(self.core.pool(POOL_ID).memory)
 
     def turn(self) -> None:

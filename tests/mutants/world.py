@@ -14,7 +14,7 @@ from memsvc.core.lease import FenceRequired, LeaseRecalled, MergeOffered
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.validation import PoolRegistration
-from memsvc.local import columns_of
+from memsvc.local import packed
 from quire.columns import pack
 from quire.errors import QuireError
 from quire.memory import AdmitRequest, CloseReason, ForkRequest, JournalEntry, PoolSpec
@@ -236,7 +236,7 @@ class World:
         entry = JournalEntry(POOL, epoch or self.epoch, **fields)
         try:
             return self.core.journal(
-                gateway or self.gateway, POOL, entry.epoch, columns_of(entry), self.now, journal_no=journal_no
+                gateway or self.gateway, POOL, entry.epoch, packed(entry), self.now, journal_no=journal_no
             )
         finally:
             self.check()

@@ -13,7 +13,7 @@ import numpy as np
 from memsvc.core.lease import Grants
 from memsvc.core.memory import MemoryCore, PoolRegistration
 from memsvc.core.pool_memory import PoolMemory
-from memsvc.local import columns_of
+from memsvc.local import packed
 from quire import native
 from quire.columns import pack
 from quire.errors import QuireError
@@ -183,7 +183,7 @@ class Pair:
         total = self._grants(gateway).granted_total + USABLE
         blocks = self.both(lambda core: core.lease(gateway, POOL, 1, total, self.now))
         entry = JournalEntry(POOL, 1, returned=blocks)
-        self.both(lambda core: core.journal(gateway, POOL, 1, columns_of(entry), self.now))
+        self.both(lambda core: core.journal(gateway, POOL, 1, packed(entry), self.now))
 
     def replace_gateway(self) -> None:
         """Ends a gateway, fences it, and connects another."""
@@ -213,7 +213,7 @@ class Pair:
             entry.returned.append(leased.pop())
         if self.random.random() < 0.3:
             self._spoil(entry)
-        self.both(lambda core: core.journal(gateway, POOL, 1, columns_of(entry), self.now))
+        self.both(lambda core: core.journal(gateway, POOL, 1, packed(entry), self.now))
 
     def _grants(self, gateway: int) -> Grants:
         """Returns what a gateway holds, without making a note of it."""

@@ -23,7 +23,7 @@ from memsvc.core.pool import BlockState
 from memsvc.core.replay import decode_entry, encode_entry, replay, replay_segments
 from memsvc.core.snapshot import clone, decode, digest, encode
 from memsvc.core.validation import PoolRegistration
-from memsvc.local import columns_of
+from memsvc.local import packed
 from quire.columns import pack
 from quire.errors import (
     BlockPoolExhaustedError,
@@ -92,9 +92,7 @@ class MemoryMachine(SharingRules):
     def tell(self, gateway: ModelGateway, **fields: Any) -> None:
         """Sends a journal."""
         self.now += 1.0
-        self.core.journal(
-            gateway.number, POOL, self.epoch, columns_of(JournalEntry(POOL, self.epoch, **fields)), self.now
-        )
+        self.core.journal(gateway.number, POOL, self.epoch, packed(JournalEntry(POOL, self.epoch, **fields)), self.now)
         self.hear(gateway)
 
     def hear(self, gateway: ModelGateway) -> None:

@@ -19,7 +19,7 @@ from memsvc.core.memory import MemoryCore
 from memsvc.core.replay import apply, decode_entry, encode_entry, replay, replay_segments
 from memsvc.core.tenancy import TenantQuota
 from memsvc.core.validation import PoolRegistration
-from memsvc.local import columns_of
+from memsvc.local import packed
 from quire.columns import pack
 from quire.errors import BlockPoolExhaustedError, CorruptionError, InvalidRequestError
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
@@ -51,7 +51,7 @@ def request(name: str, tokens: list[int], **fields: Any) -> AdmitRequest:
 
 def tell(core: MemoryCore, number: int, now: float, **fields: Any) -> None:
     """Applies a journal."""
-    core.journal(number, POOL, 1, columns_of(JournalEntry(POOL, 1, **fields)), now)
+    core.journal(number, POOL, 1, packed(JournalEntry(POOL, 1, **fields)), now)
 
 
 def live(core: MemoryCore) -> MemoryCore:

@@ -12,7 +12,7 @@ from memsvc.core import invariants
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool_memory import PoolMemory
 from memsvc.core.validation import PoolRegistration
-from memsvc.local import columns_of
+from memsvc.local import packed
 from quire.columns import pack
 from quire.errors import InvariantError
 from quire.memory import AdmitRequest, CloseReason, JournalEntry, PoolSpec
@@ -43,7 +43,7 @@ def busy() -> Busy:
         return core.admit(gateway, AdmitRequest(POOL, 1, name, 0, pack(tokens)), 0.0).table
 
     def tell(**fields: list[int]) -> None:
-        core.journal(gateway, POOL, 1, columns_of(JournalEntry(POOL, 1, **fields)), 0.0)  # type: ignore[arg-type]
+        core.journal(gateway, POOL, 1, packed(JournalEntry(POOL, 1, **fields)), 0.0)  # type: ignore[arg-type]
 
     first = admit("first", list(range(24)))
     tell(tables=[first], token_starts=[24], token_counts=[0], written_counts=[24])
