@@ -163,20 +163,9 @@ class PoolMemory:
         )
         if keep:
             self.begin_tenancy()
-        if self.tenancy is not None:
-            # What has expired is not retained any more when it is found again.
-            self.tenancy.expire(now)
         counter = self.tables.reserve()
         held = np.append(match.blocks, source) if source else match.blocks
-        if len(held):
-            self.pool.share(held, now)
-        number = self.tenancy.number(context.tenant_tag) if self.tenancy is not None else NOBODY
-        fresh, evicted = self.pool.take(new_count, now, taker=number)
-        if len(evicted):
-            self.prefix.forget(evicted)
-        self.pool.tenant[fresh] = context.tenant_tag
-        if self.tenancy is not None:
-            self.tenancy.entered(fresh, number)
+        fresh = self._obtain(held, new_count, context.tenant_tag, now)
         self._store_prompt(request.token_ids, fresh, len(match.blocks) * size)
         blocks = np.concatenate((match.blocks, fresh)) if len(match.blocks) else fresh
         record = TableRecord(
@@ -411,6 +400,23 @@ class PoolMemory:
     def gate(self, tag: int) -> TenantGate | None:
         """Returns who decides about a tenant's tables, None if nothing does."""
         return TenantGate(self.tenancy, self.tenancy.known(tag), self.spec) if self.tenancy is not None else None
+
+    def _obtain(self, held: BlockIds, count: int, tag: int, now: float) -> BlockIds:
+        """Takes a reference on `held` and returns `count` fresh blocks of a tenant; there is room for both."""
+        tenancy, number = self.tenancy, NOBODY
+        if tenancy is not None:
+            # What has expired is not retained any more when it is found again.
+            tenancy.expire(now)
+            number = tenancy.number(tag)
+        if len(held):
+            self.pool.share(held, now)
+        fresh, evicted = self.pool.take(count, now, taker=number)
+        if len(evicted):
+            self.prefix.forget(evicted)
+        self.pool.tenant[fresh] = tag
+        if tenancy is not None:
+            tenancy.entered(fresh, number)
+        return fresh
 
     def _unsheltered(self, tenancy: Tenancy, grants: Grants, count: int) -> tuple[int, int]:
         """Returns how many of `count` blocks a gateway may have for growth, and on whose behalf they are taken.

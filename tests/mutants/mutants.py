@@ -213,7 +213,7 @@ BLOCKS: Final = (
     ),
     Mutant(
         "an evicted block still matches what it held",
-        f"{_MEMORY}.admit",
+        f"{_MEMORY}._obtain",
         "self.prefix.forget(evicted)",
         "pass",
         "a_block_forgets_what_it_held",
