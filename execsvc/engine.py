@@ -22,6 +22,7 @@ from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import InvalidRequestError, QuireError, SequenceExistsError, SequenceNotFoundError, StaleEpochError
 from quire.units import div_ceil
+from quire.window import outside_block_count
 
 _NO_OWNER = 0
 
@@ -44,6 +45,7 @@ class Engine:
         self._cache = cache
         self._rows = SequenceRows(max_num_seqs, max_model_len, cache.layout.block_size)
         self.vocab_size = runner.model.config.vocab_size
+        self.window = runner.model.config.sliding_window
         self.block_size = cache.layout.block_size
         self.block_count = cache.layout.block_count
         self.max_model_len = max_model_len
@@ -148,14 +150,17 @@ class Engine:
             raise InvalidRequestError(
                 f"block_ids: {len(blocks)} blocks for {computed} computed tokens, at most {rows.block_max}"
             )
-        self._check_blocks(blocks)
+        self._check_blocks(blocks, outside_block_count(computed, self.window, rows.block_size))
         rows.add(start.table, owner, tokens, blocks, computed, _sampling(start.sampling, self.vocab_size))
 
-    def _check_blocks(self, blocks: columns.Column) -> None:
-        """Raises InvalidRequestError if a block is the null block or beyond the pool."""
+    def _check_blocks(self, blocks: columns.Column, outside: int) -> None:
+        """Raises InvalidRequestError if a block is beyond the pool, or null and not among the first `outside`.
+
+        Those lie outside the sliding window of the first token to compute.
+        """
         count = self.block_count
-        if len(blocks) and not (int(blocks.min()) >= 1 and int(blocks.max()) < count):
-            wrong = next(int(block) for block in blocks if not 1 <= block < count)
+        if len(blocks) and not (blocks[outside:].all() and int(blocks.max()) < count):
+            wrong = next(int(block) for index, block in enumerate(blocks) if not int(index >= outside) <= block < count)
             raise InvalidRequestError(f"block_ids: block {wrong} is out of range, allowed is 1 .. {count - 1}")
 
     def _append(self, triples: columns.Column, owner: int, errors: dict[int, QuireError]) -> None:
@@ -212,6 +217,8 @@ class Engine:
         computed = time.perf_counter_ns()
         row_ids = [sequence.row for sequence in batch.sequences]
         rows.computed[row_ids] = batch.context_lens
+        if self.window:
+            rows.release_outside(np.array(row_ids), self.window)
         samplers = [batch.sequences[index] for index in batch.sampled]
         if self.observe_logits is not None:
             self.observe_logits([sequence.table for sequence in samplers], logits)

@@ -124,6 +124,7 @@ class Executor:
             model_id=loaded.name,
             kv_dtype=loaded.dtype,
             max_model_len=loaded.budget.max_model_len,
+            sliding_window=loaded.engine.window,
         )
 
     def tokenizer(self) -> tuple[str, str, str, str]:

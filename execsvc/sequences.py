@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from execsvc.sampler import SamplingSpec
 from quire.columns import Column
+from quire.window import outside_block_count
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,6 +45,7 @@ class SequenceRows:
         self.block_counts = np.zeros(row_count, dtype=np.int64)
         self.known = np.zeros(row_count, dtype=np.int64)
         self.computed = np.zeros(row_count, dtype=np.int64)
+        self.released = np.zeros(row_count, dtype=np.int64)
         self.last_token = np.zeros(row_count, dtype=np.int64)
         self.by_table: dict[int, Sequence] = {}
         self._free_rows = list(range(row_count - 1, -1, -1))
@@ -68,9 +70,22 @@ class SequenceRows:
         self.block_tables[row, : len(blocks)] = blocks
         self.block_counts[row] = len(blocks)
         self.known[row], self.computed[row] = len(tokens), computed
+        self.released[row] = 0
         self.last_token[row] = tokens[-1]
         self.by_table[table] = sequence
         return sequence
+
+    def release_outside(self, rows: npt.NDArray[np.int64], window: int) -> None:
+        """Makes table entries null whose blocks no query of these rows reads any more; see `quire.window`.
+
+        The memory service gives those blocks to others. Kernels may load what lies outside the window and multiply it
+        by zero, which an infinity would survive: the null block is zeros.
+        """
+        ends = (self.computed[rows] - window + 1) // self.block_size
+        for row in rows[ends > self.released[rows]].tolist():
+            end = outside_block_count(int(self.computed[row]), window, self.block_size)
+            self.block_tables[row, self.released[row] : end] = 0
+            self.released[row] = end
 
     def drop(self, table: int) -> None:
         """Closes a sequence, if there is one of this table."""

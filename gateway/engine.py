@@ -160,7 +160,7 @@ class Engine:
         if tokenizer is None:
             tokenizer = ModelTokenizer(await link.tokenizer(), add_bos_token=info.add_bos_token)
         executors = {executor for executor, name in self._lane_models.items() if name == info.name} | {pool.pool_id}
-        pool_token_count = pool.spec.usable_block_count * pool.spec.block_size
+        pool_token_count = pool.spec.sequence_token_limit
         if known is not None and executors != {pool.pool_id}:
             pool_token_count = max(pool_token_count, known.served.pool_token_count)
         served = ServedModel(

@@ -76,6 +76,7 @@ async def serve_in_process(config: GatewayConfig, sources: Mapping[str, str]) ->
             model_id=pool.model_id,
             kv_dtype=pool.kv_dtype,
             max_model_len=pool.max_model_len,
+            sliding_window=pool.sliding_window,
         )
         memory = LocalMemory(gateway_id=config.gateway_id)
         incarnation = description.executor_incarnation

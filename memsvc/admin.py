@@ -145,7 +145,7 @@ class AdminServicer(TenantCommands, admin_pb2_grpc.AdminServiceServicer):
             written_token_count=view.written_token_count,
             committed_token_count=view.committed_token_count,
             cached_token_count=record.cached_token_count,
-            block_count=len(record.blocks),
+            block_count=len(record.blocks) - record.blocks.count(0),
             age=translate.to_duration(self._keeper.now - record.opened_at),
         )
 

@@ -34,6 +34,7 @@ def to_spec(message: memsvc_pb2.PoolSpec) -> PoolSpec:
         model_id=message.model_id,
         kv_dtype=message.kv_dtype,
         max_model_len=message.max_model_len,
+        sliding_window=message.sliding_window,
     )
 
 
@@ -46,6 +47,7 @@ def from_spec(spec: PoolSpec) -> memsvc_pb2.PoolSpec:
         model_id=spec.model_id,
         kv_dtype=spec.kv_dtype,
         max_model_len=spec.max_model_len,
+        sliding_window=spec.sliding_window,
     )
 
 

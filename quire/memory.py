@@ -15,6 +15,8 @@ import enum
 from typing import Protocol
 
 from quire.media import MediaItem
+from quire.units import div_ceil
+from quire.window import window_block_count
 
 EPOCH_SHIFT = 32
 
@@ -29,11 +31,31 @@ class PoolSpec:
     model_id: str
     kv_dtype: str
     max_model_len: int
+    sliding_window: int = 0
+    """Positions that a query reads, its own included, in every layer; 0 for all."""
 
     @property
     def usable_block_count(self) -> int:
         """Blocks that can be granted: all but the null block."""
         return self.block_count - 1
+
+    @property
+    def window(self) -> int:
+        """The sliding window, 0 where none is ever left."""
+        return self.sliding_window if self.sliding_window < self.max_model_len else 0
+
+    @property
+    def sequence_block_limit(self) -> int:
+        """Most blocks that a sequence needs at one time."""
+        longest = div_ceil(self.max_model_len, self.block_size)
+        return min(longest, window_block_count(self.window, self.block_size)) if self.window else longest
+
+    @property
+    def sequence_token_limit(self) -> int:
+        """Longest sequence that the pool can hold by itself, in tokens."""
+        if self.window and self.sequence_block_limit <= self.usable_block_count:
+            return self.max_model_len
+        return self.usable_block_count * self.block_size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,6 +111,7 @@ class Admission:
     table: int
     """Counter of the table within the epoch."""
     block_ids: list[int]
+    """One for every block_size tokens, 0 for those outside the window; where it slides the last ones may be missing."""
     cached_token_count: int
     """Leading tokens that need not be computed; less than the tokens given."""
     copies: list[tuple[int, int]]

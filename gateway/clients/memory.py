@@ -66,6 +66,7 @@ def pool_info(update: pb.PoolUpdate) -> PoolInfo:
             model_id=spec.model_id,
             kv_dtype=spec.kv_dtype,
             max_model_len=spec.max_model_len,
+            sliding_window=spec.sliding_window,
         ),
         executor_address=update.executor_address,
         executor_incarnation=update.executor_incarnation,

@@ -1,7 +1,8 @@
 """What the memory service hears of a sequence, and when.
 
 It has to know of a sequence when that fills a block (the block can be matched then), when its prompt is written, when
-its first write ends a copy (the source is let go), and what is in its last block before its table closes. In between
+its first write ends a copy (the source is let go), when a block falls outside the sliding window (it is released),
+and what is in its last block before its table closes. In between
 nothing changes for anybody but the sequence itself, so nothing is said: a step costs what changed, not what runs.
 """
 
@@ -14,18 +15,22 @@ if TYPE_CHECKING:
     from quire.memory import JournalEntry
 
 
-def report_at(sequence: Sequence, block_size: int, *, copying: bool = False) -> int:
+def report_at(sequence: Sequence, block_size: int, window: int = 0, *, copying: bool = False) -> int:
     """Returns how many tokens have to be computed until the memory service is to hear of the sequence again.
 
     Args:
         sequence: the sequence, `computed` up to date.
         block_size: tokens in a block.
+        window: positions that a query reads, 0 for all; see `quire.window`.
         copying: whether its first write follows a copy.
     """
     computed = sequence.computed
     if copying:
         return computed + 1
     filled = computed - computed % block_size + block_size
+    if window:
+        # One more block is outside the window then.
+        filled = min(filled, (sequence.released + 1) * block_size + window - 1)
     return min(filled, sequence.prompt_length) if computed < sequence.prompt_length else filled
 
 

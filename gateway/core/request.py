@@ -102,5 +102,5 @@ class Request:
 
     def note_blocks(self) -> None:
         """Keeps the most blocks that the tables named at one time."""
-        count = sum(len(sample.blocks) for sample in self.samples)
+        count = sum(sample.held_block_count for sample in self.samples)
         self.peak_block_count = max(self.peak_block_count, count)

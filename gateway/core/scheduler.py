@@ -27,6 +27,8 @@ from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import StepDraft, StepOutcome
 from quire.errors import InvariantError
 from quire.memory import Admission, CloseReason, JournalEntry, PoolInfo
+from quire.units import div_ceil
+from quire.window import outside_block_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +88,7 @@ class Scheduler:
         self.lease = GrowthLease(pool.spec.usable_block_count)
         self.stats = SchedulerStats()
         self._block_size = pool.spec.block_size
+        self._window = pool.spec.window
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
         self._max_preemptions = max_preemptions
@@ -135,7 +138,8 @@ class Scheduler:
         sequence.scheduled = sequence.computed = admission.cached_token_count
         sequence.reported = sequence.total = len(sequence.tokens)
         sequence.room = len(sequence.blocks) * self._block_size
-        sequence.report_at = report_at(sequence, self._block_size, copying=bool(admission.copies))
+        sequence.released = sequence.blocks.count(0) if self._window else 0
+        sequence.report_at = report_at(sequence, self._block_size, self._window, copying=bool(admission.copies))
         self._running[admission.table] = sequence
         if self._policy is SchedulingPolicy.PRIORITY:
             ordered = sorted(self._running.items(), key=lambda item: place_in_step(item[1], self._policy))
@@ -174,6 +178,11 @@ class Scheduler:
             if budget == 0:
                 break
             count = min(sequence.total - sequence.scheduled, budget, longest)
+            if sequence.scheduled + count > sequence.room:
+                count = self._grow_chunk(sequence, count, draft)
+                if not count:
+                    unmet += 1
+                    continue
             tables.append(sequence.table)
             counts.append(count)
             sequence.scheduled += count
@@ -181,7 +190,7 @@ class Scheduler:
                 sequence.total += 1
             budget -= count
         self._unmet = unmet
-        self.lease.note_demand(unmet)
+        self.lease.note_demand(self._wanted_ahead(prefills, unmet) if self._window else unmet)
         self.stats.stalled_count += unmet
         if unmet and self.lease.exhausted:
             self._make_room(unmet)
@@ -202,17 +211,35 @@ class Scheduler:
         sequence.room += self._block_size
         return True
 
+    def _grow_chunk(self, sequence: Sequence, count: int, draft: StepDraft) -> int:
+        """Takes blocks for the next `count` tokens of a prompt, as far as the lease goes; returns for how many it does.
+
+        Only where a window slides: elsewhere an admission brings the blocks of the whole prompt.
+        """
+        while sequence.scheduled + count > sequence.room and self._grow(sequence, draft):
+            pass
+        return min(count, sequence.room - sequence.scheduled)
+
+    def _wanted_ahead(self, prefills: list[Sequence], unmet: int) -> int:
+        """Returns how many blocks the next step's chunks and the `unmet` sequences want beyond those in stock."""
+        wanted, budget = unmet, self._budget
+        for sequence in prefills:
+            count = min(sequence.total - sequence.scheduled, budget)
+            wanted += max(0, div_ceil(sequence.scheduled + count - sequence.room, self._block_size))
+            budget -= count
+        return max(0, wanted - len(self.lease))
+
     def _make_room(self, needed: int) -> None:
         """Preempts until `needed` blocks are on their way back, or nobody but the earliest sequence is left.
 
         Blocks of tables that are closing already count: forgetting them preempts everyone, one after the other.
         """
-        coming = sum(len(sequence.blocks) for sequence, _ in self._closing.values())
+        coming = sum(sequence.held_block_count for sequence, _ in self._closing.values())
         while coming < needed and len(self._running) > 1:
             victim = choose_victim(self._running.values(), self._max_preemptions, self._policy)
             if victim is None:
                 return
-            coming += len(victim.blocks)
+            coming += victim.held_block_count
             victim.preemption_count += 1
             self.stats.preemption_count += 1
             self._close(victim, CloseReason.PREEMPTED)
@@ -259,12 +286,21 @@ class Scheduler:
                 if before < sequence.prompt_length <= count:
                     update.prefilled.append(sequence)
                 report(sequence, journal)
-                sequence.report_at = report_at(sequence, self._block_size)
+                if self._window:
+                    self._release(sequence, journal.written_counts[-1])
+                sequence.report_at = report_at(sequence, self._block_size, self._window)
         for table, reason, message in outcome.errors:
             self._fail(table, reason, message, update)
         for table in outcome.fenced:
             self._fenced(table, update)
         return update
+
+    def _release(self, sequence: Sequence, written: int) -> None:
+        """Makes those entries null that the memory service will on reading the row with `written`."""
+        outside = outside_block_count(written, self._window, self._block_size)
+        if outside > sequence.released:
+            sequence.release(outside)
+            self.lease.exhausted = False
 
     def _find(self, table: int) -> Sequence | None:
         """Returns the sequence of a table, closing ones included."""

@@ -39,6 +39,7 @@ class Sequence:
     Attributes:
         total: tokens known and tokens being sampled.
         room: tokens for which its blocks have slots.
+        released: leading entries of `blocks` that are null: blocks outside the sliding window.
         reported: tokens that the memory service has been told of.
         report_at: value of `computed` at which the memory service is to hear of it again.
     """
@@ -53,6 +54,7 @@ class Sequence:
         "index",
         "preemption_count",
         "prompt_length",
+        "released",
         "report_at",
         "reported",
         "request",
@@ -95,6 +97,7 @@ class Sequence:
         self.epoch = 0
         self.blocks = []
         self.room = 0
+        self.released = 0
         self.scheduled = 0
         self.computed = 0
         self.total = len(self.tokens)
@@ -105,6 +108,16 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that steps in flight will sample."""
         return self.total - len(self.tokens)
+
+    @property
+    def held_block_count(self) -> int:
+        """Blocks that its table holds."""
+        return len(self.blocks) - self.released
+
+    def release(self, end: int) -> None:
+        """Makes the entries before `end` null."""
+        self.blocks[self.released : end] = [0] * (end - self.released)
+        self.released = end
 
     @property
     def completion_length(self) -> int:

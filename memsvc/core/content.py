@@ -30,13 +30,18 @@ class PrefixMatch:
     """The longest known prefix of a prompt."""
 
     blocks: BlockIds
-    """Blocks that hold the leading full blocks of the prompt."""
+    """Blocks that hold the leading full blocks of the prompt, 0 for those outside a sliding window."""
     identity: bytes
     """Identity of the last of them, or the root digest."""
     partial_block: int
     """Block whose head continues the prompt, to be copied; 0 for none."""
     partial_token_count: int
     """Tokens of the prompt that are in `partial_block`."""
+
+    @property
+    def found(self) -> BlockIds:
+        """`blocks` without the leading null ones, which are outside a sliding window."""
+        return self.blocks if not len(self.blocks) or self.blocks[0] else self.blocks[self.blocks > 0]
 
 
 @dataclasses.dataclass(slots=True)

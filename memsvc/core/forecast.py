@@ -37,6 +37,7 @@ _DOUBT: Final = 0.5
 
 _EXTINCT: Final = 1e-12
 """A chance below this is none."""
+_NO_LIMIT: Final = 2**31
 _PROMPT_LIMIT: Final = 65_536
 """Preempted sequences whose prompt lengths are remembered."""
 
@@ -93,7 +94,14 @@ class OutputForecast:
 
 
 def trajectory(
-    survival: Floats, ages: Column, tokens: Column, limits: Column, blocks: Column, block_size: int, horizons: Column
+    survival: Floats,
+    ages: Column,
+    tokens: Column,
+    limits: Column,
+    blocks: Column,
+    block_size: int,
+    horizons: Column,
+    block_limit: int = _NO_LIMIT,
 ) -> tuple[Floats, Floats]:
     """Returns mean and variance of the change of the blocks in use, at each of `horizons`.
 
@@ -105,15 +113,15 @@ def trajectory(
         blocks: `[table]` blocks that return when it ends.
         block_size: tokens in a block.
         horizons: `[time]` steps ahead.
+        block_limit: most blocks that a table has at one time, where a sliding window bounds them.
     """
     now = np.interp(ages, _EDGES, survival)
     later = np.interp(ages[:, None] + horizons, _EDGES, survival)
     alive = later / np.maximum(now, _EXTINCT)[:, None]
     alive[(tokens[:, None] + horizons) >= limits[:, None]] = 0.0
     alive[now <= _EXTINCT] = 0.0
-    grown = (
-        -(-np.minimum(tokens[:, None] + horizons, limits[:, None]) // block_size) - (-(-tokens // block_size))[:, None]
-    )
+    later_blocks = -(-np.minimum(tokens[:, None] + horizons, limits[:, None]) // block_size)
+    grown = np.minimum(later_blocks, block_limit) - np.minimum(-(-tokens // block_size), block_limit)[:, None]
     mean = (alive * grown - (1 - alive) * blocks[:, None]).sum(axis=0)
     variance = (alive * (1 - alive) * (grown + blocks[:, None]) ** 2).sum(axis=0)
     return mean, variance
@@ -124,6 +132,7 @@ class AdmissionForecast:
 
     def __init__(self, spec: PoolSpec) -> None:
         self._spec = spec
+        self._block_limit = spec.sequence_block_limit if spec.window else _NO_LIMIT
         self.outputs = OutputForecast()
         # Lengths of the prompts of preempted sequences, whose next admission names more tokens than these.
         self._prompts: dict[str, int] = {}
@@ -139,7 +148,7 @@ class AdmissionForecast:
         prompt = self._prompts.get(f"{request.request_id}/{request.sample_index}", known)
         survival = self.outputs.survival(ages)
         size = self._spec.block_size
-        blocks = -(-tokens // size) - tables.found[slots]
+        blocks = np.minimum(-(-tokens // size) - tables.found[slots], self._block_limit)
         mean, variance = trajectory(
             survival,
             np.append(ages, known - prompt),
@@ -148,6 +157,7 @@ class AdmissionForecast:
             np.append(blocks, new_count),
             size,
             HORIZONS,
+            self._block_limit,
         )
         need = new_count + mean + MARGIN * np.sqrt(variance)
         worst = float(need.max())

@@ -132,8 +132,11 @@ def fork(memory: PoolMemory, gateway: int, request: ForkRequest, ordinal: int, n
     if gate is not None:
         gate.require_growth(source, tables, request.count, full)
     shared = source.blocks[: full + (rest > 0)]
+    # As many as are outside the window at `at_token`: see `_position`.
+    outside = int(tables.released[slot])
+    shared[:outside] = array("q", bytes(8 * outside))
     for index, kept in source.merges.items():
-        if index < full:
+        if outside <= index < full:
             shared[index] = kept
     blocks = np.array(shared, np.int64)
     parent = source.parent
@@ -163,6 +166,7 @@ def fork(memory: PoolMemory, gateway: int, request: ForkRequest, ordinal: int, n
         )
         memory.pool.share(blocks[blocks > 0], now)
         _open(memory, child, at_token, full, source)
+        tables.released[tables.slot(child.table)] = outside
         children.append(child.table)
     must_copy = False
     if rest:
@@ -184,10 +188,13 @@ def _position(memory: PoolMemory, slot: int, source: TableRecord, request: ForkR
         # What is behind the full blocks is in a block whose copy may not have run.
         written = int(tables.committed[slot]) * memory.spec.block_size
     at_token = request.at_token or written
-    if not 1 <= at_token <= written:
+    # What the token at the fork reads must not have been released.
+    released = int(tables.released[slot])
+    least = released * memory.spec.block_size + memory.window - 1 if released else 1
+    if not least <= at_token <= written:
         message = (
-            f"at_token: found {request.at_token}, allowed are 1 .. {written}: of table {source.table} {written} tokens "
-            f"are written and {int(tables.tokens[slot])} known"
+            f"at_token: found {request.at_token}, allowed are {least} .. {written}: of table {source.table} {written} "
+            f"tokens are written and {int(tables.tokens[slot])} known, and {released} blocks were released"
         )
         raise InvalidRequestError(message, field="at_token")
     return at_token

@@ -13,6 +13,7 @@ from memsvc.core.table import TableRecord, TableState
 from memsvc.core.tenancy import Tenancy
 from quire.errors import InvariantError
 from quire.units import div_ceil
+from quire.window import outside_block_count
 
 
 def check(core: MemoryCore) -> None:
@@ -57,8 +58,8 @@ def _check_references(memory: PoolMemory) -> None:
     for closing, column in ((None, pool.refs), (TableState.CLOSING, pool.closing_refs)):
         named = [record.held_block_ids() for _, record in _records(memory) if closing in {None, record.state}]
         blocks = np.concatenate(named) if named else np.zeros(0, np.int64)
-        inside = (blocks >= 0) & (blocks < pool.block_count)
-        _require(inside.all(), f"a table names block {blocks[~inside][:1]}, which the pool does not have")
+        inside = (blocks > 0) & (blocks < pool.block_count)
+        _require(inside.all(), f"block {blocks[~inside][:1]} is in a table and not in the pool")
         expected = np.bincount(blocks, minlength=pool.block_count)
         wrong = np.flatnonzero(expected != column)
         _require(
@@ -111,13 +112,18 @@ def _check_tables(memory: PoolMemory) -> None:
         blocks = record.block_ids()
         _require(memory.tables.length[slot] == len(blocks), f"{name}: {memory.tables.length[slot]} blocks counted")
         _require(memory.tables.tenant_tag[slot] == record.tenant_tag, f"{name}: another tenant in its column")
-        _require(len(set(blocks.tolist())) == len(blocks), f"{name}: names a block twice")
+        outside = outside_block_count(written, memory.window, size)
+        _require(memory.tables.released[slot] == outside, f"{name}: {outside} blocks are outside the window")
+        _require(not blocks[:outside].any(), f"{name}: holds a block outside the window")
+        _require(blocks[outside:].all(), f"{name}: a block inside the window is null")
+        held = blocks[outside:]
+        _require(len(set(held.tolist())) == len(held), f"{name}: names a block twice")
         _require((pool.tenant[record.held_block_ids()] == record.tenant_tag).all(), f"{name}: another tenant's block")
         writable = blocks[committed + (record.shared_index == committed) :]
-        held = named[writable] == 1
-        _require(held.all(), f"{name}: may write block {writable[~held][:1]}, which others hold")
+        private = named[writable] == 1
+        _require(private.all(), f"{name}: may write block {writable[~private][:1]}, which others hold")
         _require((memory.prefix.published[writable] == Publication.NONE).all(), f"{name}: may write a published block")
-        _require((pool.filled[blocks[:committed]] == size).all(), f"{name}: a committed block is not filled")
+        _require((pool.filled[blocks[outside:committed]] == size).all(), f"{name}: a committed block is not filled")
         for position, column in ((tokens, memory.tables.token_block), (written, memory.tables.write_block)):
             index = position // size
             waits = index == record.shared_index or (position == tokens and record.overflow)

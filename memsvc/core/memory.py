@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 import functools
 from types import MappingProxyType
 
+from memsvc.core.admission import AdmitContext
 from memsvc.core.commands import Recorder, command
 from memsvc.core.events import BlocksStored, CacheEvent
 from memsvc.core.journal import Journal
 from memsvc.core.lease import CoreEvent, FenceRequired, Gateway, LeaseRecalled, MergeOffered, PoolChanged
 from memsvc.core.operator import OperatorCommands
-from memsvc.core.pool_memory import RETAINED_SHARE, AdmitContext, PoolMemory
+from memsvc.core.pool_memory import RETAINED_SHARE, PoolMemory
 from memsvc.core.registered import RegisteredPool
 from memsvc.core.roots import Roots
 from memsvc.core.tenancy import TenantQuota

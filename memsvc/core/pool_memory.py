@@ -16,8 +16,10 @@ from collections.abc import Callable, Mapping
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
 
-from memsvc.core import fork, retention
+from memsvc.core import fork, retention, sliding
+from memsvc.core.admission import AdmitContext, new_record
 from memsvc.core.ceilings import TenantGate
 from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publication
 from memsvc.core.events import BlocksStored, CacheEvent
@@ -34,28 +36,12 @@ from quire import hashing, media
 from quire.errors import CacheInUseError, PromptTooLongError
 from quire.memory import Admission, AdmitRequest, CloseReason, Fork, ForkRequest, PoolSpec
 from quire.units import div_ceil
+from quire.window import hit_block_count
 
 RETAINED_SHARE = 0.25
 _TOKEN_BYTES = 4
 # Blocks for growth that floors and pins yield at once to a gateway's last sequence.
 _LAST_RESORT_GRANT = 4
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AdmitContext:
-    """What the core adds to an admission.
-
-    Attributes:
-        gateway: number of the gateway.
-        root: root digest of the sequence.
-        tenant_tag: tag of the tenant.
-        ordinal: place in the order of admissions.
-    """
-
-    gateway: int
-    root: bytes
-    tenant_tag: int
-    ordinal: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,6 +82,7 @@ class PoolMemory:
         self.prefix = PrefixIndex(spec.block_count, spec.block_size, chain, self.pool.tenant)
         self.prefix.events = [] if cache_events else None
         self.tables = TableColumns()
+        self.window = spec.window
         self.grants: dict[int, Grants] = {}
         self.statistics = PoolStatistics()
         self.forecast = AdmissionForecast(spec) if forecast else None
@@ -133,17 +120,19 @@ class PoolMemory:
         size = self.spec.block_size
         token_count = len(request.token_ids) // _TOKEN_BYTES
         block_count = div_ceil(token_count, size)
-        self._require_possible(token_count, block_count)
+        self._require_possible(token_count, min(block_count, self.spec.sequence_block_limit))
         gate = self.gate(context.tenant_tag)
         extras = media.block_extras(request.media, size) if request.media else NO_EXTRAS
         match = self._match(request, context.root, extras)
+        found = match.found
+        block_count = sliding.entry_count(self.spec, block_count, len(match.blocks) - len(found))
         new_count = block_count - len(match.blocks)
         source, cached = match.partial_block, len(match.blocks) * size + match.partial_token_count
-        revived = self._cached_among(match.blocks)
-        available = self.pool.available_block_count - self._takable(match.blocks)
+        revived = self._cached_among(found)
+        available = self.pool.available_block_count - self._takable(found)
         room: int | None = None
         if gate is not None:
-            gate.require_possible(request, block_count, match.blocks)
+            gate.require_possible(request, new_count + len(found), found)
             available -= gate.tenancy.sheltered(gate.number)
             room = gate.room(request, self.tables, context.tenant_tag, block_count)
             gate.require_room(request, new_count + revived, room)
@@ -164,35 +153,19 @@ class PoolMemory:
         if keep:
             self.begin_tenancy()
         counter = self.tables.reserve()
-        held = np.append(match.blocks, source) if source else match.blocks
+        held = np.append(found, source) if source else found
         fresh = self._obtain(held, new_count, context.tenant_tag, now)
-        self._store_prompt(request.token_ids, fresh, len(match.blocks) * size)
+        overflow = self._store_prompt(request.token_ids, fresh, len(match.blocks) * size)
         blocks = np.concatenate((match.blocks, fresh)) if len(match.blocks) else fresh
-        record = TableRecord(
-            table=counter,
-            ordinal=context.ordinal,
-            request_id=request.request_id,
-            sample_index=request.sample_index,
-            gateway=context.gateway,
-            tenant=request.tenant,
-            tenant_tag=context.tenant_tag,
-            opened_at=now,
-            cached_token_count=cached,
-            publishes=not request.skip_cache_write,
-            blocks=array("q", blocks.tobytes()),
-            parent=match.identity,
-            copy_source=source,
-            retention=keep,
-            session_id=request.session_id,
-            extras=extras,
-        )
-        slot = self._open(record, token_count, len(match.blocks))
+        record = new_record(request, context, counter, now)
+        record.blocks, record.parent = array("q", blocks.tobytes()), match.identity
+        record.cached_token_count, record.copy_source = cached, source
+        record.retention, record.overflow, record.extras = keep, overflow, extras
+        slot = self._open(record, token_count, len(match.blocks), len(match.blocks) - len(found))
         self.tables.limit[slot] = token_count + request.max_new_tokens
         if self.forecast is not None:
             self.forecast.opened(request, self.tables, slot)
-        if not (request.resumed or request.skip_cache_read):
-            self.statistics.query_token_count += token_count
-            self.statistics.hit_token_count += cached
+        self._count_hit(request, token_count, cached)
         copies = [(source, record.blocks[len(match.blocks)])] if source else []
         return Admission(self.epoch, counter, blocks.tolist(), cached, copies)
 
@@ -278,14 +251,7 @@ class PoolMemory:
         if record.shared_index >= 0:
             self.leave_shared(record)
         blocks = record.held_block_ids()[::-1]
-        published = self.prefix.published[blocks]
-        duplicates = blocks[published == Publication.DUPLICATE]
-        if len(duplicates):
-            for block in duplicates.tolist():
-                self.prefix.republish(block)
-            published = self.prefix.published[blocks]
-            self.prefix.forget(blocks[published == Publication.DUPLICATE])
-        reusable = (published == Publication.FULL) | (published == Publication.PARTIAL)
+        reusable = self.settle(blocks)
         if record.retention and self.tenancy is not None and reason != CloseReason.FAILED:
             # The beginning first: without it the rest cannot be matched.
             number = self.tenancy.known(record.tenant_tag)
@@ -297,6 +263,18 @@ class PoolMemory:
         self.grants[record.gateway].tables.discard(record.table)
         if reason == CloseReason.PREEMPTED:
             self.statistics.preemption_count += 1
+
+    def settle(self, blocks: BlockIds) -> npt.NDArray[np.bool_]:
+        """Returns which of `blocks`, that a table lets go of, can be matched; equal ones make way for each other."""
+        published = self.prefix.published[blocks]
+        duplicates = blocks[published == Publication.DUPLICATE]
+        if len(duplicates):
+            for block in duplicates.tolist():
+                self.prefix.republish(block)
+            published = self.prefix.published[blocks]
+            self.prefix.forget(blocks[published == Publication.DUPLICATE])
+        reusable: npt.NDArray[np.bool_] = (published == Publication.FULL) | (published == Publication.PARTIAL)
+        return reusable
 
     def begin_closing(self, gateway: int, now: float) -> bool:
         """Makes everything that `gateway` holds wait for a fence; false if it holds nothing."""
@@ -433,7 +411,16 @@ class PoolMemory:
     ) -> PrefixMatch:
         if request.skip_cache_read:
             return PrefixMatch(np.zeros(0, np.int64), root, 0, 0)
+        if self.window:
+            needed = hit_block_count(self.window, self.spec.block_size)
+            return self.prefix.match_window(root, request.token_ids, needed, extras)
         return self.prefix.match(root, request.token_ids, extras, learn=learn)
+
+    def _count_hit(self, request: AdmitRequest, token_count: int, cached: int) -> None:
+        """Counts a lookup, once for each request."""
+        if not (request.resumed or request.skip_cache_read):
+            self.statistics.query_token_count += token_count
+            self.statistics.hit_token_count += cached
 
     def _cached_among(self, blocks: BlockIds) -> int:
         """Returns how many of `blocks` nobody uses: sharing them makes that many unavailable."""
@@ -447,20 +434,27 @@ class PoolMemory:
             count -= self._cached_among(blocks[pinned])
         return count
 
-    def _store_prompt(self, token_ids: bytes, fresh: BlockIds, start: int) -> None:
-        """Notes the tokens from `start` on as the content of the fresh blocks."""
+    def _store_prompt(self, token_ids: bytes, fresh: BlockIds, start: int) -> list[int]:
+        """Notes the tokens from `start` on as the content of the fresh blocks; returns those that do not fit."""
         size = self.spec.block_size
         words = np.frombuffer(token_ids, "<u4")[start:]
+        overflow: list[int] = words[len(fresh) * size :].tolist()
+        words = words[: len(fresh) * size]
         full = len(words) // size
         if full:
             self.prefix.tokens[fresh[:full]] = words[: full * size].reshape(full, size)
         rest = len(words) - full * size
         if rest:
             self.prefix.tokens[fresh[full], :rest] = words[full * size :]
+        return overflow
 
-    def _open(self, record: TableRecord, token_count: int, shared_count: int) -> int:
-        """Enters a table whose first `shared_count` blocks are committed; returns its slot."""
+    def _open(self, record: TableRecord, token_count: int, shared_count: int, released_count: int) -> int:
+        """Enters a table whose first `shared_count` blocks are committed, and null up to `released_count`.
+
+        Returns its slot.
+        """
         size = self.spec.block_size
+        index, offset = divmod(token_count, size)
         tables = self.tables
         slot = tables.open(record)
         self.grants_of(record.gateway).tables.add(record.table)
@@ -468,7 +462,8 @@ class PoolMemory:
         tables.written[slot] = shared_count * size
         tables.written_floor[slot] = record.cached_token_count if record.copy_source else 0
         tables.committed[slot] = shared_count
-        tables.token_block[slot] = record.blocks[token_count // size] if token_count % size else 0
+        tables.token_block[slot] = record.blocks[index] if offset and index < len(record.blocks) else 0
+        tables.released[slot] = released_count
         tables.write_block[slot] = record.blocks[shared_count]
         tables.found[slot] = shared_count
         return slot

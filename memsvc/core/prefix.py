@@ -178,13 +178,7 @@ class PrefixIndex:
                 self._hint[path[-1]] = block
             path.append(block)
             identity = self._digest(self._identity, block)
-        blocks = np.array(path, np.int64) if path else _EMPTY
-        if len(path) in extras:
-            return PrefixMatch(blocks, identity, 0, 0)
-        done = len(path) * size
-        rest = np.frombuffer(prompt, "<u4", min(size, token_count - 1 - done), done * _TOKEN_BYTES)
-        partial, count = self._match_partial(identity, rest, is_end=len(path) == limit)
-        return PrefixMatch(blocks, identity, partial, count)
+        return self._with_partial(np.array(path, np.int64) if path else _EMPTY, identity, prompt, extras)
 
     def match_window(
         self, root: bytes, prompt: bytes, needed: int, extras: Mapping[int, bytes] = NO_EXTRAS
@@ -197,7 +191,7 @@ class PrefixIndex:
         size = self._block_size
         limit = (len(prompt) // _TOKEN_BYTES - 1) // size
         if not limit:
-            return PrefixMatch(_EMPTY, root, 0, 0)
+            return self._with_partial(_EMPTY, root, prompt, extras)
         data = prompt[: limit * size * _TOKEN_BYTES]
         identities = self.chain_tokens(root, data, 0, extras)
         digests = np.frombuffer(b"".join(identities), np.uint64).reshape(-1, 2)
@@ -213,7 +207,19 @@ class PrefixIndex:
                 best = position
         blocks = found[:best].copy()
         blocks[: max(0, best - needed)] = 0
-        return PrefixMatch(blocks, identities[best - 1] if best else root, 0, 0)
+        return self._with_partial(blocks, identities[best - 1] if best else root, prompt, extras)
+
+    def _with_partial(
+        self, blocks: BlockIds, identity: bytes, prompt: bytes, extras: Mapping[int, bytes]
+    ) -> PrefixMatch:
+        """Returns `blocks`, the last of which has `identity`, and the block whose head continues them."""
+        size = self._block_size
+        if len(blocks) in extras:
+            return PrefixMatch(blocks, identity, 0, 0)
+        left = len(prompt) // _TOKEN_BYTES - 1 - len(blocks) * size
+        rest = np.frombuffer(prompt, "<u4", min(size, left), len(blocks) * size * _TOKEN_BYTES)
+        partial, count = self._match_partial(identity, rest, is_end=left < size)
+        return PrefixMatch(blocks, identity, partial, count)
 
     def chain(
         self, parent: bytes, blocks: list[int], first: int = 0, extras: Mapping[int, bytes] = NO_EXTRAS

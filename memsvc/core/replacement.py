@@ -62,6 +62,9 @@ def check(
         if slot < 0:
             continue
         record = memory.tables.record(slot)
+        if index < memory.tables.released[slot]:
+            # Offered before the window had left it.
+            continue
         earlier = found.get((slot, index))
         known = record.blocks[index] if earlier is None and index < len(record.blocks) else 0
         if block in {known, earlier.block if earlier is not None else 0} and block:

@@ -36,6 +36,7 @@ _GROWING = (
     "limit",
     "found",
     "length",
+    "released",
     "tenant_tag",
     "by_hand",
 )
@@ -65,7 +66,7 @@ class TableRecord:
         opened_at: time of admission, in seconds of the caller's clock.
         cached_token_count: tokens found in the cache at admission.
         publishes: whether its blocks may be matched by others.
-        blocks: block ids in order, int64.
+        blocks: block ids in order, int64; 0 for the leading ones that are outside the sliding window.
         parent: identity of the last committed block, or the root digest.
         copy_source: block that is copied before the first write, 0 for none; referenced as if it were in the table.
         overflow: known tokens for which there is no block yet that this table may write into.
@@ -105,15 +106,17 @@ class TableRecord:
         return f"{self.request_id}/{self.sample_index}"
 
     def block_ids(self) -> BlockIds:
-        """Returns a copy of the block ids."""
+        """Returns a copy of the entries, null ones included."""
         return np.array(self.blocks, np.int64)
 
     def held_block_ids(self) -> BlockIds:
         """Returns every block that this table has a reference on: its entries, the copy source, what was offered."""
         if not self.copy_source and not self.merges:
-            return self.block_ids()
-        source = [self.copy_source] if self.copy_source else []
-        return np.array([*self.blocks, *source, *self.merges.values()], np.int64)
+            held = self.block_ids()
+        else:
+            source = [self.copy_source] if self.copy_source else []
+            held = np.array([*self.blocks, *source, *self.merges.values()], np.int64)
+        return held if held.all() else held[held != 0]
 
 
 class TableColumns:
@@ -129,7 +132,8 @@ class TableColumns:
         gateway: `[slot]` number of the owner.
         token_block: `[slot]` block in which token number `tokens` goes, 0 if it is not there yet.
         write_block: `[slot]` block in which token number `written` goes, 0 if it is not there yet.
-        length: `[slot]` blocks of the table.
+        length: `[slot]` entries of the table.
+        released: `[slot]` leading entries that are null: blocks outside the sliding window.
         tenant_tag: `[slot]` tag that its blocks carry.
         prompt: `[slot]` tokens that were not generated.
         opened: `[slot]` tokens known when the table was opened; more than `prompt` after a preemption.
@@ -155,6 +159,7 @@ class TableColumns:
         "open_count",
         "opened",
         "prompt",
+        "released",
         "tenant_tag",
         "token_block",
         "tokens",
@@ -181,6 +186,7 @@ class TableColumns:
         self.limit = np.zeros(self._capacity, np.int64)
         self.found = np.zeros(self._capacity, np.int64)
         self.length = np.zeros(self._capacity, np.int64)
+        self.released = np.zeros(self._capacity, np.int64)
         self.tenant_tag = np.zeros(self._capacity, np.int64)
         self.by_hand = np.zeros(self._capacity, np.int64)
         self._native: native.Tables | None = None
@@ -220,6 +226,7 @@ class TableColumns:
         self.counter[slot] = record.table
         self.gateway[slot] = record.gateway
         self.length[slot] = len(record.blocks)
+        self.released[slot] = 0
         self.tenant_tag[slot] = record.tenant_tag
         self.by_hand[slot] = bool(record.extras)
         return slot

@@ -50,6 +50,9 @@ def check_registration(registration: PoolRegistration, block_count_limit: int) -
     if not 0 < spec.max_model_len < 2**31:
         message = f"spec.max_model_len: found {spec.max_model_len}, allowed are 1 .. 2147483647"
         raise InvalidRequestError(message, field="spec.max_model_len")
+    if not 0 <= spec.sliding_window < 2**31:
+        message = f"spec.sliding_window: found {spec.sliding_window}, allowed are 0 .. 2147483647"
+        raise InvalidRequestError(message, field="spec.sliding_window")
 
 
 def check_name(name: str, field: str) -> None:

@@ -153,9 +153,9 @@ def list_table(core: MemoryCore, sequence: SequenceView, start: int, limit: int)
             TableEntryView(
                 index=index,
                 block_id=block,
-                ref_count=_named_count(memory, block),
+                ref_count=_named_count(memory, block) if block else 0,
                 generation=int(memory.pool.generation[block]),
-                written_token_count=min(size, max(0, sequence.written_token_count - index * size)),
+                written_token_count=min(size, max(0, sequence.written_token_count - index * size)) if block else 0,
                 identity=memory.prefix.identity(block),
             )
         )
@@ -176,7 +176,7 @@ def view_block(core: MemoryCore, pool_id: str, block_id: int) -> BlockView:
             f"block_id: {block_id} is not in pool {pool_id!r}, which has 0 .. {blocks.block_count - 1}",
             field="block_id",
         )
-    holders = [record for _, record in _records(pool.memory) if block_id in record.blocks]
+    holders = [record for _, record in _records(pool.memory) if block_id and block_id in record.blocks]
     sources = [record for _, record in _records(pool.memory) if block_id and record.copy_source == block_id]
     lessee = int(blocks.lessee[block_id])
     leased_to = core.gateway(lessee).gateway_id if lessee else ""

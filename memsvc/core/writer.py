@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from memsvc.core import replacement
+from memsvc.core import replacement, sliding
 from memsvc.core.content import FreshContent
 from memsvc.core.journal import Column, Journal, JournalColumns
 from memsvc.core.pool import BlockState
@@ -70,7 +70,9 @@ class JournalWriter:
             StaleEpochError: a row does not fit the state: a gap, other tokens than known, a block that is not leased to
                 this gateway, a table of another one, a write into a block that others share. Nothing was changed.
         """
-        if native.accelerator is not None and self._apply_natively(gateway, journal, now):
+        # Tables in a sliding window have null entries, of which the accelerator knows nothing.
+        usual = native.accelerator is not None and not self._memory.window
+        if usual and self._apply_natively(gateway, journal, now):
             return
         columns = journal.columns()
         columns.check()
@@ -86,6 +88,8 @@ class JournalWriter:
         if len(plan.rows.slots):
             self._apply_tokens(plan)
             self._apply_written(plan.rows, now)
+            if self._memory.window:
+                sliding.release_outside(self._memory, plan.rows.slots, now)
         self._end(gateway, plan.closed, plan.returned, now)
 
     def _end(self, gateway: int, closed: list[tuple[int, CloseReason]], returned: Column, now: float) -> None:
@@ -179,6 +183,8 @@ class JournalWriter:
             new = growth.get(slot, ())
             length = len(blocks) + len(new)
             if index < length:
+                if index < self._memory.tables.released[slot]:
+                    continue
                 if (blocks[index] if index < len(blocks) else new[index - len(blocks)]) != block:
                     _refuse(f"appended: table {table} has another block at {index}", "BLOCK_MISMATCH", "appended")
                 continue
@@ -262,7 +268,7 @@ class JournalWriter:
                     f"written_counts: table {int(tables.counter[slot])} has {length} blocks, not room for {written}"
                 )
                 _refuse(message, "ROW_MISMATCH", "written_counts")
-            if count and start + count > (length + 1) * size:
+            if count and start + count > max(before, (length + 1) * size):
                 table = int(tables.counter[slot])
                 message = f"token_ids: table {table} has {length} blocks, token {start + count} is too far ahead"
                 _refuse(message, "ROW_MISMATCH", "token_ids")
@@ -272,7 +278,10 @@ class JournalWriter:
     def _check_known(self, rows: Rows, at: int, slot: int, end: int) -> None:
         """Refuses a row whose tokens before `end` are not those known."""
         start, offset = int(rows.starts[at]), int(rows.offsets[at])
-        if rows.tokens[offset : offset + end - start].tolist() != self.known_tokens(slot, start, end):
+        # What was in released blocks is not known any more.
+        skipped = max(0, int(self._memory.tables.released[slot]) * self._size - start)
+        start, offset = start + skipped, offset + skipped
+        if start < end and rows.tokens[offset : offset + end - start].tolist() != self.known_tokens(slot, start, end):
             table = int(self._memory.tables.counter[slot])
             message = f"token_ids: table {table} has other tokens at {start} .. {end}"
             _refuse(message, "TOKEN_MISMATCH", "token_ids")

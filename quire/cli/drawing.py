@@ -25,7 +25,9 @@ def fill_bar(written: int, block_size: int) -> str:
 
 
 def _cell(entry: admin_pb2.BlockTableEntry, block_size: int) -> Text:
-    """Returns one block: its id, its fill, and whether it is shared (x2) or matchable (•)."""
+    """Returns one block: its id, its fill, and whether it is shared (x2) or matchable (•); a dash for none."""
+    if not entry.block_id:
+        return Text("     -".ljust(_CELL_WIDTH), "dim")
     shared = f"x{entry.ref_count}" if entry.ref_count > 1 else ""
     style = "cyan" if shared else "green" if entry.identity else "yellow"
     mark = shared + ("•" if entry.identity else "")
@@ -39,13 +41,15 @@ def draw_block_table(table: admin_pb2.GetBlockTableResponse, width: int = 80) ->
     A row holds as many blocks as fit, and begins with the position of its first block in the table.
     """
     sequence, entries = table.sequence, table.entries
+    released = sum(entry.block_id == 0 for entry in entries)
     picture = Text(no_wrap=True)
     picture.append(f"sequence {sequence.sequence_id}", "bold")
     picture.append(f"  pool {sequence.pool_id}  {state_name(sequence)} for {format_seconds(sequence.age)}\n")
     picture.append(
         f"{sequence.token_count} tokens: {sequence.written_token_count} written, {sequence.committed_token_count} "
         f"matchable, {sequence.cached_token_count} from the cache; "
-        f"{len(entries)} blocks of {table.block_size} tokens\n\n"
+        f"{len(entries) - released} blocks of {table.block_size} tokens"
+        f"{f', {released} outside the window released' if released else ''}\n\n"
     )
     per_row = max(1, (width - _INDEX_WIDTH) // _CELL_WIDTH)
     for start in range(0, len(entries), per_row):

@@ -40,8 +40,8 @@ MEDIA: Final = (
     ),
     Mutant(
         "a picture takes over a part of a block without one",
-        "memsvc.core.prefix:PrefixIndex.match",
-        "if len(path) in extras:",
+        "memsvc.core.prefix:PrefixIndex._with_partial",
+        "if len(blocks) in extras:",
         "if False:",
         "media_are_part_of_what_is_shared",
     ),

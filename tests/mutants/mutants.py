@@ -8,6 +8,7 @@ from tests.mutants.gateway_mutants import GATEWAY
 from tests.mutants.log_mutants import LOG
 from tests.mutants.media_mutants import MEDIA
 from tests.mutants.mutation import Mutant
+from tests.mutants.window_mutants import WINDOW
 
 _CORE: Final = "memsvc.core.memory:MemoryCore"
 _POOL: Final = "memsvc.core.pool:BlockPool"
@@ -67,7 +68,7 @@ PROTOCOL: Final = (
     Mutant(
         "blocks that wait for a fence do not count when somebody is preempted",
         f"{_SCHEDULER}._make_room",
-        "coming = sum(len(sequence.blocks) for sequence, _ in self._closing.values())",
+        "coming = sum(sequence.held_block_count for sequence, _ in self._closing.values())",
         "coming = 0",
         "blocks_on_their_way_count",
         protocol_rule=3,
@@ -200,14 +201,14 @@ BLOCKS: Final = (
     Mutant(
         "a request counts its own hits as room",
         f"{_MEMORY}.admit",
-        "self.pool.available_block_count - self._takable(match.blocks)",
+        "self.pool.available_block_count - self._takable(found)",
         "self.pool.available_block_count",
         "a_shortage_changes_nothing",
     ),
     Mutant(
         "a prompt that can never fit waits forever",
         f"{_MEMORY}.admit",
-        "self._require_possible(token_count, block_count)",
+        "self._require_possible(token_count, min(block_count, self.spec.sequence_block_limit))",
         "pass",
         "a_shortage_changes_nothing",
     ),
@@ -322,8 +323,8 @@ CONTENT: Final = (
     Mutant(
         "the source of a copy is not held at all",
         f"{_MEMORY}.admit",
-        "held = np.append(match.blocks, source) if source else match.blocks",
-        "held = match.blocks",
+        "held = np.append(found, source) if source else found",
+        "held = found",
         "a_repeated_prompt_computes_one_token",
     ),
     Mutant(
@@ -356,7 +357,7 @@ CONTENT: Final = (
     ),
     Mutant(
         "a request that must not fill the cache fills it",
-        f"{_MEMORY}.admit",
+        "memsvc.core.pool_memory:new_record",
         "publishes=not request.skip_cache_write",
         "publishes=True",
         "the_cache_can_be_left_out",
@@ -406,10 +407,10 @@ CONTENT: Final = (
     Mutant(
         "other tokens than known are taken for the same",
         f"{_WRITER}._check_known",
-        "if rows.tokens[offset : offset + end - start].tolist() != self.known_tokens(slot, start, end):",
-        "if False:",
+        "rows.tokens[offset : offset + end - start].tolist() != self.known_tokens(slot, start, end):",
+        "False:",
         "rows_must_fit_what_is_known",
     ),
 )
 
-MUTANTS: Final = PROTOCOL + BLOCKS + CONTENT + MEDIA + GATEWAY + LOG
+MUTANTS: Final = PROTOCOL + BLOCKS + CONTENT + MEDIA + WINDOW + GATEWAY + LOG

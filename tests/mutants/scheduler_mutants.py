@@ -28,7 +28,7 @@ MUTANTS: Final = (
     Mutant(
         "blocks on their way back are awaited and asked for again",
         f"{_SCHEDULER}._make_room",
-        "sum(len(sequence.blocks) for sequence, _ in self._closing.values())",
+        "sum(sequence.held_block_count for sequence, _ in self._closing.values())",
         "0",
         "row 36: on its way",
     ),

@@ -29,7 +29,7 @@ MUTANTS: Final = (
     Mutant(
         "a fork goes beyond what is written",
         f"{_FORK}:_position",
-        "1 <= at_token <= written",
+        "least <= at_token <= written",
         "1 <= at_token <= int(tables.tokens[slot])",
         "a_fork_ends_where_its_source_is_written",
     ),
@@ -190,7 +190,7 @@ MUTANTS: Final = (
     Mutant(
         "a fork begins with copies that are about to go",
         f"{_FORK}:fork",
-        "if index < full:",
+        "if outside <= index < full:",
         "if False:",
         "equal_blocks_become_one",
     ),

@@ -19,6 +19,7 @@ from tests.mutants import (
     scheduler_scenarios,
     sharing_mutants,
     sharing_scenarios,
+    window_scenarios,
 )
 from tests.mutants.mutation import Mutant, applied
 
@@ -31,6 +32,7 @@ SCENARIOS = {
         operator_scenarios,
         scheduler_scenarios,
         sharing_scenarios,
+        window_scenarios,
     )
     for name, scenario in module.SCENARIOS.items()
 }

@@ -57,12 +57,13 @@ class World:
 
     Args:
         usable: blocks that can be granted.
+        window: positions that a query reads, 0 for all.
         chain: computes identities; another one only where digests collide.
     """
 
-    def __init__(self, usable: int = USABLE, **core_fields: Any) -> None:
+    def __init__(self, usable: int = USABLE, *, window: int = 0, **core_fields: Any) -> None:
         self.core = MemoryCore(b"secret of this test", lease_ttl=3.0, **core_fields)
-        self.spec = PoolSpec(usable + 1, SIZE, 1, "model", "float32", 64 * SIZE)
+        self.spec = PoolSpec(usable + 1, SIZE, 1, "model", "float32", 64 * SIZE, window)
         self.now = 0.0
         self.epoch = 0
         self.device: dict[int, list[int | None]] = {}
@@ -147,7 +148,9 @@ class World:
             tenant=request.tenant,
         )
         assert held.cached < len(tokens), "nothing is left to compute"
-        assert self.read(held, held.cached) == held.tokens[: held.cached], "another content than was asked for"
+        first = max(0, held.cached - self.spec.window + 1) if self.spec.window else 0
+        content = self.read(held, held.cached)[first:]
+        assert content == held.tokens[first : held.cached], "another content than was asked for"
         self.check()
         return held
 
@@ -255,6 +258,11 @@ class World:
     def used_tokens(self) -> int:
         """Returns the tokens in used blocks, as operators see them."""
         return views.view_pool(self.core, POOL).used_token_count
+
+    def entries(self, held: Held) -> list[int]:
+        """Returns a block table as memsvc has it."""
+        tables = self.core.pool(POOL).memory.tables
+        return list(tables.record(tables.slot(held.table)).blocks)
 
     def references(self, blocks: Sequence[int]) -> list[int]:
         """Returns the references of blocks."""

@@ -32,6 +32,7 @@ class ModelTable:
     blocks: list[int]
     copies: list[tuple[int, int]]
     publishes: bool
+    confirmed: int = 0
     must_copy: bool = False
     offered: dict[int, int] = dataclasses.field(default_factory=dict)
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsvc.core.pool_memory import AdmitContext, PoolMemory
+from memsvc.core.admission import AdmitContext
+from memsvc.core.pool_memory import PoolMemory
 from quire import hashing, native
 from quire.columns import pack
 from quire.memory import AdmitRequest, PoolSpec

@@ -77,7 +77,7 @@ class MemoryMachine(SharingRules):
     def register(self) -> None:
         """Registers a new incarnation of the executor."""
         self.epoch += 5
-        spec = PoolSpec(USABLE + 1, SIZE, 1, "model", "float32", 10 * SIZE)
+        spec = PoolSpec(USABLE + 1, SIZE, 1, "model", "float32", 10 * SIZE, self.WINDOW)
         self.core.register_pool(PoolRegistration(POOL, self.epoch, "h:1", spec), self.epoch, self.now)
 
     def connect(self, name: str) -> ModelGateway:
@@ -111,12 +111,29 @@ class MemoryMachine(SharingRules):
         """Returns what the device holds at the first `count` positions of a table."""
         found: list[int | None] = []
         for index in range(-(-count // SIZE)):
+            if not table.blocks[index]:
+                found.extend([None] * SIZE)
+                continue
             block = table.blocks[index]
             source = {target: source for source, target in table.copies}.get(block, block)
             tenant, content = self.device.get(source, ("", [None] * SIZE))
             assert tenant == table.tenant, "a block of another tenant"
             found.extend(content)
         return found[:count]
+
+    def check_readable(self, table: ModelTable, count: int) -> None:
+        """Fails if a query at position `count` or later reads something else than was written."""
+        first = max(0, count - self.WINDOW + 1) if self.WINDOW else 0
+        assert self.read(table, count)[first:] == table.contents[first:count]
+
+    def release(self, table: ModelTable, confirmed: int) -> None:
+        """Forgets the blocks none of whose positions is read any more once `confirmed` tokens are."""
+        table.confirmed = max(table.confirmed, confirmed)
+        for index in range(len(table.blocks)):
+            positions = range(index * SIZE, (index + 1) * SIZE)
+            if self.WINDOW and all(table.confirmed - position >= self.WINDOW for position in positions):
+                table.blocks[index] = 0
+                table.offered.pop(index, None)
 
     def store(self, table: ModelTable, start: int, end: int) -> None:
         """Writes tokens [start, end) of a table to the device, the copies first."""
@@ -144,7 +161,8 @@ class MemoryMachine(SharingRules):
         try:
             admission = self.core.admit(gateway.number, request, self.now)
         except PromptTooLongError:
-            assert needed > USABLE or len(tokens) > 10 * SIZE or self.impossible(tenant, needed)
+            too_many = needed > USABLE and not self.WINDOW
+            assert too_many or len(tokens) > 10 * SIZE or self.impossible(tenant, needed)
             return
         except (BlockPoolExhaustedError, TenantCeilingError):
             assert needed > 0
@@ -161,9 +179,17 @@ class MemoryMachine(SharingRules):
             blocks=admission.block_ids,
             copies=admission.copies,
             publishes=write,
+            confirmed=admission.cached_token_count // SIZE * SIZE,
         )
-        assert self.read(table, admission.cached_token_count) == contents[: admission.cached_token_count]
-        assert len(table.blocks) == needed
+        told = list(table.blocks)
+        self.release(table, table.confirmed)
+        assert table.blocks == told
+        self.check_readable(table, admission.cached_token_count)
+        if self.WINDOW:
+            assert len(told) - told.count(0) <= (self.WINDOW - 2) // SIZE + 2
+            assert admission.cached_token_count // SIZE < len(told) <= needed
+        else:
+            assert len(told) == needed
         gateway.tables[table.number] = table
         # Tells what it was told: the copy has not run by this, and its source must stay.
         cached = admission.cached_token_count
@@ -219,6 +245,7 @@ class MemoryMachine(SharingRules):
             written_counts=[written],
             **fields,
         )
+        self.release(table, written)
 
     @rule(which=st.integers(0, 1), data=st.data(), count=st.integers(1, 20))
     def extend(self, which: int, data: st.DataObject, count: int) -> None:
@@ -258,10 +285,12 @@ class MemoryMachine(SharingRules):
         self.admit(which=which, pieces=pieces, tenant=tenant, read=True, write=True)
         for number in set(gateway.tables) - before:
             table = gateway.tables[number]
-            self.store(table, table.written, len(table.tokens))
-            count = len(table.tokens)
-            self.tell(gateway, tables=[number], token_starts=[count], token_counts=[0], written_counts=[count])
+            count = min(len(table.tokens), len(table.blocks) * SIZE)
+            self.store(table, table.written, count)
+            known = len(table.tokens)
+            self.tell(gateway, tables=[number], token_starts=[known], token_counts=[0], written_counts=[count])
             table.written = count
+            self.release(table, count)
             self.holds()
             del gateway.tables[number]
             self.tell(gateway, closed=[number], close_reasons=[CloseReason.FINISHED])
@@ -425,7 +454,7 @@ class MemoryMachine(SharingRules):
         pending |= {block for _, gateway in self.fences for block in gateway.leased}
         assert set(np.flatnonzero(self.pool.state == BlockState.PENDING)) == pending - used
         for table in live:
-            assert self.read(table, table.written) == table.contents[: table.written]
+            self.check_readable(table, table.written)
 
 
 MemoryMachine.TestCase.settings = settings(

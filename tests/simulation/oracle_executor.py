@@ -21,6 +21,7 @@ from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import ExecutorUnavailableError
 from quire.memory import PoolSpec
+from quire.window import outside_block_count
 
 VOCAB_SIZE = 256
 EOS_TOKEN = 0
@@ -173,7 +174,8 @@ class OracleExecutor:
             assert start.table not in self.rows, "added twice"
             tokens = columns.unpack_list(start.token_ids, "token_ids")
             blocks = columns.unpack_list(start.block_ids, "block_ids")
-            assert 0 not in blocks
+            outside = outside_block_count(start.computed_token_count, self.spec.window, self.spec.block_size)
+            assert 0 not in blocks[outside:], "a null block that is read"
             assert start.computed_token_count < len(tokens)
             sampling = start.sampling
             withheld = frozenset(columns.unpack_list(sampling.withheld_tokens, "withheld_tokens"))
@@ -181,8 +183,9 @@ class OracleExecutor:
             self.rows[start.table] = row
         appended = columns.unpack_list(plan.appended, "appended", row_length=3)
         for table, index, block in zip(appended[::3], appended[1::3], appended[2::3], strict=True):
-            assert index == len(self.rows[table].blocks)
-            self.rows[table].blocks.append(block)
+            # What the first step of a sequence appends is in its table already.
+            assert index == len(self.rows[table].blocks) or self.rows[table].blocks[index] == block
+            self.rows[table].blocks[index : index + 1] = [block]
         copies = columns.unpack_list(plan.copies, "copies", row_length=2)
         for source, destination in zip(copies[::2], copies[1::2], strict=True):
             for offset in range(self.spec.block_size):
@@ -205,6 +208,7 @@ class OracleExecutor:
             for position in range(row.computed, row.computed + count):
                 digest = digest_of(digest, row.tokens[position])
                 slot = (row.blocks[position // self.spec.block_size], position % self.spec.block_size)
+                assert slot[0], "a token is written to the null block"
                 assert written.setdefault(slot, table) == table, "two sequences write one slot"
                 self._slots[slot] = digest
             row.computed += count
@@ -224,11 +228,13 @@ class OracleExecutor:
         )
 
     def _check(self, row: _Row, table: int) -> bytes:
-        """Returns the digest before the next position; raises WrongContentError if any earlier slot is wrong."""
+        """Returns the digest before the next position; raises WrongContentError if a slot that is read is wrong."""
         digest = b""
+        window = self.spec.window
+        first = max(0, row.computed - window + 1) if window else 0
         for position in range(row.computed):
             digest = digest_of(digest, row.tokens[position])
             slot = (row.blocks[position // self.spec.block_size], position % self.spec.block_size)
-            if self._slots.get(slot) != digest:
+            if position >= first and self._slots.get(slot) != digest:
                 raise WrongContentError(f"table {table} position {position}: slot {slot} holds foreign content")
         return digest

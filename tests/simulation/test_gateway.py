@@ -39,10 +39,11 @@ class World:
         seed: int = 0,
         policy: str = "fcfs",
         long_prefill_token_threshold: int = 0,
+        window: int = 0,
     ) -> None:
         """Lays out the pool; `start` connects."""
         self.random = random.Random(seed)
-        spec = PoolSpec(block_count, 16, 1024, "oracle-model", "float32", 512)
+        spec = PoolSpec(block_count, 16, 1024, "oracle-model", "float32", 512, window)
         self.executor = OracleExecutor(spec, lambda: self.random.choice((0, 0, 0.001)), budget)
         self.memory = LocalMemory()
         self.memory.register_pool("oracle", self.executor.incarnation, "oracle:0", spec)
@@ -399,4 +400,43 @@ async def test_a_request_that_waits_too_long_is_refused() -> None:
         assert not isinstance(results[0], BaseException)
         assert isinstance(results[1], AdmissionError)
         assert results[1].reason == "QUEUE_TIMEOUT"
+        await world.settle()
+
+
+@pytest.mark.row(43, 54, 55)
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_sliding_window_bounds_what_each_sequence_holds(seed: int) -> None:
+    """A model that forgets must not hold what it forgot, and must never read what was given to another sequence."""
+    window = 40
+    async with running(World(25, seed=seed, window=window)) as world:
+        head = [world.random.randrange(1, 256) for _ in range(100)]
+        jobs = []
+        for index in range(12):
+            prompt = head[: world.random.choice((30, 100))] + [index] * world.random.randrange(1, 260)
+            count = world.random.randrange(1, 60)
+            stream = await world.submit(
+                token_ids=_ids(prompt),
+                sampling=pb.Sampling(seed=index),
+                stopping=pb.Stopping(max_tokens=count, ignore_eos=True),
+            )
+            jobs.append((stream, expected_tokens(prompt, index, count, ignore_eos=True)))
+        results = await asyncio.gather(*(world.collect(stream) for stream, _ in jobs))
+        for ((tokens,), usage), (_, expected) in zip(results, jobs, strict=True):
+            assert tokens == expected
+            # The window, a chunk of 64 tokens on either of the two steps in flight, and the block that is written.
+            assert usage.peak_block_count <= 4 + 2 * 5
+        await world.settle()
+
+
+@pytest.mark.row(43)
+async def test_a_prompt_longer_than_the_pool_runs_where_its_window_fits() -> None:
+    """Otherwise the longest prompt of a model that forgets is limited by memory that it does not need."""
+    async with running(World(6, window=40)) as world:
+        prompt = list(range(1, 201)) + [3] * 200
+        stream = await world.submit(
+            token_ids=_ids(prompt), sampling=pb.Sampling(seed=1), stopping=pb.Stopping(max_tokens=50, ignore_eos=True)
+        )
+        (tokens,), usage = await world.collect(stream)
+        assert tokens == expected_tokens(prompt, 1, 50, ignore_eos=True)
+        assert usage.peak_block_count <= 5
         await world.settle()

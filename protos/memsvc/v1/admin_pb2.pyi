@@ -654,7 +654,7 @@ class SequenceSummary(_message.Message):
     cached_token_count: _builtins.int
     """Tokens that were found in the cache at admission."""
     block_count: _builtins.int
-    """Blocks in the table."""
+    """Blocks in the table, entries outside the sliding window not counted."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
         """Time since admission."""
@@ -761,7 +761,7 @@ class BlockTableEntry(_message.Message):
     index: _builtins.int
     """Position in the table, from 0."""
     block_id: _builtins.int
-    """Physical block."""
+    """Physical block; 0, the null block, where the entry is outside the sliding window: that block was released."""
     ref_count: _builtins.int
     """Table entries that name this block, in all tables."""
     generation: _builtins.int

@@ -99,6 +99,7 @@ class PoolSpec(_message.Message):
     MODEL_ID_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    SLIDING_WINDOW_FIELD_NUMBER: _builtins.int
     block_count: _builtins.int
     """Number of blocks, ids 0 .. block_count - 1. 1 .. 2^31 - 1. Id 0 is the null block and is never granted."""
     block_size: _builtins.int
@@ -111,6 +112,11 @@ class PoolSpec(_message.Message):
     """Element type of the cache: "float32", "bfloat16", "float16", "float8_e4m3". Part of every block's identity."""
     max_model_len: _builtins.int
     """Longest sequence in tokens, prompt and completion together, that the executor runs."""
+    sliding_window: _builtins.int
+    """Positions that a query reads in every layer, its own included; 0 for all. 0 .. 2^31 - 1. A block wholly outside of
+    it is released as soon as every token that could read it is confirmed as written: its entry in the block table
+    becomes 0, the null block, on both sides. A block i is outside when (i + 1) * block_size <= written - window + 1.
+    """
     def __init__(
         self,
         *,
@@ -120,10 +126,11 @@ class PoolSpec(_message.Message):
         model_id: _builtins.str = ...,
         kv_dtype: _builtins.str = ...,
         max_model_len: _builtins.int = ...,
+        sliding_window: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "block_size", b"block_size", "bytes_per_block", b"bytes_per_block", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "model_id", b"model_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "block_size", b"block_size", "bytes_per_block", b"bytes_per_block", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "model_id", b"model_id", "sliding_window", b"sliding_window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -657,7 +664,10 @@ class Admitted(_message.Message):
     table: _builtins.int
     """Counter of the table within the epoch."""
     block_ids: _builtins.bytes
-    """u32 column: the block table, one id for every block_size tokens given, the last one partly filled."""
+    """u32 column: the block table, one id for every block_size tokens given, the last one partly filled. In a pool with
+    a sliding window, 0 for blocks wholly outside of it, and only as many blocks as the window spans: what the rest of
+    the tokens needs is appended from the lease as they are computed.
+    """
     cached_token_count: _builtins.int
     """Leading tokens whose keys and values are already there. Less than the number of tokens given."""
     copies: _builtins.bytes

@@ -57,6 +57,15 @@ def test_the_picture_fits_the_terminal(width: int) -> None:
     assert all(len(line.rstrip()) <= max(width, 21) for line in rows)
 
 
+def test_blocks_outside_a_sliding_window_are_drawn_as_gone() -> None:
+    """A null entry that looks like a block makes people look for a block that is not there."""
+    found = table(60, 4)
+    found.entries[0].block_id = 0
+    picture = draw_block_table(found).plain
+    assert "3 blocks of 16 tokens, 1 outside the window released" in picture
+    assert " 100 " not in picture and " 101 " in picture
+
+
 def test_an_empty_table_is_drawn_too() -> None:
     """A sequence can be looked at before its first block is filled."""
     assert "0 blocks" in draw_block_table(table(0, 0)).plain

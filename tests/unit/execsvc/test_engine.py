@@ -197,3 +197,47 @@ def test_a_sliding_window_is_honoured() -> None:
         driver.run({1: 40}, added=[start(1, [first, *PROMPT[1:]], [1, 2, 3])])
         logits.append(driver.logits[1][0])
     assert torch.equal(*logits), "the last of 40 tokens cannot see the first through one layer and a window of 16"
+
+
+WINDOWED = dataclasses.replace(tiny.CONFIG, sliding_window=24)
+
+
+def test_blocks_that_left_the_window_may_belong_to_somebody_else() -> None:
+    """Otherwise a sequence that slides changes its words when memory gives its old blocks away."""
+    prompt = [(5 * index) % 311 for index in range(100)]
+    drivers = [Driver(tiny.engine_of(WINDOWED, blocks=16)) for _ in range(2)]
+    for driver, spoilt in zip(drivers, (False, True), strict=True):
+        driver.run({1: 60}, added=[start(1, prompt, [1, 2, 3, 4, 5, 6, 7])])
+        if spoilt:
+            # With 60 tokens computed the next query reads from 37 on: blocks 1 and 2 are outside.
+            driver.engine._cache.data[1:3] = float("nan")
+        driver.run({1: 40})
+        for _ in range(5):
+            driver.run({1: 1})
+    assert drivers[0].tokens == drivers[1].tokens
+    assert all(torch.equal(*pair) for pair in zip(drivers[0].logits[1], drivers[1].logits[1], strict=True))
+
+
+def test_a_sequence_may_begin_with_null_entries_outside_its_window() -> None:
+    """Otherwise a prompt whose window is cached is computed again from its beginning."""
+    prompt = [(5 * index) % 311 for index in range(100)]
+    driver = Driver(tiny.engine_of(WINDOWED, blocks=16))
+    driver.run({1: 100}, added=[start(1, prompt, [1, 2, 3, 4, 5, 6, 7])])
+    driver.run({2: 20}, added=[start(2, prompt, [0, 0, 0, 4, 5, 8, 9], computed=80)])
+    assert torch.equal(driver.logits[1][0], driver.logits[2][0])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wrong"), [([0, 0, 0, 0, 5, 8, 9], 0), ([16, 0, 0, 4, 5, 8, 9], 16), ([0, 0, 0, 4, 5, 0, 9], 0)]
+)
+def test_a_null_entry_that_would_be_read_or_a_block_beyond_the_pool_is_refused(blocks: list[int], wrong: int) -> None:
+    """Otherwise a sequence attends to nothing, or to memory that is not the cache's."""
+    driver = Driver(tiny.engine_of(WINDOWED, blocks=16))
+    result = driver.run({2: 1}, added=[start(2, PROMPT * 3, blocks, computed=80)])
+    assert f"block {wrong} is out of range" in result.errors[0].message
+
+
+def test_a_null_entry_without_a_window_is_refused(driver: Driver) -> None:
+    """Otherwise a table with a hole is attended to as if it were whole."""
+    result = driver.run({2: 1}, added=[start(2, PROMPT, [0, 2, 3], computed=39)])
+    assert "block 0 is out of range" in result.errors[0].message

@@ -377,3 +377,51 @@ def test_a_queue_forgets_those_who_leave_it() -> None:
         assert not queue.remove(request.samples[0])
     assert len(queue._heap) < 100
     assert (len(queue), queue.pop(), queue.pop()) == (1, head.samples[0], None)
+
+
+WINDOW_POOL = PoolInfo("pool", 1, True, PoolSpec(101, 16, 1024, "m", "float32", 1000, 40), "host:1", 1)
+
+
+def windowed(prompt_length: int, *, stock: int, budget: int = 64) -> tuple[Bench, Sequence]:
+    """Returns a scheduler of a pool with a window of 40 tokens, `stock` blocks in its lease, and one sequence."""
+    bench = Bench(budget=budget)
+    bench.scheduler = Scheduler(WINDOW_POOL, 8, budget, max_preemptions=2)
+    bench.grant(stock)
+    sequence = one(prompt_length)
+    bench.scheduler.start(sequence, Admission(1, 1, bench.blocks(min(4, -(-prompt_length // 16))), 0, []))
+    return bench, sequence
+
+
+def test_a_prompt_in_a_sliding_window_grows_chunk_by_chunk() -> None:
+    """Row 43: an admission brings the window's blocks; the rest of the prompt must not wait for blocks step by step."""
+    bench, sequence = windowed(200, stock=20)
+    drafts = [bench.step()[0] for _ in range(4)]
+    assert [draft.scheduled_counts for draft in drafts] == [[64], [64], [64], [8]]
+    assert [len(draft.appended) // 3 for draft in drafts] == [0, 4, 4, 1]
+    assert drafts[1].appended[:3] == [1, 4, sequence.blocks[4] or drafts[1].appended[2]]
+
+
+def test_a_chunk_is_as_long_as_the_lease_allows_and_the_next_blocks_are_asked_for() -> None:
+    """Row 43: a short lease must slow a prompt down, not stop it or have it write where it has no block."""
+    bench, _ = windowed(200, stock=1)
+    bench.step()
+    assert bench.scheduler.lease.shortfall(1) == 3
+    assert bench.step()[0].scheduled_counts == [16]
+    assert bench.scheduler.schedule().scheduled_counts == []
+    assert bench.scheduler.stats.stalled_count == 1
+    bench.grant(8)
+    assert bench.step()[0].scheduled_counts == [64]
+
+
+def test_the_gateway_makes_the_same_entries_null_as_the_memory_service() -> None:
+    """Row 54: otherwise the two disagree about who holds a block."""
+    bench, sequence = windowed(60, stock=20)
+    written: list[int] = []
+    for _ in range(60):
+        _, update = bench.step()
+        written += update.journal.written_counts
+        outside = max(0, (written[-1] - 39) // 16)
+        assert sequence.blocks.count(0) == sequence.released == outside
+        assert sequence.held_block_count <= 4
+        # It is told at the very token at which a block falls out of the window.
+        assert outside == max(0, (sequence.computed - 39) // 16)
