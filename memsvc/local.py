@@ -192,11 +192,11 @@ def packed(entry: JournalEntry) -> PackedJournal:
             token_counts=pack(entry.token_counts),
             written_counts=pack(entry.written_counts),
             token_ids=pack(entry.token_ids),
-            appended=pack(entry.appended),
-            closed=pack(entry.closed),
-            close_reasons=pack(entry.close_reasons),
-            returned=pack(entry.returned),
-            replaced=pack(entry.replaced),
+            appended=pack(entry.appended) if entry.appended else b"",
+            closed=pack(entry.closed) if entry.closed else b"",
+            close_reasons=pack(entry.close_reasons) if entry.close_reasons else b"",
+            returned=pack(entry.returned) if entry.returned else b"",
+            replaced=pack(entry.replaced) if entry.replaced else b"",
         )
     except OverflowError:
         for name in COLUMNS:
