@@ -29,7 +29,16 @@ from quire.errors import (
     QuireError,
     RequestExistsError,
 )
-from quire.memory import BlocksRecalled, CloseReason, Memory, MemoryEvent, MemoryLost, PoolInfo, PoolUpdated
+from quire.memory import (
+    BlocksMerged,
+    BlocksRecalled,
+    CloseReason,
+    Memory,
+    MemoryEvent,
+    MemoryLost,
+    PoolInfo,
+    PoolUpdated,
+)
 
 if TYPE_CHECKING:
     from gateway.clients.executor import ExecutorLink
@@ -126,6 +135,10 @@ class Engine:
             lane = self._lanes.get(event.pool_id)
             if lane is not None:
                 lane.recall(event.block_count)
+        elif isinstance(event, BlocksMerged):
+            lane = self._lanes.get(event.pool_id)
+            if lane is not None:
+                lane.merge(event.rows)
         elif isinstance(event, PoolUpdated):
             self._restart_lane(event.pool)
         elif isinstance(event, MemoryLost):

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from gateway.admission import admit_request
+from gateway.core.merging import TableMerges
 from gateway.core.precedence import SchedulingPolicy
+from gateway.core.prefix_wait import PrefixWait
 from gateway.core.queue import WaitingQueue
 from gateway.core.scheduler import Scheduler, Update
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.plan import to_outcome, to_plan
 from protos.execsvc.v1 import execsvc_pb2 as pb
-from quire import columns
 from quire.errors import (
     BlockPoolExhaustedError,
     ExecutorUnavailableError,
@@ -27,11 +29,12 @@ from quire.errors import (
     MemoryUnavailableError,
     NotReadyError,
     PoolNotFoundError,
+    PrefixPendingError,
     QuireError,
     StaleEpochError,
     TenantCeilingError,
 )
-from quire.memory import Admission, AdmitRequest, CloseReason, JournalEntry, Memory, PoolInfo
+from quire.memory import Admission, CloseReason, JournalEntry, Memory, PoolInfo
 
 if TYPE_CHECKING:
     from gateway.clients.executor import ExecutorLink
@@ -118,6 +121,8 @@ class Lane:
         self._full_tenants: set[str] = set()
         self._ending = False
         self._journal: JournalEntry | None = None
+        self._prefix_wait = PrefixWait()
+        self._merges = TableMerges()
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -161,6 +166,10 @@ class Lane:
         if self._scheduler is not None:
             self._scheduler.finish(sequence, reason)
             self.wake()
+
+    def merge(self, rows: list[tuple[int, int, int]]) -> None:
+        """Has tables name other blocks with the same content; the next step does it."""
+        self._merges.offer(rows)
 
     def recall(self, block_count: int) -> None:
         """Gives unused blocks back."""
@@ -244,6 +253,8 @@ class Lane:
         assert scheduler is not None
         assert self._queue is not None
         orphans = [sequence.table for sequence in scheduler.sequences()]
+        self._end_prefix_wait()
+        self._merges.clear()
         requeued, released = scheduler.abandon()
         self._queue.put_back(requeued)
         for sequence in released:
@@ -290,6 +301,8 @@ class Lane:
                     step += 1
                     if draft.appended:
                         self._pending_journal().appended += draft.appended
+                    if self._merges:
+                        draft.appended += self._merges.plan(step, scheduler.sequences())
                     plan = to_plan(draft, step, self._pool.epoch)
                     running = asyncio.create_task(link.run(plan), name=f"step-{step}")
                     running.add_done_callback(lambda _: self._wake.set())
@@ -329,12 +342,14 @@ class Lane:
         for sequence, token in update.tokens:
             if not sequence.ended and self._owner.token(sequence, token):
                 scheduler.finish(sequence, CloseReason.FINISHED)
+        update.journal.replaced += self._merges.done(result.step)
         # Growth is told of with the next result, whether that fills a block or not.
         if update.journal or self._journal is not None:
             self._write_journal(update.journal)
         for sequence, reason, message in update.failed:
             self._owner.failed(sequence, QuireError(message, reason=reason))
         self._after_update(queue, update)
+        self._end_prefix_wait(scheduler)
 
     def _after_update(self, queue: WaitingQueue, update: Update) -> None:
         """Queues what comes back and starts what waited for a prompt."""
@@ -407,33 +422,25 @@ class Lane:
 
     async def _admit(self, scheduler: Scheduler, queue: WaitingQueue, sequence: Sequence) -> None:
         """Admits one sequence, or puts it back."""
-        settings = sequence.request.settings
-        request = AdmitRequest(
-            pool_id=self._pool.pool_id,
-            epoch=self._pool.epoch,
-            request_id=settings.request_id,
-            sample_index=sequence.index,
-            token_ids=columns.pack(sequence.tokens),
-            tenant=settings.tenant,
-            cache_salt=settings.cache_salt,
-            skip_cache_read=settings.skip_cache_read,
-            skip_cache_write=settings.skip_cache_write,
-            max_new_tokens=sequence.total_limit - len(sequence.tokens),
-            resumed=sequence.preemption_count > 0,
-        )
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        request = admit_request(self._pool, sequence, wait_for_prefix=self._prefix_wait.may_wait(sequence, now))
         try:
             admission = await self._memory.admit(request)
+        except PrefixPendingError as error:
+            self._prefix_wait.add(sequence, int(error.metadata["table"]), int(error.metadata["token_count"]), now)
+            loop.call_later(_RETRY_SECONDS, self._end_prefix_wait)
         except TenantCeilingError as error:
             # Others go ahead: only the end of one of the tenant's own sequences makes room for it.
             log.debug("admission_refused", reason=error.reason, message=error.message)
-            self._full_tenants.add(settings.tenant)
+            self._full_tenants.add(sequence.request.settings.tenant)
             self._put_back(queue, sequence)
-            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._retry, scheduler)
+            loop.call_later(_RETRY_SECONDS, self._retry, scheduler)
         except _TRANSIENT as error:
             log.debug("admission_refused", reason=error.reason, message=error.message)
             self._put_back(queue, sequence)
             self._admission_blocked = True
-            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._retry, scheduler)
+            loop.call_later(_RETRY_SECONDS, self._retry, scheduler)
         except QuireError as error:
             sequence.state = SequenceState.FINISHED
             self._owner.failed(sequence, error)
@@ -442,10 +449,22 @@ class Lane:
             self._put_back(queue, sequence)
             raise
         else:
+            self._prefix_wait.forget(sequence)
             self._take_in(scheduler, queue, sequence, admission)
         finally:
             self._admitting = None
             self.wake()
+
+    def _end_prefix_wait(self, scheduler: Scheduler | None = None) -> None:
+        """Queues those who waited for a prefix: all, or those for whom a sequence of `scheduler` has computed it."""
+        if self._queue is None or not self._prefix_wait:
+            return
+        computed = None
+        if scheduler is not None:
+            computed = {sequence.table: sequence.computed for sequence in scheduler.sequences()}
+        for sequence in reversed(self._prefix_wait.take(computed)):
+            self._put_back(self._queue, sequence)
+        self.wake()
 
     def _put_back(self, queue: WaitingQueue, sequence: Sequence) -> None:
         """Returns a sequence that was not admitted to the head of the queue, unless it has ended meanwhile."""

@@ -88,6 +88,7 @@ def to_admit(message: memsvc_pb2.AdmitRequest) -> AdmitRequest:
         skip_cache_write=message.skip_cache_write,
         max_new_tokens=message.max_new_tokens,
         resumed=message.resumed,
+        wait_for_prefix=message.wait_for_prefix,
         media=_to_media(message.media),
         session_id=message.session_id,
         retention_priority=message.retention_priority,
@@ -110,6 +111,7 @@ def from_admission(request_no: int, admission: Admission) -> memsvc_pb2.ConnectR
             block_ids=columns.pack(admission.block_ids),
             cached_token_count=admission.cached_token_count,
             copies=columns.pack([block for copy in admission.copies for block in copy]),
+            pending_token_count=admission.pending_token_count,
         )
     )
 

@@ -11,6 +11,7 @@
     +-- ModelNotFoundError             NOT_FOUND            MODEL_NOT_FOUND
     +-- RequestExistsError             ALREADY_EXISTS       REQUEST_EXISTS
     +-- BlockPoolExhaustedError        RESOURCE_EXHAUSTED   BLOCK_POOL_EXHAUSTED
+    +-- PrefixPendingError             UNAVAILABLE          PREFIX_PENDING
     +-- AdmissionError                 RESOURCE_EXHAUSTED   QUEUE_FULL (or QUEUE_TIMEOUT)
     +-- TenantCeilingError             RESOURCE_EXHAUSTED   TENANT_CEILING
     +-- CacheInUseError                FAILED_PRECONDITION  CACHE_IN_USE
@@ -134,6 +135,13 @@ class BlockPoolExhaustedError(QuireError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     default_reason = "BLOCK_POOL_EXHAUSTED"
+
+
+class PrefixPendingError(QuireError):
+    """Another sequence is computing the beginning of the prompt. The gateway waits for it; users never see it."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    default_reason = "PREFIX_PENDING"
 
 
 class AdmissionError(QuireError):

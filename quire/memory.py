@@ -96,6 +96,8 @@ class AdmitRequest:
     skip_cache_write: bool = False
     max_new_tokens: int = 0
     resumed: bool = False
+    wait_for_prefix: bool = False
+    """Refuse with PrefixPendingError while another table is about to publish more of this prompt than there is."""
     media: tuple[MediaItem, ...] = ()
     """What placeholder tokens stand for, in order."""
     session_id: str = ""
@@ -116,6 +118,9 @@ class Admission:
     """Leading tokens that need not be computed; less than the tokens given."""
     copies: list[tuple[int, int]]
     """(source, destination): blocks that the executor copies before the first write."""
+    pending_token_count: int = 0
+    """Tokens behind the cached ones that another open table is about to publish; computed twice, as it was not waited
+    for them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -237,6 +242,8 @@ class Memory(Protocol):
 
         Raises:
             BlockPoolExhaustedError: short of blocks now; metadata has needed_block_count and available_block_count.
+            PrefixPendingError: `wait_for_prefix` was set; metadata has the table that computes it (`table`), and how
+                many tokens will be cached when that has `token_count` written.
             PromptTooLongError: more blocks than the whole pool has.
             PoolNotFoundError, StaleEpochError, MemoryUnavailableError.
         """
@@ -244,6 +251,8 @@ class Memory(Protocol):
 
     async def fork(self, request: ForkRequest) -> Fork:
         """Opens tables that share every block of the beginning of another: all of them or none. Takes no block.
+
+        What can be shared is what `journal` has reported as written by now.
 
         The blocks behind `token_count` are not shared. Who writes first into the last block, if that is partly filled,
         puts a leased block in its place (`JournalEntry.replaced`) and has the executor copy it; the last who names it

@@ -47,6 +47,7 @@ _ERRORS = {
         errors.TenantCeilingError,
         errors.InvalidRequestError,
         errors.SequenceNotFoundError,
+        errors.PrefixPendingError,
         errors.NotReadyError,
     )
 }
@@ -169,6 +170,7 @@ class RemoteMemory:
             skip_cache_write=request.skip_cache_write,
             max_new_tokens=request.max_new_tokens,
             resumed=request.resumed,
+            wait_for_prefix=request.wait_for_prefix,
             media=[
                 pb.MediaItem(start=item.start, token_count=item.token_count, digest=item.digest)
                 for item in request.media
@@ -187,6 +189,7 @@ class RemoteMemory:
             block_ids=columns.unpack_list(answer.block_ids, "block_ids"),
             cached_token_count=answer.cached_token_count,
             copies=list(zip(copies[::2], copies[1::2], strict=True)),
+            pending_token_count=answer.pending_token_count,
         )
 
     async def fork(self, request: ForkRequest) -> Fork:

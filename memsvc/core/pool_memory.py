@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from memsvc.core import fork, retention, sliding
+from memsvc.core import fork, pending, retention, sliding
 from memsvc.core.admission import AdmitContext, new_record
 from memsvc.core.ceilings import TenantGate
 from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publication
@@ -51,6 +51,12 @@ class PoolStatistics:
     query_token_count: int = 0
     hit_token_count: int = 0
     preemption_count: int = 0
+
+    def count(self, request: AdmitRequest, token_count: int, cached: int) -> None:
+        """Counts an admission that looked for `token_count` tokens and found `cached`, if it is the request's first."""
+        if not (request.resumed or request.skip_cache_read):
+            self.query_token_count += token_count
+            self.hit_token_count += cached
 
 
 class PoolMemory:
@@ -87,6 +93,7 @@ class PoolMemory:
         self.statistics = PoolStatistics()
         self.forecast = AdmissionForecast(spec) if forecast else None
         self.shared = fork.SharedBlocks()
+        self.pending = pending.PendingPrefixes()
         self.merge_offers: list[tuple[int, int, int]] = []
         self._writer = JournalWriter(self)
 
@@ -128,6 +135,7 @@ class PoolMemory:
         block_count = sliding.entry_count(self.spec, block_count, len(match.blocks) - len(found))
         new_count = block_count - len(match.blocks)
         source, cached = match.partial_block, len(match.blocks) * size + match.partial_token_count
+        pending_count = pending.look_up(self, request, match, cached) if self.pending and not extras else 0
         revived = self._cached_among(found)
         available = self.pool.available_block_count - self._takable(found)
         room: int | None = None
@@ -165,9 +173,10 @@ class PoolMemory:
         self.tables.limit[slot] = token_count + request.max_new_tokens
         if self.forecast is not None:
             self.forecast.opened(request, self.tables, slot)
-        self._count_hit(request, token_count, cached)
+        self.statistics.count(request, token_count, cached)
         copies = [(source, record.blocks[len(match.blocks)])] if source else []
-        return Admission(self.epoch, counter, blocks.tolist(), cached, copies)
+        pending.note(self, slot, record)
+        return Admission(self.epoch, counter, blocks.tolist(), cached, copies, pending_count)
 
     def fork(self, gateway: int, request: ForkRequest, ordinal: int, now: float) -> Fork:
         """Opens tables that share the beginning of another; see `memsvc.core.fork.fork`."""
@@ -235,6 +244,8 @@ class PoolMemory:
     def journal(self, gateway: int, journal: Journal, now: float) -> None:
         """Applies a journal, whole or not at all; see `JournalWriter.apply`."""
         self._writer.apply(gateway, journal, now)
+        if self.pending:
+            pending.follow(self, journal.tables)
 
     def grants_of(self, gateway: int) -> Grants:
         """Returns what `gateway` holds here."""
@@ -250,6 +261,7 @@ class PoolMemory:
             self._publish_tail(slot, record)
         if record.shared_index >= 0:
             self.leave_shared(record)
+        self.pending.leave(record.table)
         blocks = record.held_block_ids()[::-1]
         reusable = self.settle(blocks)
         if record.retention and self.tenancy is not None and reason != CloseReason.FAILED:
@@ -287,6 +299,7 @@ class PoolMemory:
         for table in sorted(grants.tables):
             record = self.tables.record(self.tables.slot(table))
             record.state = TableState.CLOSING
+            self.pending.leave(table)
             self.pool.begin_closing(record.held_block_ids(), now)
         self.pool.freeze_leases(gateway, now)
         return True
@@ -415,12 +428,6 @@ class PoolMemory:
             needed = hit_block_count(self.window, self.spec.block_size)
             return self.prefix.match_window(root, request.token_ids, needed, extras)
         return self.prefix.match(root, request.token_ids, extras, learn=learn)
-
-    def _count_hit(self, request: AdmitRequest, token_count: int, cached: int) -> None:
-        """Counts a lookup, once for each request."""
-        if not (request.resumed or request.skip_cache_read):
-            self.statistics.query_token_count += token_count
-            self.statistics.hit_token_count += cached
 
     def _cached_among(self, blocks: BlockIds) -> int:
         """Returns how many of `blocks` nobody uses: sharing them makes that many unavailable."""

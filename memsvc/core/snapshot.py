@@ -29,6 +29,7 @@ from memsvc.core.free_order import BlankOrder, CachedOrder
 from memsvc.core.journal import JournalColumns, PackedJournal
 from memsvc.core.lease import Gateway, Grants
 from memsvc.core.memory import MemoryCore
+from memsvc.core.pending import PendingPrefixes
 from memsvc.core.pool import BlockPool
 from memsvc.core.pool_memory import PoolMemory, PoolStatistics
 from memsvc.core.prefix import PrefixIndex
@@ -54,6 +55,7 @@ DERIVED: Final[Mapping[type, frozenset[str]]] = {
     Grants: frozenset(),
     BlockPool: frozenset({"native"}),
     SharedBlocks: frozenset(),
+    PendingPrefixes: frozenset(),
     BlankOrder: frozenset(),
     CachedOrder: frozenset(),
     # Views of the columns, and the pool's tenants, which are in the pool.

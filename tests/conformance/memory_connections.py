@@ -202,7 +202,9 @@ class StreamConnection:
         admitted = await self._answer("admitted", request_no)
         pairs = columns.unpack(admitted.copies, "copies", row_length=2).reshape(-1, 2).tolist()
         blocks = columns.unpack_list(admitted.block_ids, "block_ids")
-        return Admission(admitted.epoch, admitted.table, blocks, admitted.cached_token_count, [tuple(p) for p in pairs])
+        copies = [(source, target) for source, target in pairs]
+        cached, pending = admitted.cached_token_count, admitted.pending_token_count
+        return Admission(admitted.epoch, admitted.table, blocks, cached, copies, pending)
 
     async def fork(self, request: ForkRequest) -> Fork:
         """Opens tables that share the beginning of another; raises what `Refused` says."""

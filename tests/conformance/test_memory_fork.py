@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 
 from protos.memsvc.v1 import admin_pb2
 from quire.errors import InvalidRequestError, QuireError, SequenceNotFoundError, StaleEpochError
 from quire.memory import CloseReason, ForkRequest
 from tests.conformance.memory_connections import POOL_ID, StreamConnection, prompt, spec
-from tests.conformance.memory_rig import Rig, RigSequence, grpc_rig
+from tests.conformance.memory_rig import Rig, RigSequence, grpc_rig, local_rig
 
 
 async def written(rig: Rig, length: int, **fields: bool) -> RigSequence:
@@ -30,6 +33,8 @@ async def test_row_67_a_fork_shares_every_block_and_takes_none(rig: Rig) -> None
     children = await source.fork(3, first_sample_index=1)
     assert [child.blocks for child in children] == [source.blocks] * 3
     assert await references(rig, source) == [4, 4, 4]
+    table = await rig.admin.GetBlockTable(admin_pb2.GetBlockTableRequest(sequence_id="request-0/2"))
+    assert [entry.ref_count for entry in table.entries] == [4, 4, 4], "what `quire blocks` shows as x4"
     after = await rig.pool()
     assert after.used_block_count == before.used_block_count == 3
     assert (after.sequence_count, after.used_token_count) == (4, 40)
@@ -364,3 +369,52 @@ async def test_row_73_a_fork_begins_with_what_was_offered_to_its_source(rig: Rig
     (child,) = await second.fork()
     assert child.blocks == [*first.blocks[:2], second.blocks[2]]
     assert await references(rig, second) == [1, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_garbage_of_a_gateway_that_forks_is_refused_or_keeps_every_invariant(seed: int) -> None:
+    """Otherwise a gateway with a defect breaks the pool for all, or ends the service."""
+    source = random.Random(seed)
+    accepted = refused = 0
+    codes: set[str] = set()
+    async with local_rig(spec(24)) as rig:
+        stranger = await written(rig, 20)
+        other = rig.connect_raw("gateway-1")
+        await other.start()  # type: ignore[attr-defined]
+        for _ in range(12):
+            sequence = await rig.admit(prompt(source.choice([20, 40]), source.randrange(2)), other)
+            await sequence.write(source.randint(sequence.admission.cached_token_count, len(sequence.tokens)))
+            tables = [sequence.table, stranger.table, 0, 2**32 - 1]
+            leased = await rig.lease(2, other)
+            numbers = [0, 1, 2, 3, 15, 16, 17, 2**32 - 1]
+            for _ in range(8):
+                before = rig.state()
+                try:
+                    if source.random() < 0.4:
+                        request = ForkRequest(
+                            POOL_ID, rig.epoch, source.choice(tables), source.choice([*numbers[:4], 2000]),
+                            source.choice(numbers), source.choice(numbers),
+                        )  # fmt: skip
+                        tables += (await other.fork(request)).tables
+                    else:
+                        blocks = [*leased, *sequence.blocks, *numbers]
+                        replaced = [source.choice(tables), source.choice(numbers[:4]), source.choice(blocks)]
+                        table, count = source.choice(tables), source.choice(numbers)
+                        row = {"tables": [table], "token_starts": [source.choice(numbers)], "token_counts": [0]}
+                        ended = [source.choice(tables)] if source.random() < 0.2 else []
+                        await rig.journal(
+                            other, replaced=replaced if source.random() < 0.7 else [], closed=ended,
+                            close_reasons=[CloseReason.FINISHED] * len(ended),
+                            **({**row, "written_counts": [count]} if source.random() < 0.5 else {}),
+                        )  # fmt: skip
+                    accepted += 1
+                except QuireError as error:
+                    codes.add(error.code.name)
+                    assert rig.state() == before
+                    refused += 1
+                rig.check()
+            open_tables = [table for table in tables if table in rig.core.pool(POOL_ID).memory.grants[2].tables]
+            await rig.journal(other, closed=open_tables, close_reasons=[CloseReason.CANCELLED] * len(open_tables))
+            await rig.journal(other, returned=np.flatnonzero(rig.core.pool(POOL_ID).memory.pool.lessee == 2).tolist())
+    assert codes <= {"INVALID_ARGUMENT", "NOT_FOUND", "ABORTED"}
+    assert min(accepted, refused) > 10

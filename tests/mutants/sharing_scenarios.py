@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+from typing import Any
+
+from gateway.core.merging import TableMerges
+from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.sharing import SharedTails
 from memsvc.core.pool import BlockState
-from quire.errors import InvalidRequestError, StaleEpochError
+from quire.errors import InvalidRequestError, PrefixPendingError, StaleEpochError
 from quire.memory import CloseReason
 from tests.mutants.world import SIZE, Held, World, prompt, refused
 
@@ -204,6 +209,49 @@ def the_gateway_knows_who_shares() -> None:
     assert (shared.must_copy(4), shared.must_copy(5)) == (False, True)
 
 
+def who_waits_for_a_prefix_is_charged_its_rest() -> None:
+    """A prompt that another one computes is waited for as far as it is common, and not when it will never be there."""
+    world = World()
+    first = world.admit(prompt(3 * SIZE + 4))
+    twin = [*prompt(2 * SIZE), *prompt(SIZE, 4), 1]
+    assert refused(PrefixPendingError, world.admit, twin, wait_for_prefix=True).metadata["token_count"] == str(2 * SIZE)
+    world.close(world.admit(twin), CloseReason.CANCELLED)
+    world.write(first, SIZE)
+    error = refused(PrefixPendingError, world.admit, twin, wait_for_prefix=True)
+    assert (error.metadata["cached_token_count"], error.metadata["token_count"]) == (str(SIZE), str(2 * SIZE))
+    world.write(first, 2 * SIZE)
+    assert world.admit(twin, wait_for_prefix=True).cached == 2 * SIZE
+    world.close(first, CloseReason.FAILED)
+    world.close(world.admit(prompt(3 * SIZE + 5), wait_for_prefix=True), CloseReason.CANCELLED)
+    dying = world.connect("dying")
+    world.admit(prompt(SIZE + 4, 6), dying)
+    world.core.disconnect_gateway(dying, world.now)
+    world.close(world.admit(prompt(SIZE + 4, 6), wait_for_prefix=True), CloseReason.CANCELLED)
+    world.admit(prompt(SIZE + 4, 7), skip_cache_write=True)
+    world.admit(prompt(SIZE + 4, 7), wait_for_prefix=True)
+
+
+def tables_follow_behind_the_steps_in_flight() -> None:
+    """What is offered is told of when the step that took it up is done, and is not taken up by tables that end."""
+    running, closing = (sequence(table, [4, 5], state) for table, state in ((1, "RUNNING"), (2, "CLOSING")))
+    merges = TableMerges()
+    merges.offer([(1, 1, 9), (2, 0, 8)])
+    assert merges.plan(3, [running, closing]) == [1, 1, 9]
+    assert (running.blocks, closing.blocks) == ([4, 9], [4, 5])
+    assert merges.plan(4, [running, closing]) == []
+    assert merges.done(2) == []
+    assert merges.done(3) == [1, 1, 9]
+    assert merges.done(3) == []
+
+
+def sequence(table: int, blocks: list[int], state: str) -> Sequence:
+    """Returns a sequence that has a table."""
+    request: Any = None
+    made = Sequence(request, 0, array("I", [1]), 100)
+    made.table, made.blocks, made.state = table, blocks, SequenceState[state]
+    return made
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -218,5 +266,7 @@ SCENARIOS = {
         only_what_was_granted_replaces_what_is_shared,
         equal_blocks_become_one,
         the_gateway_knows_who_shares,
+        who_waits_for_a_prefix_is_charged_its_rest,
+        tables_follow_behind_the_steps_in_flight,
     )
 }

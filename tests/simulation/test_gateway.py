@@ -149,6 +149,45 @@ async def test_a_second_equal_prompt_computes_one_token_of_it() -> None:
         await world.settle()
 
 
+async def test_row_35_of_two_equal_prompts_that_come_at_once_the_second_computes_only_its_rest() -> None:
+    """Otherwise everybody who asks the same thing at once pays for it, and holds it, alone."""
+    async with running(World(64, budget=16)) as world:
+        prompt = list(range(1, 71))
+        spec = {"token_ids": _ids(prompt), "stopping": pb.Stopping(max_tokens=3, ignore_eos=True)}
+        streams = [await world.submit(sampling=pb.Sampling(seed=seed), **spec) for seed in range(4)]
+        results = await asyncio.gather(*(world.collect(stream) for stream in streams))
+        for seed, ((tokens,), _) in enumerate(results):
+            assert tokens == expected_tokens(prompt, seed, 3, ignore_eos=True)
+        assert sorted(usage.cached_token_count for _, usage in results)[:2] == [0, 64]
+        assert world.executor.computed_token_count <= 70 + 3 * 6 + 4 * 2
+        await world.settle()
+
+
+async def test_row_73_tables_follow_at_the_executor_when_equal_blocks_become_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise equal text that was produced twice is held twice for as long as both go on."""
+    monkeypatch.setattr("gateway.core.prefix_wait.PrefixWait.may_wait", lambda *_: False)
+    async with running(World(64, budget=64)) as world:
+        prompt = list(range(1, 35))
+        spec = {"token_ids": _ids(prompt), "stopping": pb.Stopping(max_tokens=60, ignore_eos=True)}
+        streams = [await world.submit(sampling=pb.Sampling(seed=7), **spec) for _ in range(2)]
+        results = [asyncio.create_task(world.collect(stream)) for stream in streams]
+        pool = world.memory.core.pool("oracle").memory
+        shared = 0
+        while not all(result.done() for result in results):
+            await asyncio.sleep(0)
+            rows = [list(row.blocks) for row in world.executor.rows.values()]
+            if len(rows) == 2:
+                shared = max(shared, sum(a == b for a, b in zip(*rows, strict=False)))
+            check_pool(pool)
+        for result in results:
+            (tokens,), _ = result.result()
+            assert tokens == expected_tokens(prompt, 7, 60, ignore_eos=True)
+        assert shared >= 4
+        await world.settle()
+
+
 async def test_samples_share_the_prompt_and_differ_in_their_draws() -> None:
     """N samples must not compute the prompt n times, and each must draw from its own stream."""
     async with running(World(128)) as world:

@@ -540,6 +540,7 @@ class AdmitRequest(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     MEDIA_FIELD_NUMBER: _builtins.int
+    WAIT_FOR_PREFIX_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     RETENTION_PRIORITY_FIELD_NUMBER: _builtins.int
     RETENTION_TTL_SECONDS_FIELD_NUMBER: _builtins.int
@@ -569,6 +570,10 @@ class AdmitRequest(_message.Message):
     """How many more tokens the sequence may produce, for the admission forecast."""
     resumed: _builtins.bool
     """The sequence was admitted before and preempted: not counted again in hit statistics."""
+    wait_for_prefix: _builtins.bool
+    """Refuse with PREFIX_PENDING while another table is about to publish more of this prompt than is cached. `metadata` of
+    the refusal has the table, and how many tokens it must have written for the rest to be all that is left.
+    """
     session_id: _builtins.str
     """Conversation that the sequence is a turn of, at most 512 characters; empty for none. Its blocks are retained for the
     next turn, which retains them anew; with priority 50 and 600 s unless said otherwise below.
@@ -605,13 +610,14 @@ class AdmitRequest(_message.Message):
         max_new_tokens: _builtins.int = ...,
         resumed: _builtins.bool = ...,
         media: _abc.Iterable[Global___MediaItem] | None = ...,
+        wait_for_prefix: _builtins.bool = ...,
         session_id: _builtins.str = ...,
         retention_priority: _builtins.int = ...,
         retention_ttl_seconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "retention_priority", b"retention_priority", "retention_ttl_seconds", b"retention_ttl_seconds", "sample_index", b"sample_index", "session_id", b"session_id", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "retention_priority", b"retention_priority", "retention_ttl_seconds", b"retention_ttl_seconds", "sample_index", b"sample_index", "session_id", b"session_id", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids", "wait_for_prefix", b"wait_for_prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -657,6 +663,7 @@ class Admitted(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     COPIES_FIELD_NUMBER: _builtins.int
+    PENDING_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     request_no: _builtins.int
     """Of the request."""
     epoch: _builtins.int
@@ -674,6 +681,10 @@ class Admitted(_message.Message):
     """u32 column of pairs (source, destination): blocks the executor must copy before it writes. The sources stay
     referenced until the first journal that reports this table written.
     """
+    pending_token_count: _builtins.int
+    """Tokens behind the cached ones that another open table is about to publish; they are computed twice, as the request
+    was not to wait for them.
+    """
     def __init__(
         self,
         *,
@@ -683,10 +694,11 @@ class Admitted(_message.Message):
         block_ids: _builtins.bytes = ...,
         cached_token_count: _builtins.int = ...,
         copies: _builtins.bytes = ...,
+        pending_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "cached_token_count", b"cached_token_count", "copies", b"copies", "epoch", b"epoch", "request_no", b"request_no", "table", b"table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "cached_token_count", b"cached_token_count", "copies", b"copies", "epoch", b"epoch", "pending_token_count", b"pending_token_count", "request_no", b"request_no", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,6 +63,18 @@ def test_growth_and_copies_come_before_the_computation(driver: Driver) -> None:
     assert columns.unpack_list(result.written_counts, "") == [49]
 
 
+def test_an_entry_may_come_to_name_another_block_with_the_same_content(driver: Driver) -> None:
+    """Otherwise tables cannot follow when equal blocks become one."""
+    driver.run({1: 40, 2: 40}, added=[start(1, PROMPT, [1, 2, 3]), start(2, PROMPT, [11, 12, 13])])
+    driver.engine._cache.data[[11, 12]] = float("nan")
+    result = driver.run({1: 1, 2: 1}, appended=[2, 0, 1, 2, 1, 2])
+    assert not result.errors
+    assert torch.equal(driver.logits[1][1], driver.logits[2][1])
+    driver.run({2: 1})
+    driver.run({1: 1})
+    assert driver.tokens[1] == driver.tokens[2]
+
+
 def test_removed_tables_are_acknowledged_even_twice(driver: Driver) -> None:
     """Otherwise a repeated plan would leave memsvc waiting for a fence for ever."""
     driver.run({1: 40}, added=[start(1, PROMPT, [1, 2, 3])])

@@ -1,0 +1,30 @@
+"""What a gateway asks of the memory service for a sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quire import columns
+from quire.memory import AdmitRequest, PoolInfo
+
+if TYPE_CHECKING:
+    from gateway.core.sequence import Sequence
+
+
+def admit_request(pool: PoolInfo, sequence: Sequence, *, wait_for_prefix: bool) -> AdmitRequest:
+    """Returns the request for a table of `pool`; `wait_for_prefix`: rather wait than compute what another one does."""
+    settings = sequence.request.settings
+    return AdmitRequest(
+        pool_id=pool.pool_id,
+        epoch=pool.epoch,
+        request_id=settings.request_id,
+        sample_index=sequence.index,
+        token_ids=columns.pack(sequence.tokens),
+        tenant=settings.tenant,
+        cache_salt=settings.cache_salt,
+        skip_cache_read=settings.skip_cache_read,
+        skip_cache_write=settings.skip_cache_write,
+        max_new_tokens=sequence.total_limit - len(sequence.tokens),
+        resumed=sequence.preemption_count > 0,
+        wait_for_prefix=wait_for_prefix,
+    )
