@@ -41,8 +41,10 @@ class TableMerges:
         for sequence in sequences:
             offers = self._offers.get(sequence.table, {}) if sequence.state is SequenceState.RUNNING else {}
             for index, block in offers.items():
-                sequence.blocks[index] = block
-                rows += (sequence.table, index, block)
+                # What the window has left meanwhile is released, and so is the offer.
+                if index >= sequence.released:
+                    sequence.blocks[index] = block
+                    rows += (sequence.table, index, block)
         self._offers.clear()
         if rows:
             self._in_flight[step] = rows

@@ -292,4 +292,11 @@ MUTANTS: Final = (
         "pass",
         "tables_follow_behind_the_steps_in_flight",
     ),
+    Mutant(
+        "a table takes up an offer for what the window has left",
+        "gateway.core.merging:TableMerges.plan",
+        "if index >= sequence.released:",
+        "if True:",
+        "tables_follow_behind_the_steps_in_flight",
+    ),
 )

@@ -242,6 +242,10 @@ def tables_follow_behind_the_steps_in_flight() -> None:
     assert merges.done(2) == []
     assert merges.done(3) == [1, 1, 9]
     assert merges.done(3) == []
+    running.blocks, running.released = [0, 9], 1
+    merges.offer([(1, 0, 7)])
+    assert merges.plan(5, [running]) == []
+    assert running.blocks == [0, 9]
 
 
 def sequence(table: int, blocks: list[int], state: str) -> Sequence:
