@@ -86,6 +86,7 @@ class Keeper:
         self._registration_lock = asyncio.Lock()
         self._unsaved_epochs: dict[str, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
         self._last_command = 0.0
         self._last_check = 0.0
 
@@ -105,6 +106,8 @@ class Keeper:
 
     async def close(self) -> None:
         """Stops everything that `start` began."""
+        # The store's client may take a cancellation for a server that does not answer: then this ends the loop.
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -278,7 +281,7 @@ class Keeper:
     async def _announce(self, record: ServiceRecord) -> None:
         """Keeps this service and its executors in the registry, and hands over epochs that the store missed."""
         takeover = True
-        while True:
+        while not self._stopping:
             self._pools_changed.clear()
             try:
                 if not await self._store.announce(record, self.config.lease_ttl, takeover=takeover):
@@ -296,9 +299,11 @@ class Keeper:
                     self._unsaved_epochs.pop(pool_id, None)
             except StoreUnavailableError:
                 # The store has said so once; this loop is what finds out that it is back.
-                pass
+                if self._stopping:
+                    return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._pools_changed.wait(), self.config.lease_ttl / _ANNOUNCEMENTS_PER_TTL)
+                async with asyncio.timeout(self.config.lease_ttl / _ANNOUNCEMENTS_PER_TTL):
+                    await self._pools_changed.wait()
 
     def _note_losses(self) -> None:
         """Has every epoch stored again if the store has lost its contents."""

@@ -77,7 +77,8 @@ class LogRecorder:
             while not self._closing.is_set():
                 await self._write()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), INTERVAL_SECONDS)
+                    async with asyncio.timeout(INTERVAL_SECONDS):
+                        await self._closing.wait()
             await self._write()
         except (OSError, TypeError) as error:
             # The service is worth more than its log.

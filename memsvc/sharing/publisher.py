@@ -78,6 +78,7 @@ class Publisher:
         self._gap = True
         self._gap_reported = False
         self._writing = False
+        self._closing = False
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -117,6 +118,9 @@ class Publisher:
 
     async def close(self, *, end: bool) -> None:
         """Stops; with `end` the sink's copy is removed, if that can be done soon."""
+        # A cancellation that meets the end of what it cancels may be lost in a client library: then this ends the loop.
+        self._closing = True
+        self._wake.set()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -135,10 +139,10 @@ class Publisher:
         self._queued_rows = 0
 
     async def _run(self) -> None:
-        """Writes for as long as the pool is there."""
+        """Writes until it is closed."""
         backoff = _BACKOFF_MINIMUM_SECONDS
         renew_at = 0.0
-        while True:
+        while not self._closing:
             try:
                 self._writing = True
                 if self._gap:
@@ -161,6 +165,8 @@ class Publisher:
                 self._begin_gap("store_tail_interrupted", reason="internal error")
             finally:
                 self._writing = False
+            if self._closing:
+                return
             if self._gap:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, _BACKOFF_MAXIMUM_SECONDS)
@@ -208,4 +214,5 @@ class Publisher:
         """Waits for events, or for the next renewal."""
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), max(0.0, renew_at - time.monotonic()))
+            async with asyncio.timeout(max(0.0, renew_at - time.monotonic())):
+                await self._wake.wait()

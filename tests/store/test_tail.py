@@ -249,6 +249,35 @@ async def test_closing_does_not_wait_for_a_store_that_hangs(monkeypatch: pytest.
     await asyncio.wait_for(publisher.close(end=True), 5)
 
 
+class Deaf:
+    """A sink that takes a cancellation for a store that does not answer, as a client library may."""
+
+    name = "deaf"
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+
+    async def begin(self, published: BlocksStored) -> None:  # noqa: D102
+        del published
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise StoreUnavailableError("timed out") from None
+
+    async def end(self) -> None:  # noqa: D102
+        return
+
+
+async def test_closing_does_not_depend_on_a_cancellation_that_is_heard() -> None:
+    """A service that writes on after it was told to stop never ends."""
+    sink = Deaf()
+    publisher = publisher_of(Pool(1), sink)
+    publisher.start()
+    await sink.begun.wait()
+    await asyncio.wait_for(publisher.close(end=True), 5)
+
+
 async def test_a_defect_in_a_sink_is_logged_and_does_not_end_the_tail() -> None:
     """Otherwise one bad event silently ends the sharing of a pool."""
 
