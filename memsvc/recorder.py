@@ -83,7 +83,10 @@ class LogRecorder:
         except (OSError, TypeError) as error:
             # The service is worth more than its log.
             log.exception("recorder_stopped", directory=str(self._directory), effect=f"nothing is written: {error}")
-            self._file = None
+            file, self._file = self._file, None
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
 
     async def _write(self) -> None:
         """Writes what came since the last time."""

@@ -159,8 +159,8 @@ async def test_a_recorder_whose_log_ends_leaves_what_it_has(tmp_path: Path) -> N
     core = MemoryCore(b"secret of this test")
     log = CommandLog(core, 1 << 14)
     recorder = LogRecorder(log, core, tmp_path, "memsvc", 1 << 20)
-    recorder.start()
     await recorder._write()
+    recorder.start()
     core.register_pool(PoolRegistration("executor", 7, "h:1", PoolSpec(200, 16, 1, "m", "float32", 160)), 1, 1.0)
     for turn in range(100):
         core.heartbeat("executor", 7, 2.0 + turn)
