@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 import json
+from pathlib import Path
 import sys
 from typing import Any, Final
 
+from gateway.simulate import plot
 from gateway.simulate.run import Limits, Simulation
 from gateway.simulate.workload import Workload, draw, read_trace
 from memsvc.policies import contiguous
@@ -59,6 +61,8 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: a setting or the trace is not possible.
     """
+    if options.plot:
+        plot.check(options.plot)
     workload = _workload(options)
     blocks = options.pool_tokens // options.block_size
     if blocks * options.block_size < options.max_model_len:
@@ -73,11 +77,19 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         step_seconds=options.step_ms / 1000,
         timed_arrivals=options.arrivals == "trace",
     )
-    policies = {}
-    for name in options.policies.split(","):
-        simulation = Simulation(name, POLICIES[name](spec), workload, limits, _progress(name))
-        policies[name] = simulation.run().document()
-    return {"workload": {"name": workload.name, "requests": len(workload)}, "policies": policies}
+    results = [
+        Simulation(name, POLICIES[name](spec), workload, limits, _progress(name)).run()
+        for name in options.policies.split(",")
+    ]
+    if options.plot:
+        title = (
+            f"{len(workload):,} requests of {Path(workload.name).name}, a pool of {options.pool_tokens:,} token slots"
+        )
+        plot.draw(results, title, options.plot)
+    return {
+        "workload": {"name": workload.name, "requests": len(workload)},
+        "policies": {result.policy: result.document() for result in results},
+    }
 
 
 def main() -> int:
@@ -98,6 +110,7 @@ def main() -> int:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--step-ms", type=float, default=30.0, help="duration of a step")
+    parser.add_argument("--plot", default="", help="draw memory over time into this .png or .svg file")
     options = parser.parse_args()
     configure_logging("error", "json", service="simulate")
     try:

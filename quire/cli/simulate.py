@@ -51,6 +51,10 @@ def simulate(
     step_ms: Annotated[float, typer.Option(min=0.001, help="Duration of a step, for arrivals and cost.")] = 30.0,
     bytes_per_token: Annotated[int | None, typer.Option(min=1, help="KV cache bytes a token: prints GiB.")] = None,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0.0, help="Prints the cost of tokens.")] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Draw memory over time by policy into a .png or .svg file."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Replay requests through the real memory core and scheduler under several allocation policies.
@@ -75,6 +79,8 @@ def simulate(
         ("step-ms", step_ms),
     ):
         command += [f"--{name}", str(value)]
+    if plot is not None:
+        command += ["--plot", plot]
     document = _run(command)
     for figures in document["policies"].values():
         if bytes_per_token is not None:
@@ -86,6 +92,8 @@ def simulate(
         print_json(document)
     else:
         _print(document, is_paper=trace is None and distribution == "sharegpt")
+        if plot is not None:
+            notices().print(f"drawn into {plot}")
 
 
 def _check(block_size: int, arrivals: str, policies: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gateway.simulate.__main__ import POLICIES
+from gateway.simulate.plot import thinned
 from quire.cli.main import run
 from quire.cli.simulate import _POLICIES
 
@@ -54,6 +56,26 @@ def test_a_trace_is_replayed_and_longer_requests_are_rejected(
     assert figures["finished_output_tokens"] == 44 + 109 + 16
 
 
+@pytest.mark.parametrize(("name", "magic"), [("memory.png", b"\x89PNG"), ("memory.svg", b"<?xml")])
+def test_memory_over_time_is_drawn(name: str, magic: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A figure says how much was wasted; a picture says when and why."""
+    path = tmp_path / name
+    arguments = ["--distribution", "fixed:40,24", "--num-prompts", "9", "--policies", "paged,contiguous"]
+    assert run(["simulate", *arguments, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(magic)
+    assert "drawn into" in capsys.readouterr().err
+
+
+def test_what_is_drawn_is_the_mean_over_equal_runs_of_steps() -> None:
+    """A long run has more steps than a picture has columns: to leave some out would hide what happened in them."""
+    columns = np.array([np.arange(6000), np.full(6000, 50)])
+    steps, shares = thinned(columns, 100)
+    assert (len(steps), shares.shape) == (600, (2, 600))
+    assert shares[0, 0] == pytest.approx(np.arange(10).mean() / 100)
+    assert set(shares[1].round(9)) == {0.5}
+    assert thinned(columns[:, :3], 100)[0].tolist() == [0.5, 1.5, 2.5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -62,6 +84,8 @@ def test_a_trace_is_replayed_and_longer_requests_are_rejected(
         (["--pool-tokens", "1024"], "--pool-tokens: found 1024"),
         (["--distribution", "uniform"], "--distribution: found 'uniform'"),
         (["no-such-file.csv"], "no-such-file.csv"),
+        (["--plot", "memory.gif"], "--plot: found 'memory.gif', a name that ends in .png or .svg is expected"),
+        (["--plot", "no-such-place/memory.png"], "--plot: there is no directory 'no-such-place'"),
     ],
 )
 def test_a_wrong_setting_is_named(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
