@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gateway.core.stopping import certain_tokens
 from quire import columns
 from quire.memory import AdmitRequest, PoolInfo
 
@@ -25,6 +26,7 @@ def admit_request(pool: PoolInfo, sequence: Sequence, *, wait_for_prefix: bool) 
         skip_cache_read=settings.skip_cache_read,
         skip_cache_write=settings.skip_cache_write,
         max_new_tokens=sequence.total_limit - len(sequence.tokens),
+        min_new_tokens=certain_tokens(sequence),
         resumed=sequence.preemption_count > 0,
         wait_for_prefix=wait_for_prefix,
     )

@@ -372,7 +372,7 @@ class Lane:
     def _refill(self, scheduler: Scheduler) -> None:
         """Asks for blocks to grow with, when the stock is low; the step does not wait for them."""
         lease = scheduler.lease
-        asked = 0 if lease.exhausted or self._ending else lease.shortfall(scheduler.running_count)
+        asked = 0 if lease.exhausted or self._ending else scheduler.blocks_wanted()
         if asked:
             lease.refilling = True
             self._spawn(self._fetch_blocks(scheduler, asked), "lease-refill")

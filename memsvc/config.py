@@ -43,6 +43,9 @@ class MemsvcConfig(ServiceConfig):
     retained_share: float = setting(
         0.25, "Share of a pool that a tenant may retain if no quota says otherwise.", minimum=0.0, maximum=1.0
     )
+    admission_forecast: bool = setting(
+        True, "Hold requests back for which there will be no room soon, going by the lengths of outputs so far."
+    )
     lease_ttl: float = setting(
         3.0, "Seconds of silence after which a gateway or an executor counts as gone.", minimum=0.1, maximum=3600
     )

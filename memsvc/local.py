@@ -38,7 +38,7 @@ Fence = Callable[[str, int], Awaitable[None]]
 
 def new_core() -> MemoryCore:
     """Returns a core for one process: its secret is random, and nobody's lease ends by silence."""
-    return MemoryCore(secrets.token_bytes(32), lease_ttl=float("inf"))
+    return MemoryCore(secrets.token_bytes(32), lease_ttl=float("inf"), forecast=True)
 
 
 class LocalMemory:

@@ -51,6 +51,7 @@ class MemsvcServer:
             block_count_limit=config.max_pool_blocks,
             pool_limit=config.max_pools,
             cache_events=shared,
+            forecast=config.admission_forecast,
             quotas=read_quotas(config.quota_file) if config.quota_file is not None else {},
             retained_share=config.retained_share,
         )

@@ -87,6 +87,7 @@ def to_admit(message: memsvc_pb2.AdmitRequest) -> AdmitRequest:
         skip_cache_read=message.skip_cache_read,
         skip_cache_write=message.skip_cache_write,
         max_new_tokens=message.max_new_tokens,
+        min_new_tokens=message.min_new_tokens,
         resumed=message.resumed,
         wait_for_prefix=message.wait_for_prefix,
         media=_to_media(message.media),

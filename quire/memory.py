@@ -98,6 +98,8 @@ class AdmitRequest:
     resumed: bool = False
     wait_for_prefix: bool = False
     """Refuse with PrefixPendingError while another table is about to publish more of this prompt than there is."""
+    min_new_tokens: int = 0
+    """How many more tokens the sequence will have at least: what `min_tokens` or `ignore_eos` ask for."""
     media: tuple[MediaItem, ...] = ()
     """What placeholder tokens stand for, in order."""
     session_id: str = ""

@@ -169,6 +169,7 @@ class RemoteMemory:
             skip_cache_read=request.skip_cache_read,
             skip_cache_write=request.skip_cache_write,
             max_new_tokens=request.max_new_tokens,
+            min_new_tokens=request.min_new_tokens,
             resumed=request.resumed,
             wait_for_prefix=request.wait_for_prefix,
             media=[

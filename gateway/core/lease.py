@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
-_POOL_SHARE = 100
+from collections.abc import Iterable
+from typing import Final
+
+_POOL_SHARE: Final = 100
 """The stock is at most 1/100 of the pool ..."""
-_LEAST_CAP = 32
-"""... but may always be this large ..."""
-_SMALL_POOL_SHARE = 8
-"""... unless that is more than 1/8 of a small pool."""
+_STEPS_AT_LEAST: Final = 4
+"""... unless that is less than what the next steps need."""
 
 
 class GrowthLease:
     """Blocks granted and not yet in a table.
 
     `take` is what a step does; `shortfall` says how many blocks to ask for; asking is the caller's.
+
+    The stock is what running sequences need within some steps, which is known: each needs a block when the last one of
+    its own is full. It is filled up when half of these steps are over, or half of the blocks used.
+
+    Args:
+        usable_block_count: blocks of the pool.
+        block_size: tokens in a block; no sequence needs two blocks within so many steps.
     """
 
-    def __init__(self, usable_block_count: int) -> None:
-        """Starts empty for a pool of so many blocks."""
-        self._cap = max(
-            1, min(max(usable_block_count // _POOL_SHARE, _LEAST_CAP), usable_block_count // _SMALL_POOL_SHARE)
-        )
+    __slots__ = (
+        "_cap",
+        "_demand",
+        "_look_at",
+        "_low",
+        "_size",
+        "_stock",
+        "exhausted",
+        "granted_total",
+        "refilling",
+        "sparing",
+    )
+
+    def __init__(self, usable_block_count: int, block_size: int = 16) -> None:
+        self._cap = max(1, usable_block_count // _POOL_SHARE)
+        self._size = block_size
         self._stock: list[int] = []
         self._demand = 0
+        # Needs are looked at when the stock is down to so many blocks, or in this step.
+        self._low = 0
+        self._look_at = 0
         self.granted_total = 0
         self.refilling = False
         self.exhausted = False
         """The last refill brought nothing: the pool is short until blocks come back."""
+        self.sparing = False
+        """Only what was noted as demand is to be asked for: blocks cost others theirs."""
 
     def __len__(self) -> int:
         """Blocks in stock."""
@@ -40,17 +64,36 @@ class GrowthLease:
         """Remembers how many blocks the last step wanted and did not get."""
         self._demand = unmet
 
-    def shortfall(self, running_count: int) -> int:
-        """Returns how many blocks to ask for now: 0 while the stock is more than half full or a refill is under way.
+    def shortfall(self, rooms: Iterable[int], step_no: int) -> int:
+        """Returns how many blocks to ask for now: 0 while the stock is not low or a refill is under way.
 
         Args:
-            running_count: sequences that grow; each needs a block every block_size steps.
+            rooms: of each running sequence, the tokens that still fit into its blocks; read only now and then.
+            step_no: steps planned so far.
         """
-        if self.refilling or running_count == 0:
+        if self.refilling:
             return 0
-        target = max(1, min(running_count, self._cap))
-        missing = 0 if len(self._stock) * 2 > target else target - len(self._stock)
+        if self.sparing:
+            return max(0, self._demand - len(self._stock))
+        if len(self._stock) > self._low and not self._demand and step_no < self._look_at:
+            return 0
+        target, steps = self._needed(rooms)
+        self._low = target // 2
+        self._look_at = step_no + steps // 2
+        missing = target - len(self._stock) if len(self._stock) <= self._low else 0
         return max(missing, self._demand)
+
+    def _needed(self, rooms: Iterable[int]) -> tuple[int, int]:
+        """Returns how many blocks are needed within how many steps: as many as the cap allows, or the fewest."""
+        needs = [0] * (self._size + 1)
+        for room in rooms:
+            needs[min(room, self._size)] += 1
+        total = 0
+        for steps, count in enumerate(needs[: self._size]):
+            if steps >= _STEPS_AT_LEAST and total + count > self._cap:
+                return total, steps
+            total += count
+        return total, self._size
 
     def refilled(self, blocks: list[int], asked: int) -> None:
         """Takes in a refill that asked for `asked` blocks."""

@@ -6,26 +6,51 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gateway.core.precedence import SchedulingPolicy, place_in_step
+from quire.units import div_ceil
 
 if TYPE_CHECKING:
     from gateway.core.sequence import Sequence
 
 
-def choose_victim(
-    running: Iterable[Sequence], max_preemptions: int, policy: SchedulingPolicy = SchedulingPolicy.FCFS
-) -> Sequence | None:
-    """Returns the sequence to preempt: the last in precedence that was not preempted too often already.
+def loss_per_block(sequence: Sequence, block_size: int) -> int:
+    """Returns the tokens that a preemption has computed again for each block that it gains, rounded up.
 
-    First come, first served: the earliest admitted sequence always goes on, so a pool that holds one sequence finishes
-    every request in turn. If all were preempted `max_preemptions` times or more, the last of them gives way.
+    What was found in the cache at admission is neither: others may hold it, and it is likely to be found again.
+    """
+    gained = len(sequence.blocks) - sequence.cached_token_count // block_size
+    lost = max(0, sequence.scheduled - sequence.cached_token_count)
+    return div_ceil(lost, gained) if gained else block_size + 1
+
+
+def choose_victim(
+    running: Iterable[Sequence],
+    max_preemptions: int,
+    policy: SchedulingPolicy = SchedulingPolicy.FCFS,
+    block_size: int = 16,
+) -> Sequence | None:
+    """Returns the sequence to preempt: never the first in precedence, and nobody too often while there is another.
+
+    First come, first served: the one that loses fewest tokens for a block gained; of those that lose as many, the
+    latest admitted. Under priorities: the lowest, and of those the latest. The first goes on whatever it costs, so a
+    pool that holds one sequence finishes every request in turn.
 
     Args:
         running: who may give way.
         max_preemptions: preemptions after which a sequence is spared while there is another one.
         policy: what decides who is last.
+        block_size: tokens in a block.
     """
+    places = {sequence: place_in_step(sequence, policy) for sequence in running}
+    if not places:
+        return None
+    first = min(places.values())
+    is_fcfs = policy is SchedulingPolicy.FCFS
     return max(
-        running,
-        key=lambda sequence: (sequence.preemption_count < max_preemptions, place_in_step(sequence, policy)),
+        (sequence for sequence, place in places.items() if place != first),
+        key=lambda sequence: (
+            sequence.preemption_count < max_preemptions,
+            -loss_per_block(sequence, block_size) if is_fcfs else 0,
+            places[sequence],
+        ),
         default=None,
     )

@@ -24,6 +24,7 @@ from gateway.core.precedence import SchedulingPolicy, place_in_step
 from gateway.core.preemption import choose_victim
 from gateway.core.report import report, report_at
 from gateway.core.sequence import Sequence, SequenceState
+from gateway.core.shortage import SPARING, Shortage
 from gateway.core.step import StepDraft, StepOutcome
 from quire.errors import InvariantError
 from quire.memory import Admission, CloseReason, JournalEntry, PoolInfo
@@ -85,7 +86,7 @@ class Scheduler:
         long_prefill_token_threshold: int = 0,
     ) -> None:
         self.pool = pool
-        self.lease = GrowthLease(pool.spec.usable_block_count)
+        self.lease = GrowthLease(pool.spec.usable_block_count, pool.spec.block_size)
         self.stats = SchedulerStats()
         self._block_size = pool.spec.block_size
         self._window = pool.spec.window
@@ -101,6 +102,7 @@ class Scheduler:
         self._to_remove: list[int] = []
         self._admission_no = 0
         self._unmet = 0
+        self._shortage = Shortage()
 
     @property
     def running_count(self) -> int:
@@ -125,6 +127,11 @@ class Scheduler:
             and not any(reason is CloseReason.PREEMPTED for _, reason in self._closing.values())
         )
 
+    def blocks_wanted(self) -> int:
+        """Returns how many blocks the lease should ask for now."""
+        rooms = (sequence.room - sequence.scheduled for sequence in self._running.values())
+        return self.lease.shortfall(rooms, self.stats.step_count)
+
     def start(self, sequence: Sequence, admission: Admission) -> None:
         """Takes in an admitted sequence; it is part of the next step."""
         if admission.table in self._running or admission.table in self._closing:
@@ -140,6 +147,7 @@ class Scheduler:
         sequence.room = len(sequence.blocks) * self._block_size
         sequence.released = sequence.blocks.count(0) if self._window else 0
         sequence.report_at = report_at(sequence, self._block_size, self._window, copying=bool(admission.copies))
+        self._shortage.admitted(sequence, len(sequence.blocks) - admission.cached_token_count // self._block_size)
         self._running[admission.table] = sequence
         if self._policy is SchedulingPolicy.PRIORITY:
             ordered = sorted(self._running.items(), key=lambda item: place_in_step(item[1], self._policy))
@@ -153,7 +161,9 @@ class Scheduler:
         # What is preempted below may be part of this very step, so it is removed by the next one.
         draft = StepDraft(removed=self._to_remove, added=self._to_add, copies=self._to_copy)
         self._to_remove, self._to_add, self._to_copy = [], [], []
-        budget, unmet, prefills = self._budget, 0, []
+        budget, prefills = self._budget, []
+        hungry: list[Sequence] = []
+        sparing = self._shortage.lasts
         tables, counts = draft.scheduled_tables, draft.scheduled_counts
         for sequence in self._running.values():
             total = sequence.total
@@ -163,8 +173,8 @@ class Scheduler:
             if total - scheduled > 1:
                 prefills.append(sequence)
             elif total > scheduled and budget:
-                if scheduled == sequence.room and not self._grow(sequence, draft):
-                    unmet += 1
+                if scheduled == sequence.room and (sparing or not self._grow(sequence, draft)):
+                    hungry.append(sequence)
                     continue
                 tables.append(sequence.table)
                 counts.append(1)
@@ -172,28 +182,11 @@ class Scheduler:
                 sequence.scheduled = scheduled + 1
                 sequence.total = total + 1
                 budget -= 1
-        alone = len(prefills) + len(tables) == 1
-        longest = budget if alone else min(budget, self._longest_chunk)
-        for sequence in prefills:
-            if budget == 0:
-                break
-            count = min(sequence.total - sequence.scheduled, budget, longest)
-            if sequence.scheduled + count > sequence.room:
-                count = self._grow_chunk(sequence, count, draft)
-                if not count:
-                    unmet += 1
-                    continue
-            tables.append(sequence.table)
-            counts.append(count)
-            sequence.scheduled += count
-            if sequence.scheduled == sequence.total:
-                sequence.total += 1
-            budget -= count
-        self._unmet = unmet
-        self.lease.note_demand(self._wanted_ahead(prefills, unmet) if self._window else unmet)
-        self.stats.stalled_count += unmet
-        if unmet and self.lease.exhausted:
-            self._make_room(unmet)
+        if hungry and sparing:
+            budget -= self._feed(hungry, budget, draft)
+        if prefills:
+            budget -= self._fill(prefills, budget, draft, hungry)
+        self._settle_unmet(hungry, prefills, computing=len(tables))
         if not draft:
             draft.removed, self._to_remove = self._to_remove, []
         if draft:
@@ -210,6 +203,70 @@ class Scheduler:
         sequence.blocks.append(block)
         sequence.room += self._block_size
         return True
+
+    def _feed(self, hungry: list[Sequence], budget: int, draft: StepDraft) -> int:
+        """Lets some of `hungry` go on, as many as there are blocks that may be spent; leaves the others in it.
+
+        Returns:
+            Tokens planned.
+        """
+        shortage = self._shortage
+        # The longest gives back most at its end; but the first goes on whatever happens.
+        hungry[1:] = sorted(hungry[1:], key=lambda sequence: -len(sequence.blocks))
+        count = min(len(hungry), len(self.lease), budget, max(0, shortage.growth(len(draft.scheduled_tables))))
+        shortage.grown(count)
+        for sequence in hungry[:count]:
+            self._grow(sequence, draft)
+            draft.scheduled_tables.append(sequence.table)
+            draft.scheduled_counts.append(1)
+            sequence.scheduled += 1
+            sequence.total += 1
+        del hungry[:count]
+        return count
+
+    def _fill(self, prefills: list[Sequence], budget: int, draft: StepDraft, hungry: list[Sequence]) -> int:
+        """Plans chunks of `prefills`, the first first; returns the tokens planned. Who has no block joins `hungry`."""
+        tables, counts = draft.scheduled_tables, draft.scheduled_counts
+        before = budget
+        alone = len(prefills) + len(tables) == 1
+        longest = budget if alone else min(budget, self._longest_chunk)
+        for sequence in prefills:
+            if budget == 0:
+                break
+            count = min(sequence.total - sequence.scheduled, budget, longest)
+            if sequence.scheduled + count > sequence.room:
+                count = self._grow_chunk(sequence, count, draft)
+                if not count:
+                    hungry.append(sequence)
+                    continue
+            tables.append(sequence.table)
+            counts.append(count)
+            sequence.scheduled += count
+            if sequence.scheduled == sequence.total:
+                sequence.total += 1
+            budget -= count
+        return before - budget
+
+    def _settle_unmet(self, hungry: list[Sequence], prefills: list[Sequence], computing: int) -> None:
+        """Notes who sits the step out for want of a block, and preempts if waiting does not help.
+
+        Args:
+            hungry: who sits out.
+            prefills: who computes a prompt.
+            computing: sequences that take part.
+        """
+        self._unmet = unmet = len(hungry)
+        self.stats.stalled_count += unmet
+        self.lease.sparing = sparing = self._shortage.lasts
+        demand = min(unmet, max(0, self._shortage.growth(computing))) if sparing else unmet
+        self.lease.note_demand(self._wanted_ahead(prefills, demand) if self._window else demand)
+        if not unmet or not self.lease.exhausted:
+            return
+        if not computing:
+            self._make_room(min(unmet, SPARING))
+        elif self._policy is SchedulingPolicy.PRIORITY:
+            last = max(sequence.request.settings.priority for sequence in self._running.values())
+            self._make_room(sum(sequence.request.settings.priority < last for sequence in hungry))
 
     def _grow_chunk(self, sequence: Sequence, count: int, draft: StepDraft) -> int:
         """Takes blocks for the next `count` tokens of a prompt, as far as the lease goes; returns for how many it does.
@@ -232,16 +289,19 @@ class Scheduler:
     def _make_room(self, needed: int) -> None:
         """Preempts until `needed` blocks are on their way back, or nobody but the earliest sequence is left.
 
-        Blocks of tables that are closing already count: forgetting them preempts everyone, one after the other.
+        Who sits out keeps what is computed, and others may end meanwhile: nobody is preempted for the sake of its
+        equals while somebody computes. Blocks of tables that are closing already count: forgetting them preempts
+        everyone, one after the other.
         """
         coming = sum(sequence.held_block_count for sequence, _ in self._closing.values())
-        while coming < needed and len(self._running) > 1:
-            victim = choose_victim(self._running.values(), self._max_preemptions, self._policy)
+        while coming < needed:
+            victim = choose_victim(self._running.values(), self._max_preemptions, self._policy, self._block_size)
             if victim is None:
                 return
             coming += victim.held_block_count
             victim.preemption_count += 1
             self.stats.preemption_count += 1
+            self._shortage.preempted(victim)
             self._close(victim, CloseReason.PREEMPTED)
 
     def _close(self, sequence: Sequence, reason: CloseReason) -> None:
@@ -333,6 +393,8 @@ class Scheduler:
         update.journal.closed.append(table)
         update.journal.close_reasons.append(reason)
         self.lease.exhausted = False
+        if reason is not CloseReason.PREEMPTED:
+            self._shortage.returned(len(sequence.blocks))
         sequence.clear_table()
         if reason is CloseReason.PREEMPTED:
             sequence.state = SequenceState.WAITING
@@ -362,4 +424,5 @@ class Scheduler:
         self._running.clear()
         self._closing.clear()
         self._to_add, self._to_copy, self._to_remove = [], [], []
+        self._shortage = Shortage()
         return requeued, released

@@ -48,6 +48,14 @@ def stop_by_length(sequence: Sequence) -> Stop | None:
     return Stop.LENGTH if length >= sequence.total_limit else None
 
 
+def certain_tokens(sequence: Sequence) -> int:
+    """Returns how many more tokens the sequence will have at least, unless its client leaves."""
+    settings = sequence.request.settings
+    if settings.eos_token_ids or settings.stop_token_ids or settings.stop:
+        return max(0, sequence.prompt_length + settings.min_tokens - len(sequence.tokens))
+    return sequence.total_limit - len(sequence.tokens)
+
+
 def withheld_tokens(sequence: Sequence) -> tuple[list[int], int]:
     """Returns the tokens that must not be sampled yet, and the position from which they may; ([], 0) for none."""
     settings = sequence.request.settings

@@ -203,6 +203,7 @@ class Simulation:
             token_ids=columns.pack(np.frombuffer(sequence.tokens, np.uint32)),
             max_new_tokens=sequence.total_limit - len(sequence.tokens),
             resumed=resumed,
+            min_new_tokens=sequence.total_limit - len(sequence.tokens) if self._workload.knows_output else 0,
         )
         admission = self._policy.admit(Wish(request, int(self._outputs[index]), sequence.prompt_length))
         self._scheduler.start(sequence, admission)
@@ -216,7 +217,7 @@ class Simulation:
     def _refill(self) -> None:
         """Brings blocks into the lease; here the answer is there before the next step."""
         lease = self._scheduler.lease
-        asked = 0 if lease.exhausted else lease.shortfall(self._scheduler.running_count)
+        asked = 0 if lease.exhausted else self._scheduler.blocks_wanted()
         if asked:
             lease.refilled(self._policy.lease(lease.granted_total + asked), asked)
 

@@ -104,6 +104,7 @@ class CachedOrder:
         found: list[BlockIds] = []
         missing = count
         while missing:
+            assert self._head < self._tail, (count, self._count)
             end = min(self._tail, self._head + max(_SCAN_MINIMUM, 2 * missing))
             live = self._live(self._head, end)[:missing]
             blocks = self._buffer[live].astype(np.int64)

@@ -15,6 +15,7 @@ executor's fence. Columns, not an object a block: every operation on many blocks
 from __future__ import annotations
 
 import enum
+import itertools
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,8 @@ from quire import native
 from quire.errors import BlockPoolExhaustedError, InvariantError
 
 RETRY_AFTER_SECONDS = 0.05
+AWAITED_SECONDS = 60.0
+"""After so long what a preempted sequence gave up is like all that is cached: it may have been cancelled."""
 _BLOCK_BYTES = 8
 
 
@@ -62,6 +65,7 @@ class BlockPool:
     """
 
     __slots__ = (
+        "_awaited",
         "_blank",
         "_cached",
         "_closing",
@@ -93,6 +97,8 @@ class BlockPool:
         self._blank = BlankOrder(block_count)
         self._cached: CachedOrder | Tenancy = CachedOrder(block_count)
         self.tenancy: Tenancy | None = None
+        # Cached blocks that a preempted sequence will ask for again, and when they were given up: they go last.
+        self._awaited: dict[int, float] = {}
         self._counts = [0] * (_NULL + 1)
         self._counts[_FREE] = block_count - 1
         self._counts[_NULL] = 1
@@ -120,7 +126,7 @@ class BlockPool:
     def free_order(self) -> list[int]:
         """Returns the blocks that can be handed out, in the order in which they will be."""
         order: list[int] = np.concatenate((self._blank.blocks(), self._cached.blocks())).tolist()
-        return order
+        return order + list(self._awaited)
 
     def require(self, needed: int, available: int | None = None) -> None:
         """Raises BlockPoolExhaustedError, with both numbers, if `needed` blocks cannot be taken now."""
@@ -157,7 +163,7 @@ class BlockPool:
         self.require(count)
         blank = min(count, self._counts[_FREE])
         blocks = self._blank.take(blank)
-        evicted = self._cached.take(count - blank, taker, now) if count > blank else blocks[:0]
+        evicted = self._evict(count - blank, taker, now) if count > blank else blocks[:0]
         if count > blank:
             blocks = np.concatenate((blocks, evicted)) if blank else evicted
         self._counts[_FREE] -= blank
@@ -176,6 +182,36 @@ class BlockPool:
             self.state[blocks] = _USED
             self.refs[blocks] = 1
         return blocks, evicted
+
+    def _evict(self, count: int, taker: int, now: float) -> BlockIds:
+        """Takes `count` cached blocks: those that a preempted sequence waits for after all others."""
+        awaited = self._awaited
+        if not awaited:
+            return self._cached.take(count, taker, now)
+        stale = [block for block, since in awaited.items() if now - since > AWAITED_SECONDS]
+        self._forsake(stale)
+        others = min(count, self._counts[_CACHED] - len(awaited))
+        taken = self._cached.take(others, taker, now) if others else np.zeros(0, np.int64)
+        if others < count:
+            last = list(itertools.islice(awaited, count - others))
+            for block in last:
+                del awaited[block]
+            taken = np.concatenate((taken, np.array(last, np.int64)))
+        return taken
+
+    def _forsake(self, blocks: list[int]) -> None:
+        """Nobody waits for `blocks` any more: they are like all cached ones."""
+        if blocks:
+            for block in blocks:
+                del self._awaited[block]
+            self._cached.put(np.array(blocks, np.int64))
+
+    def _withdraw(self, blocks: BlockIds) -> None:
+        """Takes cached blocks out of the order."""
+        if self._awaited:
+            there = np.array([self._awaited.pop(block, None) is not None for block in blocks.tolist()], bool)
+            blocks = blocks[~there]
+        self._cached.remove(blocks)
 
     def adopt(self, blocks: BlockIds, now: float) -> None:
         """Turns leased blocks into used ones with one reference each."""
@@ -206,7 +242,7 @@ class BlockPool:
         states = self.state[blocks]
         cached = blocks[states == _CACHED]
         if len(cached):
-            self._cached.remove(cached)
+            self._withdraw(cached)
             self._counts[_CACHED] -= len(cached)
             self._counts[_USED] += len(cached)
             self.since[cached] = now
@@ -217,13 +253,21 @@ class BlockPool:
         self.refs[blocks] += 1
         self.state[blocks] = _USED
 
-    def drop(self, blocks: BlockIds, reusable: np.ndarray[tuple[int], np.dtype[np.bool_]], now: float) -> None:
+    def drop(
+        self,
+        blocks: BlockIds,
+        reusable: np.ndarray[tuple[int], np.dtype[np.bool_]],
+        now: float,
+        *,
+        awaited: bool = False,
+    ) -> None:
         """Removes one reference from each of `blocks` (distinct), which fall back in the order given.
 
         Args:
             blocks: used or pending blocks.
             reusable: beside `blocks`: whether the content can be matched, so that the block stays cached.
             now: the caller's clock.
+            awaited: a preempted sequence gives them up, and will ask for them again.
 
         Raises:
             InvariantError: a block has no reference left to remove.
@@ -231,7 +275,7 @@ class BlockPool:
         if self.native is not None and not self._closing:
             fallen = self.native.drop(blocks, reusable, now)
             if fallen is not None:
-                self._fall_back(*fallen)
+                self._fall_back(*fallen, awaited=awaited, now=now)
                 return
         left = self.refs[blocks] - 1
         if len(left) and left.min() < 0:
@@ -265,9 +309,16 @@ class BlockPool:
             gone = gone[reusable]
         if cached:
             self.state[gone] = _CACHED
-            self._cached.put(gone)
+            self._enter(gone, now, awaited=awaited)
 
-    def _fall_back(self, pending: int, blank: bytes, cached: bytes) -> None:
+    def _enter(self, blocks: BlockIds, now: float, *, awaited: bool) -> None:
+        """Puts cached blocks into the order."""
+        if awaited and self.tenancy is None:
+            self._awaited.update(dict.fromkeys(blocks.tolist(), now))
+        else:
+            self._cached.put(blocks)
+
+    def _fall_back(self, pending: int, blank: bytes, cached: bytes, *, awaited: bool, now: float) -> None:
         """Enters blocks, of which `pending` were pending and the rest used, into the orders and the counts."""
         back = (len(blank) + len(cached)) // _BLOCK_BYTES
         self._counts[_PENDING] -= pending
@@ -281,7 +332,7 @@ class BlockPool:
         if cached:
             blocks = np.frombuffer(cached, np.int64)
             self._counts[_CACHED] += len(blocks)
-            self._cached.put(blocks)
+            self._enter(blocks, now, awaited=awaited)
 
     def begin_closing(self, blocks: BlockIds, now: float) -> None:
         """Notes that one reference of each of `blocks` belongs to a table that waits for its fence."""
@@ -305,12 +356,15 @@ class BlockPool:
 
     def clear_cached(self, now: float) -> BlockIds:
         """Turns every cached block into a blank one and returns them, the least recently released first."""
+        self._forsake(list(self._awaited))
         blocks = self._cached.blocks()
         self.discard_cached(blocks, now)
         return blocks
 
     def discard_cached(self, blocks: BlockIds, now: float) -> None:
         """Turns cached blocks into blank ones."""
+        if self._awaited:
+            self._forsake([block for block in blocks.tolist() if block in self._awaited])
         self._cached.discard(blocks)
         self._blank.put(blocks)
         self.state[blocks] = _FREE
@@ -325,6 +379,7 @@ class BlockPool:
             tenancy: a new one.
             numbers: `[block]` number of the tenant of each block that is in a table or cached.
         """
+        self._forsake(list(self._awaited))
         tenancy.take_over(np.flatnonzero(self.refs), self._cached.blocks(), numbers)
         self._cached = self.tenancy = tenancy
 

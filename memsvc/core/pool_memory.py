@@ -172,7 +172,7 @@ class PoolMemory:
         slot = self._open(record, token_count, len(match.blocks), len(match.blocks) - len(found))
         self.tables.limit[slot] = token_count + request.max_new_tokens
         if self.forecast is not None:
-            self.forecast.opened(request, self.tables, slot)
+            self.forecast.opened(request, self.tables, slot, cached)
         self.statistics.count(request, token_count, cached)
         copies = [(source, record.blocks[len(match.blocks)])] if source else []
         pending.note(self, slot, record)
@@ -268,7 +268,7 @@ class PoolMemory:
             # The beginning first: without it the rest cannot be matched.
             number = self.tenancy.known(record.tenant_tag)
             self.tenancy.retain(blocks[reusable][::-1], record.retention, number)
-        self.pool.drop(blocks, reusable, now)
+        self.pool.drop(blocks, reusable, now, awaited=reason == CloseReason.PREEMPTED)
         if self.forecast is not None:
             self.forecast.closed(record, reason, self.tables, slot)
         self.tables.close(slot)

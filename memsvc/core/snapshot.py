@@ -23,7 +23,7 @@ from memsvc.core import invariants
 from memsvc.core.codec import Codec, Node, fields_of, state_of, values_of
 from memsvc.core.digest_chains import DigestChains
 from memsvc.core.eviction import EvictionLanes, Lane
-from memsvc.core.forecast import AdmissionForecast, OutputForecast
+from memsvc.core.forecast import AdmissionForecast, OutputForecast, RecomputeControl
 from memsvc.core.fork import SharedBlocks
 from memsvc.core.free_order import BlankOrder, CachedOrder
 from memsvc.core.journal import JournalColumns, PackedJournal
@@ -71,6 +71,7 @@ DERIVED: Final[Mapping[type, frozenset[str]]] = {
     Tenancy: frozenset(),
     AdmissionForecast: frozenset(),
     OutputForecast: frozenset(),
+    RecomputeControl: frozenset(),
 }
 """Classes with a state, and their fields that are none."""
 

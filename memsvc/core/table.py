@@ -34,6 +34,7 @@ _GROWING = (
     "prompt",
     "opened",
     "limit",
+    "least",
     "found",
     "length",
     "released",
@@ -138,6 +139,7 @@ class TableColumns:
         prompt: `[slot]` tokens that were not generated.
         opened: `[slot]` tokens known when the table was opened; more than `prompt` after a preemption.
         limit: `[slot]` most tokens that the sequence may have.
+        least: `[slot]` tokens that it will have at least.
         found: `[slot]` leading blocks that were found in the cache.
         by_hand: `[slot]` not 0 where journals mean more than tokens, growth and written counts: the accelerator leaves
             such tables to `JournalWriter`.
@@ -154,6 +156,7 @@ class TableColumns:
         "counter",
         "found",
         "gateway",
+        "least",
         "length",
         "limit",
         "open_count",
@@ -183,6 +186,7 @@ class TableColumns:
         self.write_block = np.zeros(self._capacity, np.int64)
         self.prompt = np.zeros(self._capacity, np.int64)
         self.opened = np.zeros(self._capacity, np.int64)
+        self.least = np.zeros(self._capacity, np.int64)
         self.limit = np.zeros(self._capacity, np.int64)
         self.found = np.zeros(self._capacity, np.int64)
         self.length = np.zeros(self._capacity, np.int64)

@@ -80,6 +80,9 @@ def check_admission(request: AdmitRequest) -> None:
             raise InvalidRequestError(message, field=field)
     if not request.request_id:
         raise InvalidRequestError("request_id: is empty", field="request_id")
+    if request.min_new_tokens > request.max_new_tokens:
+        message = f"min_new_tokens: found {request.min_new_tokens}, allowed are 0 .. {request.max_new_tokens}"
+        raise InvalidRequestError(f"{message} (max_new_tokens)", field="min_new_tokens")
     if request.retention_priority > retention.PRIORITY_MAXIMUM:
         message = f"retention_priority: found {request.retention_priority}, allowed are 0 .. 100"
         raise InvalidRequestError(message, field="retention_priority")

@@ -165,7 +165,7 @@ class Rig:
     def refill(self) -> None:
         """Brings blocks into the lease."""
         lease = self.scheduler.lease
-        asked = 0 if lease.exhausted else lease.shortfall(self.scheduler.running_count)
+        asked = 0 if lease.exhausted else self.scheduler.blocks_wanted()
         if asked:
             granted = self.core.lease(self._gateway, POOL_ID, self._info.epoch, lease.granted_total + asked, 0.0)
             lease.refilled(granted, asked)
@@ -220,6 +220,14 @@ class Rig:
         """Takes several turns."""
         for _ in range(count):
             self.turn()
+
+    def turns_until_preempted(self, *sequences: Sequence) -> list[Sequence]:
+        """Takes turns until some of `sequences` have given way, and returns those."""
+        for _ in range(_TURN_LIMIT):
+            if found := preempted(list(sequences)):
+                return found
+            self.turn()
+        raise AssertionError("nobody was preempted")
 
     def run(self) -> None:
         """Takes turns until everything has ended; then nothing is held and every output is what it must be."""

@@ -8,7 +8,7 @@ from tests.conformance import rows
 
 KEYS = [str(row) for row in range(1, rows.ROW_COUNT + 1)] + [f"I{n}" for n in range(1, rows.INVARIANT_COUNT + 1)]
 # Behaviour that the core does not have yet.
-PENDING = {"28", "30", "31", "35", "54", "55", "62", "67", "68", "77", "78", "80"}
+PENDING = {"62"}
 PROOFS = rows.proofs()
 DOCUMENTED = rows.documented()
 

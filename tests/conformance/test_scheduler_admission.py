@@ -19,7 +19,7 @@ def test_row_42_a_lone_request_is_never_held_back_by_headroom() -> None:
     """Headroom for what runs, where nothing runs, would keep a pool idle for ever."""
     rig = Rig(8, forecast=True)
     leased = rig.take(1)
-    lone = rig.submit(7 * SIZE, max_tokens=SIZE)
+    lone = rig.submit(7 * SIZE, max_tokens=100, stop_at=10)
     rig.turn()
     assert not rig.refusals
     assert lone.state is SequenceState.RUNNING

@@ -122,11 +122,16 @@ def start_service(
 
 @contextlib.contextmanager
 def running_stack(
-    directory: Path, *, model: str = "smollm2", execsvc: tuple[str, ...] = (), gateway: tuple[str, ...] = ()
+    directory: Path,
+    *,
+    model: str = "smollm2",
+    memsvc: tuple[str, ...] = (),
+    execsvc: tuple[str, ...] = (),
+    gateway: tuple[str, ...] = (),
 ) -> Iterator[Stack]:
     """Yields a healthy stack; stops it afterwards, the gateway first."""
     with contextlib.ExitStack() as cleanup:
-        memory_service = start_service("memsvc", directory)
+        memory_service = start_service("memsvc", directory, *memsvc)
         cleanup.callback(memory_service.stop)
         memory_service.wait_listening()
         executor_flags = ("--model", model, "--memsvc", memory_service.address, "--executor-id", POOL_ID, *execsvc)

@@ -273,6 +273,35 @@ def what_is_told_twice_counts_once() -> None:
     assert world.state() == before
 
 
+def the_preempted_find_their_blocks_last_of_all() -> None:
+    """What a preempted sequence gave up goes after all that is cached, for as long as it may come back."""
+    world = World()
+    victim = world.admit(prompt(3 * SIZE))
+    world.write(victim)
+    world.close(victim, CloseReason.PREEMPTED)
+    other = world.run(prompt(2 * SIZE, 1))
+    blank = USABLE - 5
+    assert world.lease(blank + 2)[blank:] == other.blocks[::-1]
+    assert world.pool.free_order() == victim.blocks[::-1]
+    back = world.admit([*prompt(2 * SIZE), 7], resumed=True)
+    assert (back.blocks, back.cached) == (victim.blocks, 2 * SIZE)
+    assert world.pool.free_order() == []
+    stale = World()
+    victim = stale.admit(prompt(3 * SIZE))
+    stale.write(victim)
+    stale.close(victim, CloseReason.PREEMPTED)
+    stale.now += 1
+    other = stale.run(prompt(2 * SIZE, 1))
+    stale.core.extend_leases(1000)
+    stale.now += 61
+    assert stale.lease(blank + 1)[blank:] == other.blocks[1:]
+    last = stale.admit([5])
+    stale.write(last)
+    stale.close(last)
+    assert last.blocks == [other.blocks[0]]
+    assert stale.lease(4) == [*victim.blocks[::-1], *last.blocks]
+
+
 def answers_are_repeated() -> None:
     """A request with a number that was answered gets the same answer, not a second grant."""
     log: AnswerLog[str] = AnswerLog()
@@ -369,6 +398,7 @@ SCENARIOS = {
         an_executor_that_restarts_holds_nothing,
         what_is_told_twice_counts_once,
         answers_are_repeated,
+        the_preempted_find_their_blocks_last_of_all,
         closed_tables_stay_closed,
         a_gateway_touches_only_what_is_its_own,
         rows_must_fit_what_is_known,

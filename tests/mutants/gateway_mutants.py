@@ -18,10 +18,10 @@ GATEWAY: Final = (
     ),
     Mutant(
         "the last sequence gives way to nobody",
-        f"{_SCHEDULER}._make_room",
-        "len(self._running) > 1",
-        "self._running",
-        "the_latest_is_preempted_and_comes_back",
+        "gateway.core.preemption:choose_victim",
+        "if place != first",
+        "",
+        "row 78: first",
     ),
     Mutant(
         "a block is taken a token late",
@@ -60,7 +60,7 @@ GATEWAY: Final = (
     ),
     Mutant(
         "a step exceeds its budget",
-        f"{_SCHEDULER}.schedule",
+        f"{_SCHEDULER}._fill",
         "min(sequence.total - sequence.scheduled, budget, longest)",
         "sequence.total - sequence.scheduled",
         "limits_hold",

@@ -134,19 +134,19 @@ def blocks_on_their_way_count() -> None:
 def the_latest_is_preempted_and_comes_back() -> None:
     """The victim keeps its tokens, is queued again behind its fence, and counts one preemption."""
     machine = Machine()
-    first, second = machine.admit(SIZE), machine.admit(SIZE + 8)
+    first, second = machine.admit(SIZE), machine.admit(2 * SIZE)
     machine.step()
     machine.grant(0)
-    draft = machine.plan()
-    assert (first.preemption_count, second.preemption_count) == (0, 1)
-    assert not machine.scheduler.can_admit()
-    tokens = list(second.tokens)
-    machine.take(draft)
-    machine.grant(2)
     removing = machine.plan()
+    assert (first.preemption_count, second.preemption_count) == (0, 1)
+    tokens = list(second.tokens)
+    machine.grant(2)
+    growing = machine.plan()
+    assert growing.scheduled_tables == [first.table]
     assert not machine.scheduler.can_admit()
     update = machine.take(removing)
     assert machine.scheduler.can_admit()
+    machine.take(growing)
     assert update.requeued == [second]
     assert list(second.tokens)[: len(tokens)] == tokens
     assert (second.state, second.table, second.computed) == (SequenceState.WAITING, 0, 0)
@@ -167,7 +167,7 @@ def a_stalled_sequence_holds_admissions_back() -> None:
     draft = machine.plan()
     assert draft.scheduled_tables == [other.table]
     assert not machine.scheduler.can_admit()
-    assert machine.scheduler.lease.shortfall(2) >= 1
+    assert machine.scheduler.blocks_wanted() >= 1
     machine.take(draft)
     machine.grant(2)
     draft = machine.plan()

@@ -11,15 +11,17 @@ from tests.conformance import (
     test_scheduler_endings,
     test_scheduler_preemption,
     test_scheduler_returns,
+    test_scheduler_shortage,
     test_scheduler_steps,
 )
 from tests.conformance.scheduler_rig import SIZE
 
 admission, endings, preemption = test_scheduler_admission, test_scheduler_endings, test_scheduler_preemption
-returns, steps = test_scheduler_returns, test_scheduler_steps
+returns, shortage, steps = test_scheduler_returns, test_scheduler_shortage, test_scheduler_steps
 
 SCENARIOS: dict[str, Callable[[], None]] = {
     "row 36: until it fits": preemption.test_row_36_a_shortage_preempts_until_the_step_fits,
+    "row 36: others go on": preemption.test_row_36_nobody_gives_way_while_others_go_on_and_may_end,
     "row 36: itself": preemption.test_row_36_who_needs_the_block_gives_way_itself_if_it_is_the_last,
     "row 36: on its way": preemption.test_row_36_what_is_on_its_way_back_is_counted,
     "row 37: the latest": preemption.test_row_37_the_victim_is_the_latest_admitted,
@@ -30,7 +32,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "row 38": preemption.test_row_38_who_was_preempted_keeps_its_tokens_and_is_first_in_the_queue_again,
     "row 39": functools.partial(
         preemption.test_row_39_what_steps_in_flight_sampled_for_a_victim_is_delivered_once_and_in_order,
-        2,
+        3,
     ),
     "row 41: in the step": preemption.test_row_41_nobody_is_admitted_in_a_step_that_preempted,
     "row 41: on their way": preemption.test_row_41_nor_while_the_blocks_of_the_victim_are_on_their_way,
@@ -49,6 +51,12 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "row 45: starts": functools.partial(
         admission.test_row_45_requests_start_in_the_order_of_the_queue, SchedulingPolicy.PRIORITY
     ),
+    "row 78: first": shortage.test_row_78_the_first_never_gives_way,
+    "row 78: cheapest": shortage.test_row_78_the_victim_loses_fewest_tokens_for_each_block,
+    "row 78: cached": shortage.test_row_78_what_was_found_in_the_cache_is_not_lost,
+    "row 78: cap": shortage.test_row_78_nobody_gives_way_beyond_the_cap_while_there_is_another,
+    "row 78: sparing": shortage.test_row_78_what_the_preempted_gave_up_is_spent_on_few,
+    "row 78: freely": shortage.test_row_78_what_the_ended_gave_back_is_spent_freely,
     "row 46": preemption.test_row_46_who_matters_more_preempts_nobody_while_there_is_room,
     "row 47": functools.partial(steps.test_row_47_no_step_exceeds_its_tokens, 4, 2),
     "row 47: chunks": steps.test_row_47_a_long_prompt_goes_on_where_it_stopped_behind_those_that_need_one_token,

@@ -166,7 +166,7 @@ def a_long_prompt_grows_as_its_window_moves() -> None:
     """A chunk is as long as its blocks; what the next one needs is asked for; a prompt without any waits."""
     machine, sequence = sliding(200, stock=1)
     machine.scheduler.update(machine.outcome(machine.plan()))
-    assert machine.scheduler.lease.shortfall(1) == 3
+    assert machine.scheduler.blocks_wanted() == 3
     draft = machine.plan()
     assert draft.scheduled_counts == [SIZE]
     assert draft.appended == [1, 4, 100]

@@ -539,6 +539,7 @@ class AdmitRequest(_message.Message):
     SKIP_CACHE_WRITE_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    MIN_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     MEDIA_FIELD_NUMBER: _builtins.int
     WAIT_FOR_PREFIX_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
@@ -570,6 +571,8 @@ class AdmitRequest(_message.Message):
     """How many more tokens the sequence may produce, for the admission forecast."""
     resumed: _builtins.bool
     """The sequence was admitted before and preempted: not counted again in hit statistics."""
+    min_new_tokens: _builtins.int
+    """How many more tokens the sequence will produce at least, for the admission forecast; at most max_new_tokens."""
     wait_for_prefix: _builtins.bool
     """Refuse with PREFIX_PENDING while another table is about to publish more of this prompt than is cached. `metadata` of
     the refusal has the table, and how many tokens it must have written for the rest to be all that is left.
@@ -609,6 +612,7 @@ class AdmitRequest(_message.Message):
         skip_cache_write: _builtins.bool = ...,
         max_new_tokens: _builtins.int = ...,
         resumed: _builtins.bool = ...,
+        min_new_tokens: _builtins.int = ...,
         media: _abc.Iterable[Global___MediaItem] | None = ...,
         wait_for_prefix: _builtins.bool = ...,
         session_id: _builtins.str = ...,
@@ -617,7 +621,7 @@ class AdmitRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "retention_priority", b"retention_priority", "retention_ttl_seconds", b"retention_ttl_seconds", "sample_index", b"sample_index", "session_id", b"session_id", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids", "wait_for_prefix", b"wait_for_prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "min_new_tokens", b"min_new_tokens", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "retention_priority", b"retention_priority", "retention_ttl_seconds", b"retention_ttl_seconds", "sample_index", b"sample_index", "session_id", b"session_id", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids", "wait_for_prefix", b"wait_for_prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

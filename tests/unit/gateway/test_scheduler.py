@@ -204,7 +204,7 @@ def test_a_dry_lease_stalls_one_sequence_and_nobody_else() -> None:
     assert draft.scheduled_tables == [easy.table]
     assert not bench.scheduler.can_admit()
     assert bench.scheduler.stats.preemption_count == 0
-    assert bench.scheduler.lease.shortfall(2) >= 1
+    assert bench.scheduler.blocks_wanted() >= 1
 
 
 def test_the_latest_admitted_is_preempted_and_keeps_its_tokens() -> None:
@@ -244,20 +244,20 @@ def test_the_output_in_flight_of_a_preempted_sequence_is_delivered_once() -> Non
     bench.admit(one(16))
     second = bench.admit(one(14))
     bench.grant(0)
-    first_step = bench.scheduler.schedule()
-    second_step = bench.scheduler.schedule()
+    steps = [bench.scheduler.schedule() for _ in range(3)]
+    assert [second.table in draft.scheduled_tables for draft in steps] == [True, True, True]
     bench.scheduler.lease.refilled([], 1)
-    third_step = bench.scheduler.schedule()
+    steps.append(bench.scheduler.schedule())
     assert second.state is SequenceState.CLOSING
     produced = []
-    for draft, token in ((first_step, 21), (second_step, 22), (third_step, 23)):
+    for token, draft in enumerate(steps, 21):
         produced += [
             token
             for sequence, token in bench.scheduler.update(bench.outcome(draft, token)).tokens
             if sequence is second
         ]
     assert produced == list(second.tokens[14:])
-    assert produced[:2] == [21, 22]
+    assert produced == [21, 22, 23]
 
 
 def test_blocks_on_their_way_back_are_not_preempted_for_twice() -> None:
@@ -405,7 +405,7 @@ def test_a_chunk_is_as_long_as_the_lease_allows_and_the_next_blocks_are_asked_fo
     """Row 43: a short lease must slow a prompt down, not stop it or have it write where it has no block."""
     bench, _ = windowed(200, stock=1)
     bench.step()
-    assert bench.scheduler.lease.shortfall(1) == 3
+    assert bench.scheduler.blocks_wanted() == 3
     assert bench.step()[0].scheduled_counts == [16]
     assert bench.scheduler.schedule().scheduled_counts == []
     assert bench.scheduler.stats.stalled_count == 1
