@@ -11,6 +11,7 @@ import platform
 
 import numpy as np
 
+from gateway.bench.bare_stream import BareStream
 from gateway.bench.batch import DecodeBatch, SchedulerSteps
 from gateway.bench.memsvc_process import MemsvcProcess
 from gateway.bench.steady import SteadyRun, count_steady_run
@@ -105,9 +106,14 @@ async def _prepare(stack: contextlib.AsyncExitStack, size: int, process: MemsvcP
         merge(taken, _named(await many.steps(size), {"step": "step_4096", "scan": "scan_4096"}))
         return taken
 
+    bare = BareStream(process.address)
+    await bare.start(stack)
+
     async def step_grpc() -> Samples:
         taken = await distant.steps(4 * size, acknowledged=True)
-        return _named(taken, {"step": "step_256_grpc", "handed_over": "occupied_256_grpc"})
+        taken = _named(taken, {"step": "step_256_grpc", "handed_over": "occupied_256_grpc"})
+        merge(taken, await bare.sample(4 * size))
+        return taken
 
     async def take_free() -> Samples:
         return core.take_free()

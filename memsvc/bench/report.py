@@ -71,6 +71,7 @@ PEER_FIGURES = {
 PARTS = {
     "scan_256": "of step_256_decodes_inprocess_us: finding which of 256 sequences need or fill a block",
     "occupied_256_grpc": "of step_256_decodes_grpc_us: until the journal is handed over and the step goes on",
+    "ping_grpc": "a ping on a stream of its own and its answer, turn about with these: what any message costs here",
     "cold_admit": "of admit_8192_cold_us: look-up, blocks, table",
     "cold_commit": "of admit_8192_cold_us: the journal that confirms the prompt as written; hashes and publishes it",
     "scheduler_step": "schedule, update and journal of the real scheduler for 256 decodes: memory's part and its own",
