@@ -130,6 +130,26 @@ class AdminServicer(TenantCommands, admin_pb2_grpc.AdminServiceServicer):
         epoch = self._keeper.core.pool(request.pool_id).epoch
         return admin_pb2.ResetCacheResponse(block_count=count, epoch=epoch)
 
+    async def ListResidencies(
+        self, request: admin_pb2.ListResidenciesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.ListResidenciesResponse:
+        """Lists lives of blocks that have ended."""
+        sampler = self._keeper.core.pool(request.pool_id).memory.pool.residencies
+        after = read_number("residencies", request.page_token, 0)
+        size = page_size(request.page_size, LIST_DEFAULT, LIST_MAXIMUM)
+        found = sampler.records(after, size + 1) if sampler is not None else []
+        residencies = [
+            admin_pb2.Residency(
+                block_id=life.block_id,
+                lifetime=translate.to_duration(life.lifetime),
+                idle=translate.to_duration(life.idle),
+                accesses=[translate.to_duration(at - life.born) for at in life.accesses],
+            )
+            for life in found[:size]
+        ]
+        token = write_page_token("residencies", str(found[size - 1].number)) if len(found) > size else ""
+        return admin_pb2.ListResidenciesResponse(residencies=residencies, next_page_token=token)
+
     def _sequence(self, view: views.SequenceView) -> admin_pb2.SequenceSummary:
         """Returns a sequence as a message."""
         record = view.record

@@ -46,6 +46,12 @@ class MemsvcConfig(ServiceConfig):
     admission_forecast: bool = setting(
         True, "Hold requests back for which there will be no room soon, going by the lengths of outputs so far."
     )
+    residency_every: int = setting(
+        0,
+        "Follow the life of every n-th block that is taken, for ListResidencies; 0 for none.",
+        minimum=0,
+        maximum=2**31 - 1,
+    )
     lease_ttl: float = setting(
         3.0, "Seconds of silence after which a gateway or an executor counts as gone.", minimum=0.1, maximum=3600
     )

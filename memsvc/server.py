@@ -54,6 +54,7 @@ class MemsvcServer:
             forecast=config.admission_forecast,
             quotas=read_quotas(config.quota_file) if config.quota_file is not None else {},
             retained_share=config.retained_share,
+            residency_every=config.residency_every,
         )
         self._store = open_store(config.store, config.store_credentials())
         self.tail = (

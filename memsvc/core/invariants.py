@@ -9,6 +9,7 @@ from memsvc.core.content import Publication
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import PoolMemory
+from memsvc.core.residency import ACCESS_LIMIT, ResidencySampler
 from memsvc.core.table import TableRecord, TableState
 from memsvc.core.tenancy import Tenancy
 from quire.errors import InvariantError
@@ -41,6 +42,8 @@ def check_pool(memory: PoolMemory) -> None:
     _check_grants(memory)
     if memory.tenancy is not None:
         _check_tenants(memory, memory.tenancy)
+    if memory.pool.residencies is not None:
+        _check_residencies(memory, memory.pool.residencies)
 
 
 def _require(condition: object, message: str) -> None:
@@ -225,3 +228,25 @@ def _check_tenants(memory: PoolMemory, tenancy: Tenancy) -> None:
     order = tenancy.blocks()
     _require(len(order) == len(tenancy) and set(order.tolist()) == set(np.flatnonzero(cached).tolist()),
              "the order of eviction is not the cached blocks")  # fmt: skip
+
+
+def _check_residencies(memory: PoolMemory, sampler: ResidencySampler) -> None:
+    """Who is followed holds something; a life is at least as long as its idle part, and few accesses are kept."""
+    pool = memory.pool
+    followed = np.flatnonzero(sampler.followed)
+    _require(set(followed.tolist()) == sampler.lives.keys(), "the lives are not those of the blocks followed")
+    blank = followed[(pool.state[followed] == BlockState.FREE) | (pool.state[followed] == BlockState.NULL)]
+    _require(not len(blank), f"block {blank[:1]}: is followed and holds nothing")
+    for block, life in sampler.lives.items():
+        resting = pool.state[block] == BlockState.CACHED
+        _require(not resting or life.released == pool.since[block], f"block {block}: its release was not noted")
+        _require(life.born <= pool.since[block], f"block {block}: its life began after it was last used")
+    for life in [*sampler.lives.values(), *sampler.records()]:
+        name = f"life of block {life.block_id}"
+        _require(len(life.accesses) <= ACCESS_LIMIT, f"{name}: {len(life.accesses)} accesses")
+        inside = all(life.born <= access for access in life.accesses)
+        _require(inside, f"{name}: an access before it began")
+    for life in sampler.records():
+        _require(0 <= life.idle <= life.lifetime, f"life of block {life.block_id}: idle for longer than it was")
+        inside = all(access <= life.ended for access in life.accesses)
+        _require(inside, f"life of block {life.block_id}: an access after it ended")

@@ -48,6 +48,7 @@ class MemoryCore(OperatorCommands):
         forecast: refuse admissions for which there will be no room soon; see `memsvc.core.forecast`.
         quotas: what tenants may hold and keep of every pool that appears, by name.
         retained_share: of each pool, what a tenant may retain if its quota does not say.
+        residency_every: follow the life of every n-th block that is taken; 0 for none.
 
     Attributes:
         log: takes down accepted commands; None for nobody.
@@ -66,10 +67,12 @@ class MemoryCore(OperatorCommands):
         forecast: bool = False,
         quotas: Mapping[str, TenantQuota] = MappingProxyType({}),
         retained_share: float = RETAINED_SHARE,
+        residency_every: int = 0,
     ) -> None:
         self.lease_ttl = lease_ttl
         self._quotas = dict(quotas)
         self._retained_share = retained_share
+        self._residency_every = residency_every
         self._forecast = forecast
         self._cache_events = cache_events
         self._tenant_secret = tenant_secret
@@ -418,6 +421,7 @@ class MemoryCore(OperatorCommands):
             cache_events=self._cache_events,
             forecast=self._forecast,
             retained_share=self._retained_share,
+            residency_every=self._residency_every,
         )
 
     def _tenant_tag(self, spec: PoolSpec, tenant: str) -> int:

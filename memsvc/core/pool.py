@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memsvc.core.free_order import BlankOrder, BlockIds, CachedOrder
+from memsvc.core.residency import ResidencySampler
 from memsvc.core.tenancy import Tenancy
 from quire import native
 from quire.errors import BlockPoolExhaustedError, InvariantError
@@ -62,6 +63,7 @@ class BlockPool:
         since: `[block]` time of the last change of state, in seconds of the caller's clock.
         native: the same columns in the accelerator; None without one.
         tenancy: who holds and keeps what; None while no tenant has a quota and no block is retained.
+        residencies: follows the lives of some blocks; None while nobody asked for that.
     """
 
     __slots__ = (
@@ -77,6 +79,7 @@ class BlockPool:
         "lessee",
         "native",
         "refs",
+        "residencies",
         "since",
         "state",
         "tenancy",
@@ -99,6 +102,7 @@ class BlockPool:
         self.tenancy: Tenancy | None = None
         # Cached blocks that a preempted sequence will ask for again, and when they were given up: they go last.
         self._awaited: dict[int, float] = {}
+        self.residencies: ResidencySampler | None = None
         self._counts = [0] * (_NULL + 1)
         self._counts[_FREE] = block_count - 1
         self._counts[_NULL] = 1
@@ -169,6 +173,8 @@ class BlockPool:
         self._counts[_FREE] -= blank
         self._counts[_CACHED] -= count - blank
         self._counts[_LEASED if lessee else _USED] += count
+        if self.residencies is not None:
+            self.residencies.taken(blocks, now)
         if self.native is not None:
             self.native.take(blocks, now, lessee)
             return blocks, evicted
@@ -236,6 +242,8 @@ class BlockPool:
         self.lessee[blocks] = 0
         self.since[blocks] = now
         self._blank.put(blocks)
+        if self.residencies is not None:
+            self.residencies.returned(blocks)
 
     def share(self, blocks: BlockIds, now: float) -> None:
         """Adds one reference to each of `blocks` (distinct; used, cached or pending)."""
@@ -252,6 +260,8 @@ class BlockPool:
             self._counts[_USED] += pending
         self.refs[blocks] += 1
         self.state[blocks] = _USED
+        if self.residencies is not None:
+            self.residencies.accessed(blocks, now)
 
     def drop(
         self,
@@ -276,6 +286,9 @@ class BlockPool:
             fallen = self.native.drop(blocks, reusable, now)
             if fallen is not None:
                 self._fall_back(*fallen, awaited=awaited, now=now)
+                if self.residencies is not None:
+                    gone = self.refs[blocks] == 0
+                    self.residencies.released(blocks[gone], reusable[gone], now)
                 return
         left = self.refs[blocks] - 1
         if len(left) and left.min() < 0:
@@ -296,6 +309,8 @@ class BlockPool:
             self._counts[_PENDING] -= pending
             self._counts[_USED] += pending
         self.since[gone] = now
+        if self.residencies is not None:
+            self.residencies.released(gone, reusable, now)
         self._counts[_USED] -= len(gone)
         cached = int(np.count_nonzero(reusable))
         self._counts[_CACHED] += cached
@@ -366,6 +381,8 @@ class BlockPool:
         if self._awaited:
             self._forsake([block for block in blocks.tolist() if block in self._awaited])
         self._cached.discard(blocks)
+        if self.residencies is not None:
+            self.residencies.ended(blocks, now)
         self._blank.put(blocks)
         self.state[blocks] = _FREE
         self.since[blocks] = now

@@ -29,6 +29,7 @@ from memsvc.core.journal import Journal
 from memsvc.core.lease import Grants
 from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.prefix import PrefixIndex
+from memsvc.core.residency import ResidencySampler
 from memsvc.core.table import Slots, TableColumns, TableRecord, TableState
 from memsvc.core.tenancy import LAST_RESORT, NOBODY, Tenancy, TenantUse
 from memsvc.core.writer import JournalWriter
@@ -69,6 +70,7 @@ class PoolMemory:
         cache_events: keep what is published and forgotten, for `take_cache_events`.
         forecast: refuse admissions for which there will be no room soon.
         retained_share: of the pool, what a tenant may retain if its quota does not say.
+        residency_every: follow the life of every n-th block that is taken; 0 for none.
     """
 
     def __init__(
@@ -80,11 +82,14 @@ class PoolMemory:
         cache_events: bool = False,
         forecast: bool = False,
         retained_share: float = RETAINED_SHARE,
+        residency_every: int = 0,
     ) -> None:
         self.spec = spec
         self._retained_share = retained_share
         self.epoch = epoch
         self.pool = BlockPool(spec.block_count)
+        if residency_every:
+            self.pool.residencies = ResidencySampler(spec.block_count, residency_every)
         self.prefix = PrefixIndex(spec.block_count, spec.block_size, chain, self.pool.tenant)
         self.prefix.events = [] if cache_events else None
         self.tables = TableColumns()
@@ -335,6 +340,8 @@ class PoolMemory:
             )
         blocks = self.pool.clear_cached(now)
         self.prefix.clear()
+        if self.pool.residencies is not None:
+            self.pool.residencies.clear()
         return len(blocks)
 
     def publish(self, fresh: FreshContent, slots: Callable[[], Slots], now: float) -> None:

@@ -47,13 +47,15 @@ DIGEST_BYTES: Final = 16
 
 DERIVED: Final[Mapping[type, frozenset[str]]] = {
     # Fixed from outside or derived from it; events are what nobody was told yet, not what is the case.
-    MemoryCore: frozenset({"_cache_events", "_chain", "_events", "_root", "_tenant_secret", "log", "roots"}),
+    MemoryCore: frozenset(
+        {"_cache_events", "_chain", "_events", "_residency_every", "_root", "_tenant_secret", "log", "roots"}
+    ),
     RegisteredPool: frozenset(),
     Gateway: frozenset(),
     PoolMemory: frozenset({"_writer"}),
     PoolStatistics: frozenset(),
     Grants: frozenset(),
-    BlockPool: frozenset({"native"}),
+    BlockPool: frozenset({"native", "residencies"}),
     SharedBlocks: frozenset(),
     PendingPrefixes: frozenset(),
     BlankOrder: frozenset(),

@@ -103,6 +103,17 @@ class AdminClient:
         """Returns what a tenant has of a pool, and what it may have."""
         return self._call(self._stub.GetQuota, admin_pb2.GetQuotaRequest(pool_id=pool_id, tenant=tenant)).usage
 
+    def residencies(self, pool_id: str) -> list[admin_pb2.Residency]:
+        """Returns the lives of blocks of a pool that were followed and have ended, the oldest first."""
+        found: list[admin_pb2.Residency] = []
+        request = admin_pb2.ListResidenciesRequest(pool_id=pool_id, page_size=_PAGE)
+        while True:
+            page = self._call(self._stub.ListResidencies, request)
+            found.extend(page.residencies)
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
     def quotas(self, pool_id: str) -> list[admin_pb2.TenantUsage]:
         """Returns every tenant of a pool that has a quota."""
         found: list[admin_pb2.TenantUsage] = []

@@ -12,7 +12,20 @@ from typing import Annotated, Any, Final
 import typer
 
 import quire
-from quire.cli import bench, cache, demo, generate, history, inspect, locate, quota, replay, serve, simulate
+from quire.cli import (
+    bench,
+    cache,
+    demo,
+    generate,
+    history,
+    inspect,
+    locate,
+    quota,
+    replay,
+    residencies,
+    serve,
+    simulate,
+)
 from quire.cli.output import print_error
 from quire.errors import ConfigError, QuireError
 
@@ -81,6 +94,7 @@ app.command()(locate.locate)
 app.command()(cache.reset)
 app.command()(replay.replay)
 app.command()(quota.quota)
+app.command()(residencies.residencies)
 app.command()(simulate.simulate)
 app.add_typer(bench.app)
 

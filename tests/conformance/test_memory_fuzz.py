@@ -17,7 +17,7 @@ import pytest
 from protos.memsvc.v1 import admin_pb2, memsvc_pb2, memsvc_pb2_grpc
 from quire.rpc import open_channel
 from tests.conformance.memory_connections import POOL_ID, StreamConnection, pack, prompt, spec
-from tests.conformance.memory_rig import Rig, RigSequence, grpc_rig
+from tests.conformance.memory_rig import Rig, RigSequence, grpc_rig, test_config
 
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -155,7 +155,7 @@ async def test_garbage_to_a_method_is_refused_and_changes_nothing(method: descri
     """Otherwise a tool with a typing error can break the service, or fill its log with internal errors."""
     source = random.Random(method.full_name)
     request_type = message_factory.GetMessageClass(method.input_type)
-    async with grpc_rig(spec()) as rig, open_channel(rig.address) as channel:
+    async with grpc_rig(spec(), test_config(residency_every=1)) as rig, open_channel(rig.address) as channel:
         sequence = await victim(rig)
         invoke = multicallable(channel, method)
         refused = 0

@@ -22,6 +22,6 @@ def small_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The demo model on a pool that a handful of requests exhaust: 64 blocks, 1,024 tokens."""
     flags = ("--kv-cache-tokens", "1024", "--max-model-len", "1024")
     # Who looks ahead preempts hardly anybody: here preemptions are what is tested.
-    careless = ("--no-admission-forecast",)
+    careless = ("--no-admission-forecast", "--residency-every", "1")
     with running_stack(tmp_path_factory.mktemp("small"), execsvc=flags, memsvc=careless) as running:
         yield running

@@ -197,6 +197,25 @@ def test_what_happened_to_a_sequence_and_its_block_can_be_asked_when_it_is_gone(
     assert "does not tell of a sequence" in capsys.readouterr().err
 
 
+def test_how_long_blocks_stay_is_summed_up(
+    small_stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who wonders whether more memory would help must get figures, and where none are taken, be told how."""
+    assert main.run(["residencies", POOL_ID]) == 0
+    assert "--residency-every" in capsys.readouterr().err
+    monkeypatch.setenv("QUIRE_ADMIN_ADDRESS", small_stack.memsvc.address)
+    with Client(small_stack.address) as client:
+        for number in range(6):
+            client.generate(f"{number} " + PROMPT * 40, max_tokens=2, temperature=0)
+    small_stack.wait_idle()
+    assert main.run(["residencies", POOL_ID]) == 0
+    shown = capsys.readouterr().out
+    assert "idle at the end" in shown and re.search(r"\d+% of \d+ blocks were hit", shown)
+    assert main.run(["residencies", POOL_ID, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["residencies"]) > 5
+    assert main.run(["residencies", "nope"]) == 1
+
+
 @pytest.mark.parametrize("arguments", [["block", "nope", "1"], ["block", POOL_ID, "99999999"], ["blocks", "nope"]])
 def test_what_is_not_there_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A typo in an id is the commonest mistake of all."""

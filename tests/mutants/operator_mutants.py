@@ -210,4 +210,24 @@ RETENTION: Final = (
     ),
 )
 
-MUTANTS: Final = RESET + QUOTAS + RETENTION
+_SAMPLER: Final = "memsvc.core.residency:ResidencySampler"
+
+RESIDENCY: Final = tuple(
+    Mutant(name, target, old, new, "lives_are_followed_to_their_end")
+    for name, target, old, new in (
+        ("a hit is not noted", f"{_POOL}.share", "self.residencies.accessed(blocks, now)", "pass"),
+        ("a release is not noted", f"{_SAMPLER}.released", "self.lives[block].released = now", "pass"),
+        ("the end of content is not noted", f"{_SAMPLER}.taken", "self.ended(blocks, now)", "pass"),
+        (
+            "unused blocks of a lease have lives",
+            f"{_SAMPLER}.returned",
+            "del self.lives[block]",
+            "self.ended(blocks, 0)",
+        ),
+        ("all accesses of a life are kept", f"{_SAMPLER}.taken", "deque(maxlen=ACCESS_LIMIT)", "deque()"),
+        ("blocks without content live on", f"{_SAMPLER}.released", "self.ended(blocks[~reusable], now)", "pass"),
+        ("lives outlive a reset", f"{_MEMORY}.reset", "self.pool.residencies.clear()", "pass"),
+    )
+)
+
+MUTANTS: Final = RESET + QUOTAS + RETENTION + RESIDENCY

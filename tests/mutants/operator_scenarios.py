@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memsvc.core.lease import PoolChanged
 from memsvc.core.pool import BlockState
+from memsvc.core.residency import ACCESS_LIMIT
 from memsvc.core.tenancy import TenantQuota
 from quire.columns import pack
 from quire.errors import (
@@ -128,6 +129,31 @@ def found(world: World, tokens: list[int], **fields: str) -> int:
     return world.core.locate(AdmitRequest(POOL, world.epoch, "r", 0, pack([*tokens, 1]), **fields))  # type: ignore[arg-type]
 
 
+def lives_are_followed_to_their_end() -> None:
+    """A block's life runs from being taken to the loss of its content; leased blocks that come back had none."""
+    world = World(residency_every=1)
+    sampler = world.pool.residencies
+    assert sampler is not None
+    world.close(world.admit(prompt(5)))
+    first = world.run(prompt(2 * SIZE))
+    for number in range(6):
+        world.close(world.admit([*first.tokens, number], skip_cache_write=True))
+    unused = world.lease(3)
+    world.tell(returned=unused)
+    before = world.now
+    assert not [life for life in sampler.records() if life.block_id in first.blocks]
+    assert {life.lifetime > 0 for life in sampler.records()} == {True}
+    evicted = world.lease(USABLE)
+    ended = {life.block_id: life for life in sampler.records() if life.ended == world.now}
+    assert set(ended) == set(first.blocks) <= set(evicted)
+    for life in ended.values():
+        assert len(life.accesses) == ACCESS_LIMIT
+        assert 0 < life.idle < life.lifetime and max(life.accesses) <= life.released <= before
+    world.tell(returned=evicted)
+    assert world.core.reset_cache(POOL, world.now) == 0
+    assert not sampler.records()
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -136,5 +162,6 @@ SCENARIOS = {
         a_floor_shelters,
         a_floor_does_not_bind_its_own_tenant,
         what_is_retained_outlives_strangers,
+        lives_are_followed_to_their_end,
     )
 }

@@ -91,7 +91,7 @@ class Pair:
         self.cores: list[tuple[MemoryCore, native.Accelerator | None]] = []
         for one in (accelerator, None):
             with computed_by(one):
-                core = MemoryCore(bytes(32), cache_events=True)
+                core = MemoryCore(bytes(32), cache_events=True, residency_every=2)
                 core.register_pool(PoolRegistration(POOL, 1, "h:1", spec), 1, self.now)
             self.cores.append((core, one))
         self._tenants = ["", *self._neighbours(spec)]

@@ -55,7 +55,7 @@ class MemoryMachine(SharingRules):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = MemoryCore(b"secret of this test", lease_ttl=float("inf"))
+        self.core = MemoryCore(b"secret of this test", lease_ttl=float("inf"), residency_every=2)
         # Small enough for a long run to drop its beginning.
         self.log = CommandLog(self.core, 1 << 17)
         self.first = clone(self.core)

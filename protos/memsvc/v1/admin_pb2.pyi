@@ -559,6 +559,100 @@ class Pool(_message.Message):
 Global___Pool: _TypeAlias = Pool  # noqa: Y015
 
 @_typing.final
+class ListResidenciesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Pool."""
+    page_size: _builtins.int
+    """At most this many; 0 for 100, never more than 1000."""
+    page_token: _builtins.str
+    """From the previous answer."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListResidenciesRequest: _TypeAlias = ListResidenciesRequest  # noqa: Y015
+
+@_typing.final
+class ListResidenciesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESIDENCIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def residencies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Residency]:
+        """The lives, of which the last 4096 are kept."""
+
+    def __init__(
+        self,
+        *,
+        residencies: _abc.Iterable[Global___Residency] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "residencies", b"residencies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListResidenciesResponse: _TypeAlias = ListResidenciesResponse  # noqa: Y015
+
+@_typing.final
+class Residency(_message.Message):
+    """One life of a block: from being taken to the end of its content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    LIFETIME_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
+    ACCESSES_FIELD_NUMBER: _builtins.int
+    block_id: _builtins.int
+    """The block."""
+    @_builtins.property
+    def lifetime(self) -> _duration_pb2.Duration:
+        """From birth to end."""
+
+    @_builtins.property
+    def idle(self) -> _duration_pb2.Duration:
+        """At the end, how long nobody had used it."""
+
+    @_builtins.property
+    def accesses(self) -> _containers.RepeatedCompositeFieldContainer[_duration_pb2.Duration]:
+        """Times of the last hits on it, at most 4, from birth on."""
+
+    def __init__(
+        self,
+        *,
+        block_id: _builtins.int = ...,
+        lifetime: _duration_pb2.Duration | None = ...,
+        idle: _duration_pb2.Duration | None = ...,
+        accesses: _abc.Iterable[_duration_pb2.Duration] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "lifetime", b"lifetime"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accesses", b"accesses", "block_id", b"block_id", "idle", b"idle", "lifetime", b"lifetime"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Residency: _TypeAlias = Residency  # noqa: Y015
+
+@_typing.final
 class ListSequencesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

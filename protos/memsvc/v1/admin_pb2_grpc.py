@@ -86,6 +86,11 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasRequest.SerializeToString,
                 response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasResponse.FromString,
                 _registered_method=True)
+        self.ListResidencies = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/ListResidencies',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -168,6 +173,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListResidencies(self, request, context):
+        """Lists lives of blocks that have ended, those followed by --residency-every, the oldest first. NOT_FOUND: no such pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -220,6 +232,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListQuotas,
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasRequest.FromString,
                     response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasResponse.SerializeToString,
+            ),
+            'ListResidencies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListResidencies,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -494,6 +511,33 @@ class AdminService(object):
             '/quire.memsvc.v1.AdminService/ListQuotas',
             protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasRequest.SerializeToString,
             protos_dot_memsvc_dot_v1_dot_admin__pb2.ListQuotasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListResidencies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/ListResidencies',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesResponse.FromString,
             options,
             channel_credentials,
             insecure,

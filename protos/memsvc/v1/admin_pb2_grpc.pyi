@@ -63,6 +63,8 @@ class AdminServiceStub:
     """Shows what a tenant has of a pool, and what it may have. NOT_FOUND: no such pool."""
     ListQuotas: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListQuotasRequest, _admin_pb2.ListQuotasResponse]
     """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool."""
+    ListResidencies: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListResidenciesRequest, _admin_pb2.ListResidenciesResponse]
+    """Lists lives of blocks that have ended, those followed by --residency-every, the oldest first. NOT_FOUND: no such pool."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -99,6 +101,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Shows what a tenant has of a pool, and what it may have. NOT_FOUND: no such pool."""
     ListQuotas: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListQuotasRequest, _admin_pb2.ListQuotasResponse]  # type: ignore[assignment]
     """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool."""
+    ListResidencies: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListResidenciesRequest, _admin_pb2.ListResidenciesResponse]  # type: ignore[assignment]
+    """Lists lives of blocks that have ended, those followed by --residency-every, the oldest first. NOT_FOUND: no such pool."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
@@ -192,5 +196,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListQuotasResponse, _abc.Awaitable[_admin_pb2.ListQuotasResponse]]:
         """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool."""
+
+    @_abc_1.abstractmethod
+    def ListResidencies(
+        self,
+        request: _admin_pb2.ListResidenciesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListResidenciesResponse, _abc.Awaitable[_admin_pb2.ListResidenciesResponse]]:
+        """Lists lives of blocks that have ended, those followed by --residency-every, the oldest first. NOT_FOUND: no such pool."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
