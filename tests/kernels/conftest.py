@@ -1,39 +1,93 @@
-"""The Triton kernels, run by Triton's interpreter on the CPU."""
+"""The Triton kernels, run by Triton's interpreter on the CPU, or on a CUDA device by `QUIRE_KERNELS_ON=cuda`.
+
+Whether a kernel is interpreted is decided when it is decorated, so one process does one or the other; the tests and
+their parameters are the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import importlib
-from types import SimpleNamespace
+import os
 from typing import Any
 
 import pytest
 import torch
 
+ON_DEVICE = os.environ.get("QUIRE_KERNELS_ON") == "cuda"
+
+HOST_FUNCTIONS = {
+    "block_copy": "kernels.block_copy.copy:block_copy",
+    "decode": "kernels.paged_attention.decode:paged_attention_decode",
+    "kv_write": "kernels.kv_write.write:kv_write",
+    "prefill": "kernels.paged_attention.prefill:paged_attention_prefill",
+}
+"""Short name of a host function: where it is. Imported at first use."""
+
+
+class HostFunctions:
+    """The host functions of the kernels as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Imports a host function, and makes sure that what it launches runs where the test thinks it does.
+
+        A module that was imported before without the interpreter is an error here, not a silent test of something
+        else.
+        """
+        if name not in HOST_FUNCTIONS:
+            raise AttributeError(name)
+        module_name, function = HOST_FUNCTIONS[name].split(":")
+        module = importlib.import_module(module_name)
+        wanted, unwanted = "InterpretedFunction", "JITFunction"
+        if ON_DEVICE:
+            wanted, unwanted = unwanted, wanted
+        launched = [type(value).__name__ for value in vars(module).values()]
+        assert wanted in launched and unwanted not in launched, f"{module_name} does not hold only kernels of {wanted}"
+        return getattr(module, function)
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if ON_DEVICE else "cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the tensors of a test lie: the CPU for the interpreter, or the CUDA device."""
+    return torch.device(request.param)
+
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The host functions of the kernels, under the interpreter; the variable is gone again after the test.
+def watch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[Any]:
+    """The memory checker around every launch of a test; on a device there is none, and nothing is found.
 
-    Whether a kernel is interpreted is decided when it is decorated. Only the first import decides, so a module that was
-    imported before without the interpreter is an error here, not a silent test of something else.
+    A fault that the test does not take for itself fails it.
     """
+    if device.type != "cpu":
+        from tests.kernels.launch_watch import LaunchWatch
+
+        yield LaunchWatch()
+        return
+    # Before triton is first imported: it decides at decoration, also for its own library.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    write = importlib.import_module("kernels.kv_write.write")
-    copy = importlib.import_module("kernels.block_copy.copy")
-    decode = importlib.import_module("kernels.paged_attention.decode")
-    prefill = importlib.import_module("kernels.paged_attention.prefill")
-    for module, name in ((write, "_kv_write"), (copy, "_block_copy"), (decode, "_decode_split"), (prefill, "_prefill")):
-        assert type(getattr(module, name)).__name__ == "InterpretedFunction", f"{name} is not interpreted"
-    return SimpleNamespace(
-        kv_write=write.kv_write,
-        block_copy=copy.block_copy,
-        decode=decode.paged_attention_decode,
-        prefill=prefill.paged_attention_prefill,
-    )
+    from tests.kernels.launch_watch import watched_launches
+    from tests.kernels.narrow_floats import exact_narrow_floats
+
+    with exact_narrow_floats(), watched_launches() as found:
+        yield found
+    assert found.faults == []
+
+
+@pytest.fixture
+def kernels(watch: Any) -> Any:
+    """The host functions of the kernels: exact for bfloat16 and float8, and watched. The environment is put back."""
+    return HostFunctions()
 
 
 @pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Element types that the stock interpreter computes rightly; bfloat16 it silently does not."""
+    """The two element types that need no care."""
+    found: torch.dtype = request.param
+    return found
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
+def float_dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Every element type that activations may have."""
     found: torch.dtype = request.param
     return found
