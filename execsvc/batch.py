@@ -42,39 +42,79 @@ class Batch:
     """`[padded]` int64 on the device: the last row of each that samples, padded with row 0."""
 
 
-def build(rows: SequenceRows, scheduled: list[tuple[Sequence, int]], device: torch.device) -> Batch:
-    """Returns the batch of `scheduled` (sequence, token count) pairs, which the caller has checked."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrangement:
+    """One forward pass, on the host. Sequences with one token come first."""
+
+    sequences: list[Sequence]
+    row_ids: Ints
+    """`[sequence]`."""
+    decode_count: int
+    """Leading sequences with exactly one token."""
+    owners: Ints
+    """`[token]`: index of the sequence."""
+    tokens: Ints
+    """`[token]`."""
+    last_known: npt.NDArray[np.bool_]
+    """`[token]`: whether it is the last known token of a sequence with one token."""
+    positions: Ints
+    """`[token]`."""
+    slots: Ints
+    """`[token]`: where its keys and values go."""
+    context_lens: Ints
+    """`[sequence]`: computed tokens after this step."""
+    query_starts: Ints
+    """`[sequence + 1]`: where each sequence's tokens begin."""
+    sampled: list[int]
+    """Indexes into `sequences` of those that sample."""
+
+
+def arrange(rows: SequenceRows, scheduled: list[tuple[Sequence, int]]) -> Arrangement:
+    """Returns the arrangement of `scheduled` (sequence, token count) pairs, which the caller has checked."""
     ordered = [pair for pair in scheduled if pair[1] == 1] + [pair for pair in scheduled if pair[1] > 1]
-    sequences = [sequence for sequence, _ in ordered]
-    row_ids = np.array([sequence.row for sequence in sequences], dtype=np.int64)
+    row_ids = np.array([sequence.row for sequence, _ in ordered], dtype=np.int64)
     counts = np.array([count for _, count in ordered], dtype=np.int64)
     query_starts = np.zeros(len(ordered) + 1, dtype=np.int64)
     np.cumsum(counts, out=query_starts[1:])
-    token_count = int(query_starts[-1])
     firsts = rows.computed[row_ids]
     context_lens = firsts + counts
+    known = rows.known[row_ids]
     owners = np.repeat(np.arange(len(ordered)), counts)
-    positions = np.arange(token_count) - query_starts[owners] + firsts[owners]
-    padded_count = round_up(token_count, ROW_MULTIPLE)
-    tokens = np.zeros(padded_count, dtype=np.int64)
-    tokens[:token_count] = _tokens(rows, ordered, firsts, query_starts)
-    tables = rows.block_tables[row_ids]
-    blocks = tables[owners, positions // rows.block_size].astype(np.int64)
-    samples = context_lens == rows.known[row_ids]
-    sampled = np.flatnonzero(samples)
-    sampled_rows = np.zeros(round_up(len(sampled), ROW_MULTIPLE), dtype=np.int64)
-    sampled_rows[: len(sampled)] = query_starts[1:][sampled] - 1
-    return Batch(
-        sequences=sequences,
+    positions = np.arange(int(query_starts[-1])) - query_starts[owners] + firsts[owners]
+    blocks = rows.block_tables[row_ids[owners], positions // rows.block_size].astype(np.int64)
+    return Arrangement(
+        sequences=[sequence for sequence, _ in ordered],
+        row_ids=row_ids,
         decode_count=int((counts == 1).sum()),
-        token_count=token_count,
-        tokens=torch.from_numpy(tokens).to(device),
-        positions=torch.from_numpy(np.pad(positions, (0, padded_count - token_count))).to(device),
-        slots=torch.from_numpy(blocks * rows.block_size + positions % rows.block_size).to(device),
-        block_tables=tables,
+        owners=owners,
+        tokens=_tokens(rows, ordered, firsts, query_starts),
+        last_known=((counts == 1) & (context_lens == known))[owners],
+        positions=positions,
+        slots=blocks * rows.block_size + positions % rows.block_size,
         context_lens=context_lens,
         query_starts=query_starts,
-        sampled=sampled.tolist(),
+        sampled=np.flatnonzero(context_lens == known).tolist(),
+    )
+
+
+def build(rows: SequenceRows, scheduled: list[tuple[Sequence, int]], device: torch.device) -> Batch:
+    """Returns the batch of `scheduled` (sequence, token count) pairs, which the caller has checked."""
+    plan = arrange(rows, scheduled)
+    token_count, sample_count = len(plan.tokens), len(plan.sampled)
+    padding = (0, round_up(token_count, ROW_MULTIPLE) - token_count)
+    sampled_rows = np.zeros(round_up(sample_count, ROW_MULTIPLE), dtype=np.int64)
+    sampled_rows[:sample_count] = plan.query_starts[1:][plan.sampled] - 1
+    return Batch(
+        sequences=plan.sequences,
+        decode_count=plan.decode_count,
+        token_count=token_count,
+        tokens=torch.from_numpy(np.pad(plan.tokens, padding)).to(device),
+        positions=torch.from_numpy(np.pad(plan.positions, padding)).to(device),
+        slots=torch.from_numpy(plan.slots).to(device),
+        block_tables=rows.block_tables[plan.row_ids],
+        context_lens=plan.context_lens,
+        query_starts=plan.query_starts,
+        sampled=plan.sampled,
         sampled_rows=torch.from_numpy(sampled_rows).to(device),
     )
 

@@ -36,6 +36,7 @@ class ExecsvcConfig(ServiceConfig):
     attention_backend: str = setting(
         "auto", "What computes attention; auto is triton on CUDA, else torch.", choices=("auto", "torch", "triton")
     )
+    enforce_eager: bool = setting(False, "Launch decode steps piece by piece on CUDA, without captured graphs.")
     num_threads: int | None = setting(None, "CPU threads of the model; none: one less than there are cores.", minimum=1)
 
     @property

@@ -7,17 +7,15 @@ before anything changes; what is wrong with one sequence fails that sequence, na
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 import functools
-import time
 
 import numpy as np
-import torch
 
-from execsvc import batch as batches
 from execsvc.kv_cache import KVCache
-from execsvc.runner import Runner
-from execsvc.sampler import SamplingSpec, sample
+from execsvc.sampler import SamplingSpec
 from execsvc.sequences import Sequence, SequenceRows
+from execsvc.steps import LaunchedStep, Observe, Steps
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import InvalidRequestError, QuireError, SequenceExistsError, SequenceNotFoundError, StaleEpochError
@@ -27,31 +25,55 @@ from quire.window import outside_block_count
 _NO_OWNER = 0
 
 
+@dataclasses.dataclass(slots=True)
+class PendingStep:
+    """A plan that was applied, and whose tokens are not taken yet."""
+
+    step: int
+    fenced: bytes
+    errors: dict[int, QuireError]
+    launched: LaunchedStep
+    positions: list[int]
+    """Of the tokens that are sampled."""
+
+    @property
+    def deferred(self) -> bool:
+        """Whether there may be anything to wait for."""
+        return self.launched.deferred
+
+    def wait(self) -> None:
+        """Waits until the device is done with it. Any thread may wait."""
+        self.launched.wait()
+
+
 class Engine:
     """Sequences, KV cache and model of one device. Not thread-safe: one caller.
 
+    A plan is applied by `submit` and answered by `collect`, in the same order. The next plan may be submitted before
+    the last one is collected; its decodes go on from tokens that only the device knows yet.
+
     Args:
-        runner: computes.
-        cache: the KV cache that `runner` uses.
+        steps: computes.
+        cache: the KV cache that `steps` uses.
         max_num_seqs: most sequences open at once.
         max_num_batched_tokens: most tokens of one step.
         max_model_len: longest sequence in tokens.
     """
 
     def __init__(
-        self, runner: Runner, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self, steps: Steps, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
     ) -> None:
-        self._runner = runner
+        self._steps = steps
         self._cache = cache
-        self._rows = SequenceRows(max_num_seqs, max_model_len, cache.layout.block_size)
-        self.vocab_size = runner.model.config.vocab_size
-        self.window = runner.model.config.sliding_window
+        self._rows = SequenceRows(max_num_seqs, max_model_len, cache.layout.block_size, steps.row_observer)
+        self.vocab_size = steps.config.vocab_size
+        self.window = steps.config.sliding_window
         self.block_size = cache.layout.block_size
         self.block_count = cache.layout.block_count
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         self.epoch = 0
-        self.observe_logits: Callable[[list[int], torch.Tensor], None] | None = None
+        self.observe_logits: Observe | None = None
         """Called with (tables, logits) before sampling: for tests that compare logits."""
 
     @property
@@ -73,14 +95,25 @@ class Engine:
         """Drops every sequence."""
         self._rows.drop_all()
 
+    def settle(self) -> None:
+        """Returns when nothing that was submitted can write any more."""
+        self._steps.synchronize()
+
     def reset(self, used_block_count: int) -> None:
         """Forgets what was run, as if just made: sequences, epoch, and the content of blocks below the count given."""
+        self._steps.synchronize()
         self._rows.drop_all()
         self._cache.data[:used_block_count].zero_()
         self.epoch = 0
 
     def apply(self, plan: pb.StepPlan, owner: int = _NO_OWNER) -> pb.StepResult:
-        """Applies one plan and returns what it did.
+        """Applies one plan and returns what it did; raises as `submit`."""
+        pending = self.submit(plan, owner)
+        pending.wait()
+        return self.collect(pending)
+
+    def submit(self, plan: pb.StepPlan, owner: int = _NO_OWNER) -> PendingStep:
+        """Applies one plan and begins to compute it.
 
         Args:
             plan: the step.
@@ -101,15 +134,51 @@ class Engine:
             self._attempt(start.table, errors, functools.partial(self._add, start, owner))
         self._append(step.appended, owner, errors)
         if step.copies.size:
-            self._cache.copy_blocks(torch.from_numpy(step.copies.astype(np.int64)).to(self._cache.device))
+            self._steps.copy_blocks(step.copies.astype(np.int64))
         scheduled = self._schedule(step, owner, errors)
-        result = pb.StepResult(step=plan.step, fenced=plan.removed)
-        if scheduled:
-            self._compute(scheduled, result, errors)
+        if not scheduled:
+            return PendingStep(plan.step, plan.removed, errors, self._steps.mark(), [])
+        launched = self._steps.launch(self._rows, scheduled, self.observe_logits)
+        return PendingStep(plan.step, plan.removed, errors, launched, self._note_launch(launched))
+
+    def collect(self, pending: PendingStep) -> pb.StepResult:
+        """Returns what a plan did; call after `pending.wait()`, once, in the order of the plans."""
+        launched, errors = pending.launched, pending.errors
+        result = pb.StepResult(step=pending.step, fenced=pending.fenced)
+        good: list[tuple[int, int]] = []
+        for index, position, token in zip(launched.sampled, pending.positions, launched.tokens(), strict=True):
+            sequence = launched.sequences[index]
+            if sequence.failed:
+                errors.setdefault(
+                    sequence.table, SequenceNotFoundError(f"table {sequence.table} failed in a step before")
+                )
+            elif token < 0:
+                message = f"the logits of table {sequence.table} are not finite"
+                self._fail_sequence(sequence, QuireError(message, reason="LOGITS_NOT_FINITE"), errors)
+            else:
+                self._rows.store_token(sequence, position, token)
+                good.append((sequence.table, token))
+        written = list(zip([sequence.table for sequence in launched.sequences], launched.lens, strict=True))
+        if errors:
+            written = [pair for pair in written if pair[0] not in errors]
+        result.written_tables = columns.pack([table for table, _ in written])
+        result.written_counts = columns.pack([count for _, count in written])
+        result.sampled_tables = columns.pack([table for table, _ in good])
+        result.sampled_tokens = columns.pack([token for _, token in good])
+        result.model_ns, result.sample_ns = launched.durations()
         result.errors.extend(
             pb.SequenceError(table=table, reason=error.reason, message=error.message) for table, error in errors.items()
         )
         return result
+
+    def _note_launch(self, launched: LaunchedStep) -> list[int]:
+        """Brings the rows to where they are after the step; returns the positions of the tokens to come."""
+        rows = self._rows
+        row_ids = np.array([sequence.row for sequence in launched.sequences])
+        rows.computed[row_ids] = launched.lens
+        if self.window:
+            rows.release_outside(row_ids, self.window)
+        return [rows.reserve_token(launched.sequences[index]) for index in launched.sampled]
 
     def _owned(self, table: int, owner: int) -> Sequence | None:
         """Returns the open sequence of `table` if `owner` added it."""
@@ -124,9 +193,20 @@ class Engine:
             self._fail(table, error, errors)
 
     def _fail(self, table: int, error: QuireError, errors: dict[int, QuireError]) -> None:
-        """Drops a sequence and keeps why. The first cause stays."""
+        """Drops the open sequence of a table and keeps why. The first cause stays."""
+        sequence = self._rows.by_table.get(table)
+        if sequence is not None:
+            sequence.failed = True
         self._rows.drop(table)
         errors.setdefault(table, error)
+
+    def _fail_sequence(self, sequence: Sequence, error: QuireError, errors: dict[int, QuireError]) -> None:
+        """As `_fail`, for a sequence that may have been dropped since its step was launched."""
+        if self._rows.by_table.get(sequence.table) is sequence:
+            self._fail(sequence.table, error, errors)
+        else:
+            sequence.failed = True
+            errors.setdefault(sequence.table, error)
 
     def _add(self, start: pb.SequenceStart, owner: int) -> None:
         """Opens a sequence; raises QuireError if it cannot be."""
@@ -182,8 +262,7 @@ class Engine:
             raise InvalidRequestError(
                 f"appended: block {block} is out of range, allowed is 1 .. {self.block_count - 1}"
             )
-        rows.block_tables[sequence.row, index] = block
-        rows.block_counts[sequence.row] = max(count, index + 1)
+        rows.set_entry(sequence.row, index, block)
 
     def _schedule(self, step: _Step, owner: int, errors: dict[int, QuireError]) -> list[tuple[Sequence, int]]:
         """Returns what is to be computed; what cannot be fails."""
@@ -205,40 +284,6 @@ class Engine:
                 continue
             scheduled.append((sequence, count))
         return scheduled
-
-    def _compute(
-        self, scheduled: list[tuple[Sequence, int]], result: pb.StepResult, errors: dict[int, QuireError]
-    ) -> None:
-        """Runs the model and samples. Fills the result's columns."""
-        rows = self._rows
-        batch = batches.build(rows, scheduled, self._cache.device)
-        started = time.perf_counter_ns()
-        logits = self._runner.forward(batch)
-        computed = time.perf_counter_ns()
-        row_ids = [sequence.row for sequence in batch.sequences]
-        rows.computed[row_ids] = batch.context_lens
-        if self.window:
-            rows.release_outside(np.array(row_ids), self.window)
-        samplers = [batch.sequences[index] for index in batch.sampled]
-        if self.observe_logits is not None:
-            self.observe_logits([sequence.table for sequence in samplers], logits)
-        positions = [int(rows.known[sequence.row]) for sequence in samplers]
-        tokens = sample(logits, [sequence.sampling for sequence in samplers], positions) if samplers else []
-        good: list[tuple[int, int]] = []
-        for sequence, token in zip(samplers, tokens, strict=True):
-            if token < 0:
-                message = f"the logits of table {sequence.table} are not finite"
-                self._fail(sequence.table, QuireError(message, reason="LOGITS_NOT_FINITE"), errors)
-            else:
-                rows.append_token(sequence, token)
-                good.append((sequence.table, token))
-        written = [(s.table, int(n)) for s, n in zip(batch.sequences, batch.context_lens, strict=True)]
-        result.written_tables = columns.pack([table for table, _ in written if table not in errors])
-        result.written_counts = columns.pack([count for table, count in written if table not in errors])
-        result.sampled_tables = columns.pack([table for table, _ in good])
-        result.sampled_tokens = columns.pack([token for _, token in good])
-        result.model_ns = computed - started
-        result.sample_ns = time.perf_counter_ns() - computed
 
 
 class _Step:

@@ -1,12 +1,18 @@
-"""One thread owns the engine; coroutines hand it work and await the result."""
+"""One thread owns the engine; coroutines hand it work and await the result.
+
+Work of two halves, a step on a device that works beside the host, is begun and finished on that thread, too; between
+the halves a second thread waits for the device, so that the first can begin the next step.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+import dataclasses
+import functools
 import queue
 import threading
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import structlog
 
@@ -21,6 +27,34 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
+class Begun(Protocol):
+    """Work whose first half is done."""
+
+    @property
+    def deferred(self) -> bool:
+        """Whether there is anything to wait for."""
+        ...
+
+    def wait(self) -> None:
+        """Waits until the second half can be done. Called on another thread."""
+        ...
+
+
+Half = TypeVar("Half", bound=Begun)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Job:
+    """Work for the engine's thread."""
+
+    function: Callable[[], Any]
+    future: asyncio.Future[Any]
+    finish: Callable[[Any], Any] | None = None
+    """The second half, given what `function` returned."""
+    waited: bool = False
+    """Whether this is a second half that was waited for."""
+
+
 class EngineThread:
     """Runs functions one after the other, in the order they were handed over.
 
@@ -32,7 +66,9 @@ class EngineThread:
         """Starts the thread. Call from the event loop that will call `call`."""
         self._loop = asyncio.get_running_loop()
         self._on_defect = on_defect
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[tuple[_Job, Begun] | None] = queue.SimpleQueue()
+        self._waiter: threading.Thread | None = None
         self._room = asyncio.Semaphore(_QUEUE_LIMIT)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -54,13 +90,26 @@ class EngineThread:
         self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> asyncio.Future[Result]:
         """Hands `function` over, waiting for room, and returns a future of its result; raises as `call`."""
+        return await self._submit(lambda: function(*args, **kwargs), None)
+
+    async def submit_halves(
+        self, begin: Callable[[], Half], finish: Callable[[Half], Result]
+    ) -> asyncio.Future[Result]:
+        """Hands over work of two halves and returns a future of what `finish` makes of what `begin` returned.
+
+        Halves run in the order of the calls, the second ones among themselves; other work may come between the two.
+        """
+        return await self._submit(begin, finish)
+
+    async def _submit(self, function: Callable[[], Any], finish: Callable[[Any], Any] | None) -> asyncio.Future[Any]:
+        """Puts a job into the queue."""
         await self._room.acquire()
         if self._closed:
             self._room.release()
             raise NotReadyError("the executor is stopping", reason="DRAINING")
-        future: asyncio.Future[Result] = self._loop.create_future()
+        future: asyncio.Future[Any] = self._loop.create_future()
         future.add_done_callback(_observe)
-        self._jobs.put((lambda: function(*args, **kwargs), future))
+        self._jobs.put(_Job(function, future, finish))
         return future
 
     async def close(self) -> None:
@@ -71,16 +120,48 @@ class EngineThread:
             await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            function, future = job
+        waiting, closing = 0, False
+        while not closing or waiting:
+            job = self._jobs.get()
+            if job is None:
+                closing = True
+                continue
+            waiting -= job.waited
             try:
-                outcome, error = function(), None
+                outcome, error = job.function(), None
+                if job.finish is not None:
+                    if outcome.deferred:
+                        self._wait_for(job, outcome)
+                        waiting += 1
+                        continue
+                    outcome = job.finish(outcome)
             except BaseException as raised:  # noqa: BLE001 - it travels to the caller
                 outcome, error = None, raised
             try:
-                self._loop.call_soon_threadsafe(self._finish, future, outcome, error)
+                self._loop.call_soon_threadsafe(self._finish, job.future, outcome, error)
             except RuntimeError:  # the loop is closed: nobody waits any more
-                return
+                break
+        if self._waiter is not None:
+            self._begun.put(None)
+
+    def _wait_for(self, job: _Job, begun: Begun) -> None:
+        """Has the second thread wait; it hands the second half back."""
+        if self._waiter is None:
+            self._waiter = threading.Thread(target=self._wait, name="engine-waiter", daemon=True)
+            self._waiter.start()
+        self._begun.put((job, begun))
+
+    def _wait(self) -> None:
+        while (entry := self._begun.get()) is not None:
+            job, begun = entry
+            finish = job.finish
+            assert finish is not None, "only work of two halves is waited for"
+            try:
+                begun.wait()
+            except BaseException as raised:  # noqa: BLE001 - it travels to the caller
+                self._jobs.put(_Job(functools.partial(_raise, raised), job.future, waited=True))
+            else:
+                self._jobs.put(_Job(functools.partial(finish, begun), job.future, waited=True))
 
     def _finish(self, future: asyncio.Future[Any], outcome: object, error: BaseException | None) -> None:
         """Settles a future, on the event loop."""
@@ -99,3 +180,7 @@ def _observe(future: asyncio.Future[Any]) -> None:
     """Marks a future's exception as seen: its caller may have been cancelled."""
     if not future.cancelled():
         future.exception()
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -13,6 +13,7 @@ GATEWAY_DISCONNECTED: Final = "gateway_disconnected"
 GATEWAY_FENCED: Final = "gateway_fenced"
 EXECUTOR_REPLACED: Final = "executor_replaced"
 BATCH_INVARIANCE_MEASURED: Final = "batch_invariance_measured"
+GRAPHS_CAPTURED: Final = "graphs_captured"
 SERVICE_FAILED: Final = "service_failed"
 CONFIG_LOADED: Final = "config_loaded"
 

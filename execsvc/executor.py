@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 import dataclasses
+import functools
 import hashlib
 import itertools
 import secrets
@@ -13,6 +14,7 @@ import structlog
 
 from execsvc import events
 from execsvc.config import ExecsvcConfig
+from execsvc.engine import PendingStep
 from execsvc.engine_thread import EngineThread
 from execsvc.loading import LoadedModel
 from protos.execsvc.v1 import execsvc_pb2 as pb
@@ -91,8 +93,13 @@ class Executor:
         self._epoch = epoch
         for stream in list(self._streams):
             stream.end(StaleEpochError(f"epoch {stream.epoch} is over, the executor is in {epoch}"))
-        await self._thread.call(self.loaded.engine.begin_epoch, epoch)
+        await self._thread.call(self._enter_epoch, epoch)
         log.info(events.EPOCH_BEGUN, epoch=epoch)
+
+    def _enter_epoch(self, epoch: int) -> None:
+        """Takes the engine to an epoch, on its thread, once nothing of an older one can write any more."""
+        self.loaded.engine.begin_epoch(epoch)
+        self.loaded.engine.settle()
 
     def describe(self) -> pb.DescribeResponse:
         """Returns what runs here."""
@@ -172,13 +179,15 @@ class Executor:
         if plan.step != stream.next_step:
             raise StaleEpochError(f"step: {plan.step} came where {stream.next_step} was expected")
         stream.next_step += 1
-        return await self._thread.submit(self._apply, stream, plan)
+        return await self._thread.submit_halves(
+            functools.partial(self._begin, stream, plan), self.loaded.engine.collect
+        )
 
-    def _apply(self, stream: PlanStream, plan: pb.StepPlan) -> pb.StepResult:
-        """Applies a plan, on the engine's thread. A stream that was ended meanwhile changes nothing any more."""
+    def _begin(self, stream: PlanStream, plan: pb.StepPlan) -> PendingStep:
+        """Submits a plan, on the engine's thread. A stream that was ended meanwhile changes nothing any more."""
         if stream.ended is not None:
             raise stream.ended
-        return self.loaded.engine.apply(plan, stream.stream_id)
+        return self.loaded.engine.submit(plan, stream.stream_id)
 
     async def close_stream(self, stream: PlanStream) -> None:
         """Ends a stream and drops its sequences, after the step in flight."""
@@ -187,7 +196,7 @@ class Executor:
         self._streams.discard(stream)
         stream.end(StaleEpochError("the stream is closed"))
         log.info(events.GATEWAY_DISCONNECTED, gateway_id=stream.gateway_id, stream_id=stream.stream_id)
-        await self._thread.call(self.loaded.engine.drop_owner, stream.stream_id)
+        await self._thread.call(self._drop, [stream.stream_id])
 
     async def fence(self, request: pb.FenceRequest) -> pb.FenceResponse:
         """Refuses gateways and epochs from now on; returns when nothing in flight can write to their blocks."""
@@ -207,10 +216,14 @@ class Executor:
         return pb.FenceResponse(epoch=self._epoch, open_tables=columns.pack(open_tables))
 
     def _drop(self, stream_ids: list[int]) -> list[int]:
-        """Drops the sequences of streams, on the engine's thread; returns the tables that stay open."""
+        """Drops the sequences of streams, on the engine's thread; returns the tables that stay open.
+
+        When it returns, nothing that was dropped can write any more.
+        """
         engine = self.loaded.engine
         for stream_id in stream_ids:
             engine.drop_owner(stream_id)
+        engine.settle()
         return engine.open_tables
 
     async def open_tables(self) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import dataclasses
 import os
 import sys
+import time
 
 import structlog
 import torch
@@ -119,16 +120,9 @@ def _load_source(
     sys.stderr.write(budget.table() + "\n")
     log.info(events.MEMORY_BUDGETED, **dataclasses.asdict(budget))
     cache = KVCache(_layout(model, config.block_size, dtype, budget.block_count), device)
-    backend = attention.create(config.attention_backend, cache, model.config.sliding_window)
-    engine = Engine(
-        Runner(model, backend),
-        cache,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=batched_tokens,
-        max_model_len=max_model_len,
-    )
+    engine, backend_name = _engine(config, model, cache, max_model_len, batched_tokens)
     invariant = measure_batch_invariance(engine, budget.block_count)
-    log.info(events.BATCH_INVARIANCE_MEASURED, batch_invariant=invariant, attention_backend=backend.name)
+    log.info(events.BATCH_INVARIANCE_MEASURED, batch_invariant=invariant, attention_backend=backend_name)
     log.info(events.MODEL_LOADED, parameter_count=model.parameter_count, weight_bytes=model.weight_bytes)
     return LoadedModel(
         name=config.served_model_name or source.name,
@@ -139,12 +133,40 @@ def _load_source(
         parameter_count=model.parameter_count,
         dtype=_name_of(dtype),
         device="cpu" if device.type == "cpu" else str(device),
-        attention_backend=backend.name,
+        attention_backend=backend_name,
         batch_invariant=invariant,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=batched_tokens,
         budget=budget,
     )
+
+
+def _engine(
+    config: ExecsvcConfig,
+    model: llama.Llama,
+    cache: KVCache,
+    max_model_len: int,
+    batched_tokens: int,
+    *,
+    capture: bool = True,
+) -> tuple[Engine, str]:
+    """Returns an engine, and the name of what computes attention: Triton's kernels on CUDA, torch elsewhere."""
+    limits = {
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": batched_tokens,
+        "max_model_len": max_model_len,
+    }
+    if cache.device.type == "cuda" and config.attention_backend != "torch":
+        from execsvc.gpu.steps import gpu_steps  # noqa: PLC0415 - imports triton's kernels
+
+        steps = gpu_steps(model, cache, **limits)
+        if capture and not config.enforce_eager:
+            started = time.monotonic()
+            steps.capture()
+            log.info(events.GRAPHS_CAPTURED, size_count=len(steps.sizes), seconds=round(time.monotonic() - started, 1))
+        return Engine(steps, cache, **limits), "triton"
+    backend = attention.create(config.attention_backend, cache, model.config.sliding_window)
+    return Engine(Runner(model, backend, cache), cache, **limits), backend.name
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -193,12 +215,5 @@ def _run_largest_step(
     length = min(batched_tokens, max_model_len)
     block_count = batched_tokens // config.block_size + batched_tokens // length + 3
     cache = KVCache(_layout(model, config.block_size, dtype, block_count), device)
-    backend = attention.create(config.attention_backend, cache, model.config.sliding_window)
-    engine = Engine(
-        Runner(model, backend),
-        cache,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=batched_tokens,
-        max_model_len=max_model_len,
-    )
+    engine, _ = _engine(config, model, cache, max_model_len, batched_tokens, capture=False)
     run_step(engine, batched_tokens, min(config.max_num_seqs, batched_tokens), config.block_size)

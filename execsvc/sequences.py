@@ -8,6 +8,7 @@ State is columns by row, changed by deltas; a row is taken when a sequence is ad
 """
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,24 +30,49 @@ class Sequence:
     """Its row in the columns."""
     sampling: SamplingSpec
     tokens: npt.NDArray[np.int64]
-    """Known tokens, with room to grow; the first `known[row]` count."""
+    """Known tokens, with room to grow; the first `known[row]` count, save those of steps that are on their way."""
+    failed: bool = False
+    """It was dropped because of an error, maybe while a later step with it was on its way."""
+
+
+class RowObserver(Protocol):
+    """Hears what changes in rows: for a device that keeps them, too."""
+
+    tables: npt.NDArray[np.int32]
+    """`[row, block_max]`: where the block tables are."""
+
+    def table_written(self, row: int, start: int, stop: int) -> None:
+        """Entries `start` .. `stop` - 1 of a row's block table have changed."""
+        ...
+
+    def row_added(self, row: int, token: int, computed: int, sampling: SamplingSpec) -> None:
+        """A row was taken by a sequence whose last known token is `token`."""
+        ...
 
 
 class SequenceRows:
     """Columns over all open sequences."""
 
-    def __init__(self, row_count: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self, row_count: int, max_model_len: int, block_size: int, observer: RowObserver | None = None
+    ) -> None:
         """Makes room for `row_count` sequences of `max_model_len` tokens in blocks of `block_size`."""
         self.row_count = row_count
         self.max_model_len = max_model_len
         self.block_size = block_size
         self.block_max = -(-max_model_len // block_size)
-        self.block_tables = np.zeros((row_count, self.block_max), dtype=np.int32)
+        self._observer = observer
+        tables = np.zeros((row_count, self.block_max), dtype=np.int32) if observer is None else observer.tables
+        self.block_tables: npt.NDArray[np.int32] = tables
         self.block_counts = np.zeros(row_count, dtype=np.int64)
         self.known = np.zeros(row_count, dtype=np.int64)
         self.computed = np.zeros(row_count, dtype=np.int64)
         self.released = np.zeros(row_count, dtype=np.int64)
         self.last_token = np.zeros(row_count, dtype=np.int64)
+        self.draws = np.zeros(row_count, dtype=np.bool_)
+        """`[row]`: whether it does not simply take the most likely token."""
+        self.withheld_until = np.zeros(row_count, dtype=np.int64)
+        """Position from which every token may be sampled."""
         self.by_table: dict[int, Sequence] = {}
         self._free_rows = list(range(row_count - 1, -1, -1))
 
@@ -72,8 +98,20 @@ class SequenceRows:
         self.known[row], self.computed[row] = len(tokens), computed
         self.released[row] = 0
         self.last_token[row] = tokens[-1]
+        self.draws[row] = not sampling.greedy
+        self.withheld_until[row] = sampling.withheld_until if sampling.withheld else 0
         self.by_table[table] = sequence
+        if self._observer is not None:
+            self._observer.table_written(row, 0, len(blocks))
+            self._observer.row_added(row, int(tokens[-1]), computed, sampling)
         return sequence
+
+    def set_entry(self, row: int, index: int, block: int) -> None:
+        """Sets an entry of a block table, the next one or one that is there."""
+        self.block_tables[row, index] = block
+        self.block_counts[row] = max(int(self.block_counts[row]), index + 1)
+        if self._observer is not None:
+            self._observer.table_written(row, index, index + 1)
 
     def release_outside(self, rows: npt.NDArray[np.int64], window: int) -> None:
         """Makes table entries null whose blocks no query of these rows reads any more; see `quire.window`.
@@ -84,8 +122,11 @@ class SequenceRows:
         ends = (self.computed[rows] - window + 1) // self.block_size
         for row in rows[ends > self.released[rows]].tolist():
             end = outside_block_count(int(self.computed[row]), window, self.block_size)
-            self.block_tables[row, self.released[row] : end] = 0
+            start = int(self.released[row])
+            self.block_tables[row, start:end] = 0
             self.released[row] = end
+            if self._observer is not None:
+                self._observer.table_written(row, start, end)
 
     def drop(self, table: int) -> None:
         """Closes a sequence, if there is one of this table."""
@@ -104,11 +145,16 @@ class SequenceRows:
         for table in list(self.by_table):
             self.drop(table)
 
-    def append_token(self, sequence: Sequence, token: int) -> None:
-        """Makes `token` the next known token."""
+    def reserve_token(self, sequence: Sequence) -> int:
+        """Makes the token that a step samples the next known one, before it is there; returns its position."""
         known = int(self.known[sequence.row])
         if known == len(sequence.tokens):
             sequence.tokens = np.concatenate([sequence.tokens, np.empty_like(sequence.tokens)])
-        sequence.tokens[known] = token
         self.known[sequence.row] = known + 1
-        self.last_token[sequence.row] = token
+        return known
+
+    def store_token(self, sequence: Sequence, position: int, token: int) -> None:
+        """Fills in a reserved token. The sequence may have been dropped, and its row given away."""
+        sequence.tokens[position] = token
+        if self.by_table.get(sequence.table) is sequence:
+            self.last_token[sequence.row] = token

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
+import threading
 
 import pytest
 
 from execsvc import server
 from execsvc.config import ExecsvcConfig
+from execsvc.engine_thread import EngineThread
 from execsvc.loading import load
 from execsvc.local import LocalExecutor
 from execsvc.warmup import run_step
@@ -97,3 +100,58 @@ def test_the_measuring_step_runs_whatever_the_sizes() -> None:
         engine = tiny.engine_of(blocks=60, max_num_batched_tokens=tokens)
         run_step(engine, tokens, sequences, 16)
         assert engine.open_tables == []
+
+
+class _Half:
+    """The first half of a piece of work."""
+
+    deferred = True
+
+    def __init__(self, name: str, seen: list[str], error: BaseException | None = None) -> None:
+        self.name, self.seen, self.error = name, seen, error
+        self.done = threading.Event()
+
+    def wait(self) -> None:
+        """Waits until the test lets it."""
+        self.done.wait()
+        if self.error is not None:
+            raise self.error
+        self.seen.append(f"waited {self.name}")
+
+
+async def test_the_next_step_begins_while_the_device_is_busy_with_the_last() -> None:
+    """Otherwise a GPU would idle between two steps. What was begun is finished in order, at the latest at the end."""
+    seen: list[str] = []
+    halves = [_Half(name, seen) for name in "abc"]
+    thread = EngineThread(lambda _: None)
+
+    def begin(half: _Half) -> _Half:
+        seen.append(f"began {half.name}")
+        return half
+
+    def finish(half: _Half) -> str:
+        seen.append(f"finished {half.name}")
+        return half.name
+
+    futures = [await thread.submit_halves(functools.partial(begin, half), finish) for half in halves]
+    await thread.call(seen.append, "between")
+    assert seen == ["began a", "began b", "began c", "between"]
+    closing = asyncio.create_task(thread.close())
+    for half in halves:
+        half.done.set()
+    await closing
+    assert [await future for future in futures] == ["a", "b", "c"]
+    assert [entry for entry in seen if entry.startswith("finished")] == ["finished a", "finished b", "finished c"]
+
+
+async def test_a_device_that_fails_in_the_middle_of_a_step_is_told_to_the_owner() -> None:
+    """Otherwise the process would go on with a device that answers nothing any more."""
+    defects: list[BaseException] = []
+    thread = EngineThread(defects.append)
+    broken = _Half("a", [], RuntimeError("CUDA error: an illegal memory access was encountered"))
+    broken.done.set()
+    future = await thread.submit_halves(lambda: broken, lambda half: half.name)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        await future
+    assert defects == [broken.error]
+    await thread.close()

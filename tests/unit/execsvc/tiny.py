@@ -13,6 +13,11 @@ import torch
 
 from execsvc import attention
 from execsvc.engine import Engine
+from execsvc.gpu.decoder import Decoder
+from execsvc.gpu.operations import TorchOperations, TritonOperations
+from execsvc.gpu.runtime import EagerRuntime, Runtime
+from execsvc.gpu.sampling import TorchSampler
+from execsvc.gpu.steps import GpuSteps
 from execsvc.kv_cache import KVCache
 from execsvc.model import llama
 from execsvc.model.config import ModelConfig, RopeConfig
@@ -169,7 +174,7 @@ def engine_of(
     config = model.config
     layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, dtype)
     cache = KVCache(layout, cpu)
-    runner = Runner(model, attention.create(backend, cache, config.sliding_window))
+    runner = Runner(model, attention.create(backend, cache, config.sliding_window), cache)
     engine = Engine(
         runner,
         cache,
@@ -240,3 +245,36 @@ def start(
         computed_token_count=computed,
         sampling=pb.SamplingParams(top_p=sampling.pop("top_p", 1.0), **sampling),  # type: ignore[arg-type]
     )
+
+
+def gpu_engine_of(
+    model: llama.Llama | ModelConfig = CONFIG,
+    *,
+    blocks: int = 400,
+    block_size: int = 16,
+    operations: str = "torch",
+    runtime: Runtime | None = None,
+    sizes: list[int] | None = None,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 256,
+    max_model_len: int = 256,
+) -> Engine:
+    """Returns an engine in epoch 1 that works as on a GPU, on CPU tensors."""
+    runtime = EagerRuntime() if runtime is None else runtime
+    if isinstance(model, ModelConfig):
+        model = llama.load(RandomSource(model), torch.float32, runtime.device, max_model_len)
+    config = model.config
+    layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, torch.float32)
+    cache = KVCache(layout, runtime.device)
+    common = (cache, model.rotary, config.num_heads, config.sliding_window)
+    chosen = TorchOperations(*common) if operations == "torch" else TritonOperations(*common, max_model_len)
+    limits = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max_model_len,
+    }
+    steps = GpuSteps(Decoder(model, chosen), cache, TorchSampler(), runtime, **limits)
+    steps.capture(sizes)
+    engine = Engine(steps, cache, **limits)
+    engine.begin_epoch(1)
+    return engine

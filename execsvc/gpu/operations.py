@@ -1,0 +1,231 @@
+"""What a step on a GPU consists of besides matrix products, behind one protocol.
+
+`TorchOperations` is the plain form of all of it: what the kernels must equal, and what runs where there are none.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from execsvc.kv_cache import KVCache
+from execsvc.model.layers import RMSNorm, Rotary, rotate
+from kernels.layout import layer_views
+from kernels.step_state import reference
+from kernels.step_state.tensors import Resident, Staged
+
+
+class Operations(Protocol):
+    """Functions on tensors of one device. None of them waits for the device; none looks at what tensors hold."""
+
+    name: str
+
+    def norm(self, rows: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """Returns `rows`, normalised over the last axis."""
+        ...
+
+    def add_norm(self, rows: torch.Tensor, stream: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """Returns `stream + rows`, normalised. Writes the sum to `stream`."""
+        ...
+
+    def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Returns `silu(gate) * up` of `[row, gate | up]`."""
+        ...
+
+    def rotate_and_write(
+        self, layer: int, heads: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotates queries and keys, and writes keys and values to the cache.
+
+        Args:
+            layer: index of the layer.
+            heads: `[row, query heads | key heads | value heads, head_dim]`; may be written to.
+            positions: `[row]` int64.
+            slots: `[row]` int64; negative: nothing is written.
+
+        Returns:
+            The queries, `[row, query_head, head_dim]`.
+        """
+        ...
+
+    def attend_last(self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        """Attends one query a sequence, the last of its `lens` tokens; see `kernels.paged_attention.decode`."""
+        ...
+
+    def attend_chunks(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        tables: torch.Tensor,
+        lens: torch.Tensor,
+        starts: torch.Tensor,
+        longest: int,
+    ) -> torch.Tensor:
+        """Attends the last queries of each sequence, at most `longest`; see `kernels.paged_attention.prefill`."""
+        ...
+
+    def apply_writes(self, state: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor) -> None:
+        """See `kernels.step_state.reference.apply_writes`."""
+        ...
+
+    def stage_decode(self, resident: Resident, rows: torch.Tensor, staged: Staged, block_size: int) -> None:
+        """See `kernels.step_state.reference.stage_decode`."""
+        ...
+
+    def advance(
+        self,
+        resident: Resident,
+        rows: torch.Tensor,
+        lens: torch.Tensor,
+        sampled: torch.Tensor,
+        places: torch.Tensor,
+    ) -> None:
+        """See `kernels.step_state.reference.advance`."""
+        ...
+
+
+class TorchOperations:
+    """Plain torch."""
+
+    name = "torch"
+
+    def __init__(self, cache: KVCache, rotary: Rotary, num_heads: int, window: int) -> None:
+        """Works on `cache`; each query sees its last `window` positions (0: all)."""
+        self._cache = cache
+        self._rotary = rotary
+        self._num_heads = num_heads
+        self._window = window
+        self._scale = cache.layout.head_dim**-0.5
+        self.apply_writes = reference.apply_writes
+        self.stage_decode = reference.stage_decode
+        self.advance = reference.advance
+
+    def norm(self, rows: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Operations."""
+        return norm(rows)
+
+    def add_norm(self, rows: torch.Tensor, stream: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Operations."""
+        return norm(stream.add_(rows))
+
+    def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See Operations."""
+        gate, up = gate_up.chunk(2, -1)
+        return functional.silu(gate) * up
+
+    def rotate_and_write(
+        self, layer: int, heads: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """See Operations."""
+        layout, keys_end = self._cache.layout, self._num_heads + self._cache.layout.num_kv_heads
+        rotated = rotate(heads[:, :keys_end], *self._rotary.at(positions))
+        for cached, new in zip(
+            layer_views(self._cache.data, layer), (rotated[:, self._num_heads :], heads[:, keys_end:]), strict=True
+        ):
+            # Padding goes to the null block and takes what is there: shapes must not depend on content.
+            blocks, offsets = slots.clamp_min(0) // layout.block_size, slots.clamp_min(0) % layout.block_size
+            old = cached[blocks, :, offsets]
+            cached[blocks, :, offsets] = torch.where((slots >= 0)[:, None, None], new.to(cached.dtype), old)
+        return rotated[:, : self._num_heads]
+
+    def attend_last(self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        """See Operations."""
+        return self._attend(layer, q[:, None], tables, lens, lens[:, None] - 1)[:, 0]
+
+    def attend_chunks(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        tables: torch.Tensor,
+        lens: torch.Tensor,
+        starts: torch.Tensor,
+        longest: int,
+    ) -> torch.Tensor:
+        """See Operations."""
+        counts = (starts[1:] - starts[:-1])[:, None]
+        places = torch.arange(longest, device=q.device)
+        rows = (starts[:-1, None] + places).clamp_max(len(q) - 1).long()
+        mixed = self._attend(layer, q[rows], tables, lens, lens[:, None] - counts + places)
+        out = torch.zeros_like(q)
+        used = places < counts
+        out[rows[used]] = mixed[used]
+        return out
+
+    def _attend(
+        self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, query_positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Attends `[sequence, query, head, dim]` at `query_positions` `[sequence, query]` to the whole tables."""
+        block_size, heads = self._cache.layout.block_size, self._cache.layout.num_kv_heads
+        positions = torch.arange(tables.shape[1] * block_size, device=q.device)
+        used = positions[::block_size] < lens[:, None]
+        blocks = torch.where(used, tables, 0).long()
+        # [sequence, block, kv_head, slot, dim] -> [sequence, kv_head, position, dim]
+        keys, values = (
+            cached[blocks].float().transpose(1, 2).flatten(2, 3) for cached in layer_views(self._cache.data, layer)
+        )
+        values = torch.where((positions < lens[:, None])[:, None, :, None], values, 0.0)
+        group = q.shape[2] // heads
+        queries = q.float().view(*q.shape[:2], heads, group, q.shape[3]).permute(0, 2, 3, 1, 4)
+        scores = queries @ keys[:, :, None].transpose(-1, -2) * self._scale
+        seen = positions <= query_positions[..., None]
+        if self._window:
+            seen &= query_positions[..., None] - positions < self._window
+        scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+        # A row that sees nothing is padding: zeros, not NaN.
+        weights = torch.softmax(scores, -1).nan_to_num(0.0) * (lens > 0)[:, None, None, None, None]
+        mixed = weights @ values[:, :, None]
+        return mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+
+
+class TritonOperations(TorchOperations):
+    """Triton kernels."""
+
+    name = "triton"
+
+    def __init__(self, cache: KVCache, rotary: Rotary, num_heads: int, window: int, max_model_len: int) -> None:
+        """As TorchOperations; sequences have at most `max_model_len` tokens."""
+        super().__init__(cache, rotary, num_heads, window)
+        from kernels.kv_write import write  # noqa: PLC0415 - triton is imported only where it is used
+        from kernels.paged_attention import decode, prefill  # noqa: PLC0415 - the same
+        from kernels.step_state import state  # noqa: PLC0415 - the same
+
+        self._write, self._decode, self._prefill = write, decode, prefill
+        self._max_model_len = max_model_len
+        self._views = [layer_views(cache.data, layer) for layer in range(cache.layout.num_layers)]
+        self.apply_writes = state.apply_writes
+        self.stage_decode = state.stage_decode
+        self.advance = state.advance
+
+    def rotate_and_write(
+        self, layer: int, heads: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """See Operations."""
+        keys_end = self._num_heads + self._cache.layout.num_kv_heads
+        rotated = rotate(heads[:, :keys_end], *self._rotary.at(positions))
+        keys, values = self._views[layer]
+        self._write.kv_write(rotated[:, self._num_heads :], heads[:, keys_end:], keys, values, slots)
+        return rotated[:, : self._num_heads]
+
+    def attend_last(self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        """See Operations."""
+        keys, values = self._views[layer]
+        return self._decode.paged_attention_decode(
+            q, keys, values, tables, lens, self._max_model_len, self._scale, self._window
+        )
+
+    def attend_chunks(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        tables: torch.Tensor,
+        lens: torch.Tensor,
+        starts: torch.Tensor,
+        longest: int,
+    ) -> torch.Tensor:
+        """See Operations."""
+        keys, values = self._views[layer]
+        return self._prefill.paged_attention_prefill(
+            q, keys, values, tables, lens, starts, longest, self._scale, self._window
+        )

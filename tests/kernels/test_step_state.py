@@ -1,0 +1,110 @@
+"""The state on the device: kernels equal their reference bit for bit, and a whole engine runs on Triton."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.step_state import reference
+from kernels.step_state.tensors import Resident, Staged
+from tests.unit.execsvc import tiny
+from tests.unit.execsvc.recorded_graphs import RecordingRuntime
+from tests.unit.execsvc.tiny import Driver, start
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def state(kernels: Any) -> Any:
+    """The host functions, under the interpreter."""
+    module = importlib.import_module("kernels.step_state.state")
+    assert type(module._advance).__name__ == "InterpretedFunction", "_advance is not interpreted"
+    return module
+
+
+def _resident(row_count: int, block_max: int) -> Resident:
+    """Returns state with distinct content and sensible positions."""
+    resident = Resident.allocate(row_count, block_max, CPU)
+    resident.state.copy_(torch.arange(len(resident.state)) + 1000)
+    resident.computed.copy_(torch.arange(row_count) * 13 % (block_max * 16))
+    return resident
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 300])
+def test_writes_land_where_they_should(state: Any, count: int) -> None:
+    """A change in the wrong place is another sequence's block table."""
+    offsets = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:count].int()
+    values = torch.arange(count, dtype=torch.int32) + 5000
+    expected, found = torch.arange(1000, dtype=torch.int32), torch.arange(1000, dtype=torch.int32)
+    reference.apply_writes(expected, offsets, values)
+    state.apply_writes(found, offsets, values)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("block_max", [3, 1030])
+def test_a_batch_is_staged_as_the_reference_does(state: Any, block_max: int) -> None:
+    """Positions at both sides of a block's end, padding in the middle, tables longer than a program's share."""
+    resident = _resident(9, block_max)
+    resident.computed[:4] = torch.tensor([0, 15, 16, block_max * 16 - 1])
+    rows = torch.tensor([3, -1, 0, 8, 2, 1, -1], dtype=torch.int32)
+    expected, found = (Staged.allocate(len(rows), block_max, CPU) for _ in range(2))
+    found.tables.fill_(-7)
+    reference.stage_decode(resident, rows, expected, 16)
+    state.stage_decode(resident, rows, found, 16)
+    for name in ("tokens", "positions", "slots", "lens", "params"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for place, length in enumerate(expected.lens.tolist()):
+        used = -(-length // 16)
+        assert torch.equal(found.tables[place, :used], expected.tables[place, :used])
+        assert (found.tables[place, used:] == -7).all()
+
+
+def test_rows_advance_and_padding_does_not(state: Any) -> None:
+    """A sequence that does not sample keeps its token; an impossible token never becomes an input."""
+    expected, found = _resident(9, 3), _resident(9, 3)
+    rows = torch.tensor([3, -1, 0, 8], dtype=torch.int32)
+    lens = torch.tensor([11, 12, 13, 14], dtype=torch.int32)
+    places = torch.tensor([1, 0, -1, 2], dtype=torch.int32)
+    sampled = torch.tensor([70, 71, -1], dtype=torch.int32)
+    before = expected.state.clone()
+    reference.advance(expected, rows, lens, sampled, places)
+    state.advance(found, rows, lens, sampled, places)
+    assert torch.equal(found.state, expected.state)
+    assert found.tokens[[3, 0, 8]].tolist() == [71, int(before.view(-1)[27 + 9]), 0]
+    assert int((found.state != before).sum()) == 5
+    state.advance(found, rows[:0], lens[:0], sampled, places[:0])
+
+
+def test_wrong_arguments_are_named(state: Any) -> None:
+    """A caller must learn which argument does not fit before anything is written."""
+    resident = _resident(2, 3)
+    with pytest.raises(ValueError, match="values"):
+        state.apply_writes(resident.state, torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="rows"):
+        state.stage_decode(resident, torch.zeros(2), Staged.allocate(2, 3, CPU), 16)
+    with pytest.raises(ValueError, match="at most"):
+        Resident.allocate(2**20, 2**12, CPU)
+
+
+def test_an_engine_on_the_kernels_gives_the_tokens_of_the_torch_engine(kernels: Any) -> None:
+    """The kernels together, in captured graphs: prefill, decode, a step of both, a new block."""
+    config = dataclasses.replace(tiny.CONFIG, num_layers=1)
+    prompts = {1: [(7 * i) % 311 for i in range(31)], 2: [(5 * i) % 311 for i in range(16)]}
+    replayed = tiny.gpu_engine_of(
+        config, operations="triton", runtime=RecordingRuntime(), sizes=[2], max_num_seqs=2, blocks=12, max_model_len=64
+    )
+    drivers = [Driver(tiny.engine_of(config, blocks=12)), Driver(replayed)]
+    for driver in drivers:
+        driver.run({1: 20}, added=[start(1, prompts[1], [1, 3])])
+        driver.run({1: 11, 2: 16}, added=[start(2, prompts[2], [7, 8], temperature=0.7, seed=3)])
+        driver.run({1: 1, 2: 1})
+        driver.run({2: 1, 1: 1}, appended=[1, 2, 5])
+        driver.run({1: 1})
+    assert drivers[0].tokens == drivers[1].tokens
+    for table, logits in drivers[0].logits.items():
+        for mine, theirs in zip(logits, drivers[1].logits[table], strict=True):
+            assert (mine - theirs).abs().max() < 1e-4
