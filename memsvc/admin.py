@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 
 from memsvc import translate, translate_history
+from memsvc.admin_prefixes import PrefixCommands
 from memsvc.admin_tenants import TenantCommands
 from memsvc.core import views
 from memsvc.core.pool import BlockState
@@ -18,7 +19,7 @@ from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
 _TABLE_PAGE_DEFAULT, _TABLE_PAGE_MAXIMUM = 1000, 10_000
 
 
-class AdminServicer(TenantCommands, admin_pb2_grpc.AdminServiceServicer):
+class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceServicer):
     """Serves the inspection of memory, and the commands of operators.
 
     Args:

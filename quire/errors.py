@@ -14,6 +14,8 @@
     +-- PrefixPendingError             UNAVAILABLE          PREFIX_PENDING
     +-- AdmissionError                 RESOURCE_EXHAUSTED   QUEUE_FULL (or QUEUE_TIMEOUT)
     +-- TenantCeilingError             RESOURCE_EXHAUSTED   TENANT_CEILING
+    +-- PinQuotaError                  RESOURCE_EXHAUSTED   PIN_QUOTA
+    +-- PrefixNotFoundError            NOT_FOUND            PREFIX_NOT_FOUND
     +-- CacheInUseError                FAILED_PRECONDITION  CACHE_IN_USE
     +-- StaleEpochError                ABORTED              STALE_EPOCH
     +-- NotReadyError                  UNAVAILABLE          NOT_READY (or DRAINING)
@@ -156,6 +158,20 @@ class TenantCeilingError(QuireError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     default_reason = "TENANT_CEILING"
+
+
+class PinQuotaError(QuireError):
+    """More blocks would be pinned for the tenant than its quota allows."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "PIN_QUOTA"
+
+
+class PrefixNotFoundError(QuireError):
+    """No full block of the prefix is cached."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    default_reason = "PREFIX_NOT_FOUND"
 
 
 class CacheInUseError(QuireError):

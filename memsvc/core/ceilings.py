@@ -12,14 +12,17 @@ import numpy as np
 
 from memsvc.core import retention
 from memsvc.core.free_order import BlockIds
-from memsvc.core.pool import RETRY_AFTER_SECONDS
+from memsvc.core.lease import Grants
+from memsvc.core.pool import RETRY_AFTER_SECONDS, BlockPool
 from memsvc.core.table import TableColumns, TableRecord, TableState
-from memsvc.core.tenancy import Tenancy
+from memsvc.core.tenancy import LAST_RESORT, NOBODY, Tenancy
 from quire.errors import PromptTooLongError, TenantCeilingError
 from quire.memory import AdmitRequest, PoolSpec
 from quire.units import div_ceil
 
 _TOKEN_BYTES = 4
+# Blocks for growth that floors and pins yield at once to a gateway's last sequence.
+_LAST_RESORT_GRANT = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,3 +141,14 @@ class TenantGate:
         # Who shares its open block copies it, but for the last.
         copies = sum(record.shared_index >= 0 for _, record in records)
         return int(np.maximum(left, 0).sum()) + copies
+
+
+def unsheltered(pool: BlockPool, tenancy: Tenancy, grants: Grants, count: int) -> tuple[int, int]:
+    """Returns how many of `count` blocks a gateway may have for growth, and on whose behalf they are taken.
+
+    A gateway that is left with one sequence has nobody to preempt: floors and pins yield to it, a little at a time.
+    """
+    free = pool.available_block_count - tenancy.sheltered(NOBODY)
+    if free > 0 or len(grants.tables) != 1 or grants.leased:
+        return min(count, free), NOBODY
+    return min(count, _LAST_RESORT_GRANT), LAST_RESORT

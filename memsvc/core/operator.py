@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import abc
 
+import numpy as np
+
+from memsvc.core import prefix_views, retention
 from memsvc.core.commands import Recorder, command
+from memsvc.core.free_order import BlockIds
 from memsvc.core.lease import CoreEvent, PoolChanged
 from memsvc.core.pool import BlockState
 from memsvc.core.pool_memory import PoolMemory
+from memsvc.core.prefix_views import Explanation, Path, PrefixSelector
 from memsvc.core.registered import RegisteredPool
 from memsvc.core.tenancy import NO_QUOTA, TenantQuota
-from memsvc.core.validation import EPOCH_MAXIMUM, check_quota
-from quire.errors import StaleEpochError
+from memsvc.core.validation import EPOCH_MAXIMUM, check_quota, check_selector
+from quire.errors import PinQuotaError, PrefixNotFoundError, StaleEpochError
 from quire.memory import PoolSpec
 
 
@@ -32,6 +37,10 @@ class OperatorCommands(abc.ABC):
     @abc.abstractmethod
     def _tenant_tag(self, spec: PoolSpec, tenant: str) -> int:
         """Returns the number that marks the blocks of a tenant."""
+
+    @abc.abstractmethod
+    def prefix_root(self, pool_id: str, adapter: str = "", tenant: str = "", cache_salt: str = "") -> bytes:
+        """Returns the digest to which the first block of such a sequence is chained."""
 
     @abc.abstractmethod
     def _forget_fenced_gateways(self) -> None:
@@ -87,7 +96,129 @@ class OperatorCommands(abc.ABC):
         else:
             pool.quotas[tenant] = quota
 
+    @command()
+    def pin_prefix(self, pool_id: str, selector: PrefixSelector, now: float) -> int:
+        """Keeps the full blocks of a cached prefix until they are released; returns how many it has.
+
+        Raises:
+            PoolNotFoundError, InvalidRequestError: no such pool; the selector cannot be.
+            PrefixNotFoundError: prompts can match no full block of it.
+            PinQuotaError: the tenant may not have so many blocks pinned.
+        """
+        memory, tenancy = self.pool(pool_id).memory, self.pool(pool_id).memory.tenancy
+        blocks = self._matchable(pool_id, selector)
+        new, before, limit = blocks, 0, 0
+        if tenancy is not None:
+            new = blocks[tenancy.retention[blocks] != retention.PINNED]
+            number = int(tenancy.owner[blocks[0]])
+            before, limit = int(tenancy.pinned[number]), tenancy.quota(number).pinned
+        if not len(new):
+            return len(blocks)
+        if tenancy is None or before + len(new) > limit:
+            raise PinQuotaError(
+                f"{len(new)} blocks more would be pinned, of the tenant {before} are and {limit} may be",
+                metadata={"pinned_block_count": before, "needed_block_count": len(new), "quota_block_count": limit},
+            )
+        tenancy.expire(now)
+        # The tail first: if a pin must yield, the beginning goes last.
+        memory.begin_tenancy().pin(new[::-1], number)
+        return len(blocks)
+
+    @command()
+    def release_prefix(self, pool_id: str, selector: PrefixSelector) -> int:
+        """Ends the pinning of a prefix; returns how many blocks are released.
+
+        A block that a pinned block continues stays pinned: without it, that one could not be matched.
+
+        Raises:
+            PoolNotFoundError, InvalidRequestError: no such pool; the selector cannot be.
+            PrefixNotFoundError: nothing of it is cached.
+        """
+        memory = self.pool(pool_id).memory
+        path = self._path(pool_id, selector)
+        if not len(path.blocks):
+            raise _not_found(pool_id)
+        tenancy, released = memory.tenancy, []
+        if tenancy is None:
+            return 0
+        for block in path.blocks[::-1].tolist():
+            behind = list(prefix_views.children(memory, memory.prefix.identity(block)))
+            if (tenancy.retention[behind] == retention.PINNED).any():
+                break
+            if tenancy.retention[block] == retention.PINNED:
+                released.append(block)
+                tenancy.let_go(np.array([block]))
+        return len(released)
+
+    @command()
+    def evict_prefix(self, pool_id: str, selector: PrefixSelector, now: float) -> tuple[int, int]:
+        """Forgets all that begins with a prefix, and what of the prefix itself nothing else begins with.
+
+        Blocks that are used or pinned stay, and so do those that what stays begins with.
+
+        Returns:
+            Blocks that were forgotten, and blocks that stay.
+
+        Raises:
+            PoolNotFoundError, InvalidRequestError: no such pool; the selector cannot be.
+            PrefixNotFoundError: nothing of it is cached.
+        """
+        memory = self.pool(pool_id).memory
+        path = self._path(pool_id, selector)
+        behind = prefix_views.continuations(memory, path)
+        if not len(path.blocks) and not len(behind):
+            raise _not_found(pool_id)
+        count = 0
+        for block in [*behind.tolist(), *path.blocks[::-1].tolist()]:
+            identity = memory.prefix.identity(block)
+            is_pinned = memory.tenancy is not None and memory.tenancy.retention[block] == retention.PINNED
+            is_needed = identity and any(prefix_views.children(memory, identity))
+            if memory.pool.state[block] == BlockState.CACHED and not is_pinned and not is_needed:
+                gone = np.array([block])
+                memory.forget_evicted(gone, now)
+                memory.pool.discard_cached(gone, now)
+                count += 1
+        return count, len(path.blocks) + len(behind) - count
+
+    def explain_prefix(self, pool_id: str, selector: PrefixSelector) -> Explanation:
+        """Returns how much of a prompt is cached, and why not more; changes nothing.
+
+        Raises:
+            PoolNotFoundError, InvalidRequestError: no such pool; there can be no such prompt.
+        """
+        pool = self.pool(pool_id)
+        check_selector(selector, pool.registration.spec)
+        root = self.prefix_root(pool_id, selector.adapter, selector.tenant, selector.cache_salt)
+        return prefix_views.explain(pool.memory, selector.token_ids, root, self.tenant_tag(pool_id, selector.tenant))
+
+    def _matchable(self, pool_id: str, selector: PrefixSelector) -> BlockIds:
+        """Returns the full blocks that prompts match of a prefix, the beginning first; raises as `pin_prefix`."""
+        memory = self.pool(pool_id).memory
+        if selector.identity:
+            path = self._path(pool_id, selector)
+            found = path.blocks if prefix_views.is_whole(memory, path) else path.blocks[:0]
+        else:
+            check_selector(selector, memory.spec)
+            root = self.prefix_root(pool_id, selector.adapter, selector.tenant, selector.cache_salt)
+            found = prefix_views.find_match(memory, selector.token_ids, root).found
+        if not len(found):
+            raise _not_found(pool_id)
+        return found
+
+    def _path(self, pool_id: str, selector: PrefixSelector) -> Path:
+        """Returns the blocks of a prefix that are there, and where it ends; raises as `pin_prefix`, but if empty."""
+        memory = self.pool(pool_id).memory
+        check_selector(selector, memory.spec)
+        if selector.identity:
+            return prefix_views.path_of_identity(memory, selector.identity)
+        root = self.prefix_root(pool_id, selector.adapter, selector.tenant, selector.cache_salt)
+        return prefix_views.path_of_tokens(memory, selector.token_ids, root)
+
     def _install_quotas(self, pool: RegisteredPool) -> None:
         """Has the memory of a new epoch know the tenants' quotas."""
         spec = pool.registration.spec
         pool.install_quotas(lambda tenant: self._tenant_tag(spec, tenant))
+
+
+def _not_found(pool_id: str) -> PrefixNotFoundError:
+    return PrefixNotFoundError(f"nothing of the prefix is cached in pool {pool_id!r}", metadata={"pool_id": pool_id})

@@ -18,11 +18,11 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from memsvc.core import fork, pending, retention, sliding
+from memsvc.core import ceilings, fork, pending, retention, sliding
 from memsvc.core.admission import AdmitContext, new_record
-from memsvc.core.ceilings import TenantGate
 from memsvc.core.content import NO_EXTRAS, FreshContent, PrefixMatch, Publication
 from memsvc.core.events import BlocksStored, CacheEvent
+from memsvc.core.evictions import EVICTIONS_REMEMBERED, EvictionMemory
 from memsvc.core.forecast import AdmissionForecast
 from memsvc.core.free_order import BlockIds
 from memsvc.core.journal import Journal
@@ -31,7 +31,7 @@ from memsvc.core.pool import BlockPool, BlockState
 from memsvc.core.prefix import PrefixIndex
 from memsvc.core.residency import ResidencySampler
 from memsvc.core.table import Slots, TableColumns, TableRecord, TableState
-from memsvc.core.tenancy import LAST_RESORT, NOBODY, Tenancy, TenantUse
+from memsvc.core.tenancy import NOBODY, Tenancy, TenantUse
 from memsvc.core.writer import JournalWriter
 from quire import hashing, media
 from quire.errors import CacheInUseError, PromptTooLongError
@@ -41,8 +41,6 @@ from quire.window import hit_block_count
 
 RETAINED_SHARE = 0.25
 _TOKEN_BYTES = 4
-# Blocks for growth that floors and pins yield at once to a gateway's last sequence.
-_LAST_RESORT_GRANT = 4
 
 
 @dataclasses.dataclass(slots=True)
@@ -94,6 +92,7 @@ class PoolMemory:
         self.prefix.events = [] if cache_events else None
         self.tables = TableColumns()
         self.window = spec.window
+        self.evictions = EvictionMemory(min(EVICTIONS_REMEMBERED, spec.block_count // 2))
         self.grants: dict[int, Grants] = {}
         self.statistics = PoolStatistics()
         self.forecast = AdmissionForecast(spec) if forecast else None
@@ -215,12 +214,12 @@ class PoolMemory:
         count = min(granted_total - grants.granted_total, self.pool.available_block_count)
         taker = NOBODY
         if self.tenancy is not None and count > 0:
-            count, taker = self._unsheltered(self.tenancy, grants, count)
+            count, taker = ceilings.unsheltered(self.pool, self.tenancy, grants, count)
         if count <= 0:
             return []
         blocks, evicted = self.pool.take(count, now, lessee=gateway, taker=taker)
         if len(evicted):
-            self.prefix.forget(evicted)
+            self.forget_evicted(evicted, now)
         grants.granted_total += count
         grants.leased += count
         granted: list[int] = blocks.tolist()
@@ -348,6 +347,8 @@ class PoolMemory:
         """Makes full blocks of the tables `slots` matchable, each content once; see the module's text."""
         for block, other in self.prefix.publish_full(fresh):
             if self.pool.state[other] == BlockState.CACHED:
+                if self.tenancy is not None:
+                    self.tenancy.succeed(other, block)
                 self.prefix.forget(np.array([other]))
                 self.pool.discard_cached(np.array([other]), now)
                 self.prefix.republish(block)
@@ -395,9 +396,11 @@ class PoolMemory:
             },
         )
 
-    def gate(self, tag: int) -> TenantGate | None:
+    def gate(self, tag: int) -> ceilings.TenantGate | None:
         """Returns who decides about a tenant's tables, None if nothing does."""
-        return TenantGate(self.tenancy, self.tenancy.known(tag), self.spec) if self.tenancy is not None else None
+        return (
+            ceilings.TenantGate(self.tenancy, self.tenancy.known(tag), self.spec) if self.tenancy is not None else None
+        )
 
     def _obtain(self, held: BlockIds, count: int, tag: int, now: float) -> BlockIds:
         """Takes a reference on `held` and returns `count` fresh blocks of a tenant; there is room for both."""
@@ -410,21 +413,16 @@ class PoolMemory:
             self.pool.share(held, now)
         fresh, evicted = self.pool.take(count, now, taker=number)
         if len(evicted):
-            self.prefix.forget(evicted)
+            self.forget_evicted(evicted, now)
         self.pool.tenant[fresh] = tag
         if tenancy is not None:
             tenancy.entered(fresh, number)
         return fresh
 
-    def _unsheltered(self, tenancy: Tenancy, grants: Grants, count: int) -> tuple[int, int]:
-        """Returns how many of `count` blocks a gateway may have for growth, and on whose behalf they are taken.
-
-        A gateway that is left with one sequence has nobody to preempt: floors and pins yield to it, a little at a time.
-        """
-        free = self.pool.available_block_count - tenancy.sheltered(NOBODY)
-        if free > 0 or len(grants.tables) != 1 or grants.leased:
-            return min(count, free), NOBODY
-        return min(count, _LAST_RESORT_GRANT), LAST_RESORT
+    def forget_evicted(self, evicted: BlockIds, now: float) -> None:
+        """Makes evicted blocks match nothing, and remembers what they were for a while."""
+        self.evictions.note(self.prefix.identities[:, 0][evicted], now)
+        self.prefix.forget(evicted)
 
     def _match(
         self, request: AdmitRequest, root: bytes, extras: Mapping[int, bytes], *, learn: bool = True

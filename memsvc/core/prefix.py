@@ -34,7 +34,6 @@ _HINT_WALK = 8
 _MANY = 8
 _EMPTY: BlockIds = np.zeros(0, np.int64)
 
-
 _NONE, _FULL, _PARTIAL, _DUPLICATE = (int(item) for item in Publication)
 
 
@@ -51,6 +50,8 @@ class PrefixIndex:
         tokens: `[block, block_size]` token ids, as far as they are known.
         token_words: the same memory, flat: writing a few tokens through a view costs a fraction.
         published: `[block]` a Publication.
+        identities, parents: `[block, 2]` the identity of each published block (0 if PARTIAL), and of the one before.
+        by_parent: published blocks by the identity of their parent, and some that are so no more.
         index: `[block]` position of the block in the sequence that filled it.
         collision_count: times that equal identities had different tokens.
         events: what was published and forgotten, oldest first; None while nobody wants to know.
@@ -60,23 +61,23 @@ class PrefixIndex:
     __slots__ = (
         "_block_size",
         "_by_identity",
-        "_by_parent",
         "_chain",
         "_has_extra",
         "_hint",
-        "_identities",
         "_identity",
         "_linked",
         "_parent",
-        "_parents",
         "_partial_length",
         "_published",
         "_tenants",
         "_token_bytes",
+        "by_parent",
         "collision_count",
         "events",
+        "identities",
         "index",
         "native",
+        "parents",
         "published",
         "token_words",
         "tokens",
@@ -100,10 +101,10 @@ class PrefixIndex:
         self._published = self.published.data
         self.collision_count = 0
         # The same memory twice: rows of two words to compare many, and bytes to slice one.
-        self._identities = np.zeros((block_count, 2), np.uint64)
-        self._parents = np.zeros((block_count, 2), np.uint64)
-        self._identity = self._identities.data.cast("B")
-        self._parent = self._parents.data.cast("B")
+        self.identities = np.zeros((block_count, 2), np.uint64)
+        self.parents = np.zeros((block_count, 2), np.uint64)
+        self._identity = self.identities.data.cast("B")
+        self._parent = self.parents.data.cast("B")
         self._linked = bytearray(block_count)
         # Tokens of a PARTIAL block that can be matched.
         self._partial_length = bytearray(block_count)
@@ -113,16 +114,16 @@ class PrefixIndex:
         self.events: list[CacheEvent] | None = None
         self._hint = np.zeros(block_count, np.int32).data
         self._by_identity = DigestChains(block_count)
-        self._by_parent = DigestChains(block_count, self._by_identity.scratch)
+        self.by_parent = DigestChains(block_count, self._by_identity.scratch)
         self.native: native.Index | None = None
         if native.accelerator is not None and chain is hashing.chain:
             self.native = self._hold(native.accelerator, block_count)
 
     def _hold(self, accelerator: native.Accelerator, block_count: int) -> native.Index:
-        (heads, following), (parent_heads, parent_following) = self._by_identity.columns, self._by_parent.columns
+        (heads, following), (parent_heads, parent_following) = self._by_identity.columns, self.by_parent.columns
         index: native.Index = accelerator.Index(
             *(block_count, self._block_size, len(heads)),
-            *(self.tokens, self.published, self._identities, self._parents, self._linked, self._has_extra),
+            *(self.tokens, self.published, self.identities, self.parents, self._linked, self._has_extra),
             *(self.index, self._hint, heads, following, parent_heads, parent_following),
         )
         return index
@@ -134,6 +135,10 @@ class PrefixIndex:
     def parent(self, block: int) -> bytes:
         """Returns the identity of the block before one that was published, or the root digest."""
         return self._digest(self._parent, block)
+
+    def matchable_token_count(self, block: int) -> int:
+        """Returns how many tokens of a published block can be matched."""
+        return self._partial_length[block] if self.published[block] == _PARTIAL else self._block_size
 
     def block_of(self, identity: bytes) -> int:
         """Returns the block published under `identity`, or 0."""
@@ -195,7 +200,7 @@ class PrefixIndex:
         data = prompt[: limit * size * _TOKEN_BYTES]
         identities = self.chain_tokens(root, data, 0, extras)
         digests = np.frombuffer(b"".join(identities), np.uint64).reshape(-1, 2)
-        found = self._by_identity.find_many(digests, self._identities, self.published == _FULL)
+        found = self._by_identity.find_many(digests, self.identities, self.published == _FULL)
         words = np.frombuffer(data, "<u4").reshape(limit, size)
         wrong = (found > 0) & (self.tokens[found] != words).any(axis=1)
         self.collision_count += int(wrong.sum())
@@ -281,14 +286,14 @@ class PrefixIndex:
             for block in blocks:
                 if linked[block]:
                     self._unlink(block)
-        self._identities[rows] = digests
-        self._parents[rows] = parents
+        self.identities[rows] = digests
+        self.parents[rows] = parents
         self.index[rows] = fresh.indexes
         self._has_extra[rows] = False
         if fresh.with_extra:
             self._has_extra[fresh.with_extra] = True
         duplicates: list[tuple[int, int]] = []
-        if many and not self._by_identity.find_many(digests, self._identities, self.published == _FULL).any():
+        if many and not self._by_identity.find_many(digests, self.identities, self.published == _FULL).any():
             self._link_many(rows, digests, parents, fresh)
             stored = rows
         else:
@@ -319,7 +324,8 @@ class PrefixIndex:
         if known == token_count:
             return False
         self._unlink(block)
-        self._set_digest(self._parent, block, parent)
+        self.identities[block] = 0
+        self._parent[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES] = parent
         self._has_extra[block] = False
         self._link(block, b"", parent, _PARTIAL)
         self._partial_length[block] = token_count
@@ -341,7 +347,7 @@ class PrefixIndex:
             full = blocks[self.published[blocks] == _FULL]
             if len(full):
                 self.events.append(
-                    BlocksRemoved(full, self.index[full].astype(np.int64), self._identities[full].tobytes())
+                    BlocksRemoved(full, self.index[full].astype(np.int64), self.identities[full].tobytes())
                 )
         self.published[blocks] = _NONE
 
@@ -356,8 +362,8 @@ class PrefixIndex:
         return BlocksStored(
             blocks=blocks,
             indexes=self.index[blocks].astype(np.int64),
-            identities=self._identities[blocks].tobytes(),
-            parents=self._parents[blocks].tobytes(),
+            identities=self.identities[blocks].tobytes(),
+            parents=self.parents[blocks].tobytes(),
             tenant_tags=self._tenants[blocks],
             token_ids=self.tokens[blocks].tobytes() if with_tokens else b"",
             block_size=self._block_size,
@@ -386,7 +392,7 @@ class PrefixIndex:
     ) -> None:
         """Links blocks whose identities are new and distinct."""
         self._by_identity.link_many(digests, rows)
-        self._by_parent.link_many(parents, rows)
+        self.by_parent.link_many(parents, rows)
         np.asarray(self._hint)[fresh.before] = rows
         np.frombuffer(self._linked, np.uint8)[rows] = _FULL
         self.published[rows] = _FULL
@@ -397,9 +403,9 @@ class PrefixIndex:
         states = linked[rows]
         full, any_state = rows[states == _FULL], rows[states != 0]
         if len(full):
-            self._by_identity.unlink_many(self._identities[full], full)
+            self._by_identity.unlink_many(self.identities[full], full)
         if len(any_state):
-            self._by_parent.unlink_many(self._parents[any_state], any_state)
+            self.by_parent.unlink_many(self.parents[any_state], any_state)
             linked[any_state] = 0
 
     def _find(self, parent: bytes, tokens: bytes, extra: bytes = b"") -> int:
@@ -416,7 +422,7 @@ class PrefixIndex:
     ) -> list[int]:
         """Returns by what the hints extend `path`; see `_follow_hints`."""
         if not path:
-            return index.follow(next(self._by_parent.candidates(root), 0), root, prompt, 0, stop)
+            return index.follow(next(self.by_parent.candidates(root), 0), root, prompt, 0, stop)
         return index.follow(self._hint[path[-1]], self._digest(self._identity, path[-1]), prompt, len(path), stop)
 
     def _follow_hints(self, path: list[int], root: bytes, words: npt.NDArray[np.uint32]) -> None:
@@ -425,7 +431,7 @@ class PrefixIndex:
         walk = _HINT_WALK
         while len(path) < len(words):
             start = len(path)
-            block = hint[path[-1]] if start else next(self._by_parent.candidates(root), 0)
+            block = hint[path[-1]] if start else next(self.by_parent.candidates(root), 0)
             guess = []
             for _ in range(min(walk, len(words) - start)):
                 if not block:
@@ -437,9 +443,9 @@ class PrefixIndex:
             blocks = np.array(guess)
             good = (self.published[blocks] == _FULL) & ~self._has_extra[blocks]
             good &= (self.tokens[blocks] == words[start : start + len(blocks)]).all(axis=1)
-            before = np.frombuffer(root, np.uint64) if not start else self._identities[path[-1]]
-            expected = np.concatenate((before[None], self._identities[blocks[:-1]]))
-            good &= (self._parents[blocks] == expected).all(axis=1)
+            before = np.frombuffer(root, np.uint64) if not start else self.identities[path[-1]]
+            expected = np.concatenate((before[None], self.identities[blocks[:-1]]))
+            good &= (self.parents[blocks] == expected).all(axis=1)
             right = len(guess) if good.all() else int(good.argmin())
             path.extend(guess[:right])
             if right < len(guess):
@@ -456,7 +462,7 @@ class PrefixIndex:
         """
         best, best_count = 0, 0
         seen = 0
-        for block in self._by_parent.candidates(parent):
+        for block in self.by_parent.candidates(parent):
             state = self._published[block]
             if state not in {_FULL, _PARTIAL} or self._has_extra[block] or self._digest(self._parent, block) != parent:
                 continue
@@ -477,7 +483,7 @@ class PrefixIndex:
     def _link(self, block: int, identity: bytes, parent: bytes, state: int) -> None:
         if state == _FULL:
             self._by_identity.link(identity, block)
-        self._by_parent.link(parent, block)
+        self.by_parent.link(parent, block)
         self._linked[block] = state
         self._published[block] = state
 
@@ -486,13 +492,9 @@ class PrefixIndex:
         if self._linked[block]:
             if self._linked[block] == _FULL:
                 self._by_identity.unlink(self._digest(self._identity, block), block)
-            self._by_parent.unlink(self._digest(self._parent, block), block)
+            self.by_parent.unlink(self._digest(self._parent, block), block)
             self._linked[block] = 0
 
     @staticmethod
     def _digest(column: memoryview, block: int) -> bytes:
         return bytes(column[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES])
-
-    @staticmethod
-    def _set_digest(column: memoryview, block: int, digest: bytes) -> None:
-        column[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES] = digest

@@ -33,6 +33,7 @@ from memsvc.core.pending import PendingPrefixes
 from memsvc.core.pool import BlockPool
 from memsvc.core.pool_memory import PoolMemory, PoolStatistics
 from memsvc.core.prefix import PrefixIndex
+from memsvc.core.prefix_views import PrefixSelector
 from memsvc.core.registered import RegisteredPool
 from memsvc.core.roots import RecordedRoots
 from memsvc.core.table import TableColumns, TableRecord, TableState
@@ -52,7 +53,7 @@ DERIVED: Final[Mapping[type, frozenset[str]]] = {
     ),
     RegisteredPool: frozenset(),
     Gateway: frozenset(),
-    PoolMemory: frozenset({"_writer"}),
+    PoolMemory: frozenset({"_writer", "evictions"}),
     PoolStatistics: frozenset(),
     Grants: frozenset(),
     BlockPool: frozenset({"native", "residencies"}),
@@ -86,6 +87,7 @@ VALUES: Final = (
     PackedJournal,
     PoolRegistration,
     PoolSpec,
+    PrefixSelector,
     TableState,
     TenantQuota,
 )

@@ -299,6 +299,20 @@ class Tenancy:
         self._count_pinned_cached(cached, 1)
         self._reorder(cached)
 
+    def succeed(self, block: int, heir: int) -> None:
+        """Keeps `heir`, which is in a table and not kept so far, in the place of a cached block with equal content."""
+        kept, number = int(self.retention[block]), int(self.owner[heir])
+        if kept == classes.NONE:
+            return
+        self.let_go(np.array([block]))
+        self.retention[heir] = kept
+        if kept == classes.PINNED:
+            self.pinned[number] += 1
+            self._pinned_total += 1
+        else:
+            self.retained[number] += 1
+            self._retained_total += 1
+
     # Inside
 
     def _choose(self, count: int, taker: int, *, retained: bool) -> BlockIds:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 import dataclasses
 
 from memsvc.core import retention
+from memsvc.core.prefix_views import PrefixSelector
 from memsvc.core.tenancy import TenantQuota
 from quire import media
 from quire.errors import InvalidRequestError
+from quire.hashing import DIGEST_BYTES
 from quire.memory import AdmitRequest, PoolSpec
 
 BLOCK_SIZES = (16, 32, 64)
@@ -131,3 +133,33 @@ def check_quota(tenant: str, quota: TenantQuota, others: Mapping[str, TenantQuot
             f"floor_block_count: {kept} blocks and the {taken} of other tenants' floors and pins leave none of {usable}"
         )
         raise InvalidRequestError(message, field="floor_block_count")
+
+
+def check_selector(selector: PrefixSelector, spec: PoolSpec) -> None:
+    """Raises InvalidRequestError if no prefix in a pool of `spec` can be named so."""
+    if selector.identity:
+        check_identity(selector.identity)
+        beside = next(
+            (name for name in ("token_ids", "tenant", "cache_salt", "adapter") if getattr(selector, name)), ""
+        )
+        if beside:
+            raise InvalidRequestError(f"{beside}: must be empty beside an identity, which says it all", field=beside)
+        return
+    count, rest = divmod(len(selector.token_ids), _TOKEN_BYTES)
+    if not count or rest:
+        message = f"token_ids: {len(selector.token_ids)} bytes, expected at least one token of {_TOKEN_BYTES} bytes"
+        raise InvalidRequestError(message, field="token_ids")
+    if count > spec.max_model_len:
+        message = f"token_ids: {count} tokens, the longest sequence here is {spec.max_model_len} tokens"
+        raise InvalidRequestError(message, field="token_ids")
+    for field in ("tenant", "cache_salt", "adapter"):
+        length = len(getattr(selector, field))
+        if length > TEXT_LENGTH_MAXIMUM:
+            message = f"{field}: {length} characters, allowed are at most {TEXT_LENGTH_MAXIMUM}"
+            raise InvalidRequestError(message, field=field)
+
+
+def check_identity(identity: bytes) -> None:
+    """Raises InvalidRequestError if no block has such an identity."""
+    if len(identity) != DIGEST_BYTES:
+        raise InvalidRequestError(f"identity: {len(identity)} bytes, expected {DIGEST_BYTES}", field="identity")

@@ -134,6 +134,41 @@ class AdminClient:
         request = admin_pb2.SetQuotaRequest(pool_id=pool_id, tenant=tenant, quota=quota)
         return self._call(self._stub.SetQuota, request).usage
 
+    def explain(self, request: admin_pb2.ExplainPrefixRequest) -> admin_pb2.ExplainPrefixResponse:
+        """Says how much of a prompt is cached in a pool, and why not more."""
+        return self._call(self._stub.ExplainPrefix, request)
+
+    def prefixes(self, pool_id: str, least: int, limit: int) -> list[admin_pb2.PrefixSummary]:
+        """Returns the prefixes that at least `least` references share, at most `limit` of them."""
+        request = admin_pb2.ListPrefixesRequest(pool_id=pool_id, min_ref_count=least, page_size=limit)
+        return list(self._call(self._stub.ListPrefixes, request).prefixes)
+
+    def pin(self, pool_id: str, prefix: admin_pb2.PrefixSelector) -> int:
+        """Pins a prefix; returns how many blocks it has."""
+        request = admin_pb2.PinPrefixRequest(pool_id=pool_id, prefix=prefix)
+        return self._call(self._stub.PinPrefix, request).block_count
+
+    def release(self, pool_id: str, prefix: admin_pb2.PrefixSelector) -> int:
+        """Ends the pinning of a prefix; returns how many blocks were pinned."""
+        request = admin_pb2.ReleasePrefixRequest(pool_id=pool_id, prefix=prefix)
+        return self._call(self._stub.ReleasePrefix, request).block_count
+
+    def evict(self, pool_id: str, prefix: admin_pb2.PrefixSelector) -> admin_pb2.EvictPrefixResponse:
+        """Forgets a prefix and all that continues it, but for what is used or pinned."""
+        return self._call(self._stub.EvictPrefix, admin_pb2.EvictPrefixRequest(pool_id=pool_id, prefix=prefix))
+
+    def leaks(self, pool_id: str, seconds: float) -> list[admin_pb2.Holding]:
+        """Returns what gateways hold for at least so long, the oldest first."""
+        found: list[admin_pb2.Holding] = []
+        request = admin_pb2.FindLeaksRequest(pool_id=pool_id, page_size=_PAGE)
+        request.min_age.FromNanoseconds(int(seconds * 1e9))
+        while True:
+            page = self._call(self._stub.FindLeaks, request)
+            found += page.holdings
+            if not (token := page.next_page_token):
+                return found
+            request.page_token = token
+
     def _call(self, method: Callable[..., _Answer], request: object) -> _Answer:
         """Calls a method with a deadline; raises QuireError."""
         try:

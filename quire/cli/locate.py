@@ -48,7 +48,7 @@ def locate(
         quire locate --token-ids - < tokens.txt
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    tokens = _parse(text) if token_ids else _tokenize(text, memsvc, model)
+    tokens = parse_tokens(text) if token_ids else tokenize(text, memsvc, model)
     request = memsvc_pb2.LocateRequest(
         token_ids=columns.pack(tokens), tenant=tenant, cache_salt=cache_salt, model_id=model
     )
@@ -75,7 +75,7 @@ def locate(
         notices().print("the store did not answer: pools of other memory services are not shown")
 
 
-def _parse(text: str) -> list[int]:
+def parse_tokens(text: str) -> list[int]:
     """Returns the token ids in a text; raises InvalidRequestError."""
     words = [word for word in re.split(r"[\s,\[\]]+", text) if word]
     wrong = next((word for word in words if not (word.isascii() and word.isdigit())), None)
@@ -85,7 +85,7 @@ def _parse(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _tokenize(text: str, memsvc: str, model: str) -> list[int]:
+def tokenize(text: str, memsvc: str, model: str) -> list[int]:
     """Returns the tokens of a text, by the tokenizer of an executor.
 
     Raises:

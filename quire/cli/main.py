@@ -19,7 +19,9 @@ from quire.cli import (
     generate,
     history,
     inspect,
+    leaks,
     locate,
+    prefixes,
     quota,
     replay,
     residencies,
@@ -44,6 +46,7 @@ _HINTS: Final = {
     "MODEL_NOT_FOUND": "leave --model out if only one model is served",
     "SEQUENCE_NOT_FOUND": "`quire sequences` lists those that hold blocks; finished ones hold none",
     "POOL_NOT_FOUND": "`quire pools` lists them",
+    "PIN_QUOTA": "`quire quota POOL TENANT --pinned BLOCKS` allows more",
     "CACHE_IN_USE": "--force has the sequences computed again; their clients see a pause",
     "METHOD_UNKNOWN": "is that the right service? With --in-process there is no memsvc to look into",
     "QUEUE_FULL": "the server is busy, try again later",
@@ -92,6 +95,12 @@ app.command()(inspect.block)
 app.command()(history.history)
 app.command()(locate.locate)
 app.command()(cache.reset)
+app.command()(prefixes.explain)
+app.command()(prefixes.prefixes)
+app.command()(prefixes.pin)
+app.command()(prefixes.release)
+app.command()(prefixes.evict)
+app.command()(leaks.leaks)
 app.command()(replay.replay)
 app.command()(quota.quota)
 app.command()(residencies.residencies)

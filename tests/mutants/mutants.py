@@ -236,14 +236,14 @@ BLOCKS: Final = (
     Mutant(
         "an evicted block still matches what it held",
         f"{_MEMORY}._obtain",
-        "self.prefix.forget(evicted)",
+        "self.forget_evicted(evicted, now)",
         "pass",
         "a_block_forgets_what_it_held",
     ),
     Mutant(
         "a block that is leased still matches what it held",
         f"{_MEMORY}.lease",
-        "self.prefix.forget(evicted)",
+        "self.forget_evicted(evicted, now)",
         "pass",
         "a_block_forgets_what_it_held",
     ),

@@ -123,14 +123,14 @@ QUOTAS: Final = (
     ),
     Mutant(
         "leases take what a floor shelters",
-        f"{_MEMORY}._unsheltered",
+        "memsvc.core.ceilings:unsheltered",
         "return min(count, free), NOBODY",
         "return count, LAST_RESORT",
         "a_floor_shelters",
     ),
     Mutant(
         "a last sequence that cannot grow stands still for ever",
-        f"{_MEMORY}._unsheltered",
+        "memsvc.core.ceilings:unsheltered",
         "free > 0 or len(grants.tables) != 1 or grants.leased",
         "True",
         "a_floor_shelters",
@@ -230,4 +230,70 @@ RESIDENCY: Final = tuple(
     )
 )
 
-MUTANTS: Final = RESET + QUOTAS + RETENTION + RESIDENCY
+_VIEWS: Final = "memsvc.core.prefix_views"
+
+PINS: Final = tuple(
+    Mutant(name, target, old, new, "a_pin_holds")
+    for name, target, old, new in (
+        ("pins have no quota", f"{_CORE}.pin_prefix", "before + len(new) > limit", "False"),
+        ("pins are of the tenant without a name", f"{_CORE}._matchable", "selector.tenant", '""'),
+        ("an operator evicts what is pinned", f"{_CORE}.evict_prefix", " and not is_pinned", ""),
+        (
+            "who computes a pinned text again ends the pin",
+            f"{_MEMORY}.publish",
+            "self.tenancy.succeed(other, block)",
+            "pass",
+        ),
+        (
+            "a pin is left without its beginning",
+            f"{_CORE}.release_prefix",
+            "(tenancy.retention[behind] == retention.PINNED).any()",
+            "False",
+        ),
+        (
+            "the beginning of a released prefix goes first",
+            f"{_CORE}.release_prefix",
+            "tenancy.let_go(np.array([block]))",
+            "tenancy.let_go(path.blocks)",
+        ),
+    )
+)
+
+FORGOTTEN: Final = tuple(
+    Mutant(name, target, old, new, "what_must_go_goes_and_nothing_else")
+    for name, target, old, new in (
+        ("what others begin with goes too", f"{_CORE}.evict_prefix", " and not is_needed", ""),
+        (
+            "what is used is evicted",
+            f"{_CORE}.evict_prefix",
+            "memory.pool.state[block] == BlockState.CACHED and",
+            "True and",
+        ),
+        (
+            "what continues a prefix stays",
+            f"{_VIEWS}:continuations",
+            "found.extend(children(memory, prefix.identity(block)))",
+            "pass",
+        ),
+        (
+            "all that continues a prefix goes, whatever tokens it has",
+            f"{_VIEWS}:continuations",
+            "if len(rest):",
+            "if False:",
+        ),
+        (
+            "what must not be cached can be felt",
+            f"{_VIEWS}:explain",
+            " & (memory.prefix.published == Publication.FULL)",
+            "",
+        ),
+        (
+            "evictions are not remembered",
+            f"{_MEMORY}.forget_evicted",
+            "self.evictions.note(self.prefix.identities[:, 0][evicted], now)",
+            "pass",
+        ),
+    )
+)
+
+MUTANTS: Final = RESET + QUOTAS + RETENTION + RESIDENCY + PINS + FORGOTTEN

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from memsvc.core.lease import PoolChanged
 from memsvc.core.pool import BlockState
+from memsvc.core.prefix_views import MissReason, PrefixSelector
 from memsvc.core.residency import ACCESS_LIMIT
 from memsvc.core.tenancy import TenantQuota
 from quire.columns import pack
 from quire.errors import (
     BlockPoolExhaustedError,
     CacheInUseError,
+    PinQuotaError,
     PromptTooLongError,
     StaleEpochError,
     TenantCeilingError,
@@ -154,6 +156,53 @@ def lives_are_followed_to_their_end() -> None:
     assert not sampler.records()
 
 
+def a_pin_holds() -> None:
+    """Within its quota, through whoever computes the text again, until it is released, the tail before the head."""
+    world = World()
+    text = prompt(4 * SIZE)
+    world.run(text, tenant="a")
+    world.run(text, tenant="b")
+    world.core.set_quota(POOL, "a", TenantQuota(pinned=3))
+    refused(PinQuotaError, world.core.pin_prefix, POOL, PrefixSelector(pack(text), "a"), world.now)
+    refused(PinQuotaError, world.core.pin_prefix, POOL, PrefixSelector(pack(text), "b"), world.now)
+    world.core.set_quota(POOL, "a", TenantQuota(pinned=5))
+    whole, head = PrefixSelector(pack(text), "a"), PrefixSelector(pack(text[: 2 * SIZE]), "a")
+    assert world.core.pin_prefix(POOL, whole, world.now) == 4
+    assert world.core.evict_prefix(POOL, PrefixSelector(pack(text), "b"), world.now) == (4, 0)
+    assert world.core.evict_prefix(POOL, whole, world.now) == (0, 4)
+    world.run(text, tenant="a", skip_cache_read=True)
+    assert world.core.release_prefix(POOL, head) == 0
+    leased = world.lease(USABLE)
+    assert len(leased) == USABLE - 4
+    assert found(world, text, tenant="a") == 4 * SIZE
+    assert world.core.release_prefix(POOL, whole) == 4
+    world.check()
+    world.lease(2)
+    assert found(world, text, tenant="a") == 2 * SIZE
+
+
+def what_must_go_goes_and_nothing_else() -> None:
+    """A text is forgotten with all that begins with it; what others begin with stays, and nobody reads along."""
+    world = World()
+    system, mine, yours = prompt(2 * SIZE), prompt(SIZE + 8, 1), prompt(SIZE + 8, 2)
+    for text in (mine, yours):
+        world.run([*system, *text])
+    hidden = world.admit(prompt(SIZE, 3), skip_cache_write=True)
+    world.write(hidden)
+    for tokens in (prompt(SIZE, 3), prompt(4, 3)):
+        reason = world.core.explain_prefix(POOL, PrefixSelector(pack(tokens), "b")).reason
+        assert reason in {MissReason.NEVER_SEEN, MissReason.TOO_SHORT}
+    assert world.core.evict_prefix(POOL, PrefixSelector(pack([*system, *yours[:8]])), world.now) == (2, 2)
+    assert found(world, [*system, *mine]) == 3 * SIZE + 8
+    assert world.core.explain_prefix(POOL, PrefixSelector(pack([*system, *yours]))).reason is MissReason.EVICTED
+    running = world.admit([*system, 5])
+    assert world.core.evict_prefix(POOL, PrefixSelector(pack(system)), world.now) == (2, 2)
+    world.check()
+    assert found(world, [*system, *mine]) == 2 * SIZE
+    world.close(running, CloseReason.CANCELLED)
+    assert world.core.evict_prefix(POOL, PrefixSelector(pack(system[:5])), world.now) == (2, 0)
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -163,5 +212,7 @@ SCENARIOS = {
         a_floor_does_not_bind_its_own_tenant,
         what_is_retained_outlives_strangers,
         lives_are_followed_to_their_end,
+        a_pin_holds,
+        what_must_go_goes_and_nothing_else,
     )
 }

@@ -20,6 +20,7 @@ from memsvc.core.lease import FenceRequired, MergeOffered
 from memsvc.core.log import CommandLog, Entry
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
+from memsvc.core.prefix_views import PrefixSelector
 from memsvc.core.replay import decode_entry, encode_entry, replay, replay_segments
 from memsvc.core.snapshot import clone, decode, digest, encode
 from memsvc.core.validation import PoolRegistration
@@ -29,6 +30,7 @@ from quire.errors import (
     BlockPoolExhaustedError,
     CacheInUseError,
     InvalidRequestError,
+    PrefixNotFoundError,
     PromptTooLongError,
     StaleEpochError,
     TenantCeilingError,
@@ -403,6 +405,22 @@ class MemoryMachine(SharingRules):
             gateway.leased.clear()
             gateway.granted = 0
         assert self.pool.count(BlockState.FREE) == USABLE
+
+    @rule(pieces=PIECES, tenant=TENANTS)
+    def evict_prefix(self, pieces: list[tuple[int, int]], tenant: str) -> None:
+        """An operator has a text forgotten: what nobody uses of it is gone, and nothing else."""
+        tokens = tokens_of(pieces)
+        selector, cached = PrefixSelector(pack(tokens), tenant), self.pool.count(BlockState.CACHED)
+        self.core.explain_prefix(POOL, selector)
+        try:
+            count, kept = self.core.evict_prefix(POOL, selector, self.now)
+        except PrefixNotFoundError:
+            count, kept = 0, 0
+        assert self.pool.count(BlockState.CACHED) == cached - count
+        if not kept:
+            request = AdmitRequest(POOL, self.epoch, "r", 0, pack([*tokens, 0]), tenant=tenant)
+            # At most the head of a block is left: nobody begins with a whole one.
+            assert len(tokens) >= 10 * SIZE or self.core.locate(request) < SIZE
 
     @rule()
     def rotate(self) -> None:

@@ -7,11 +7,16 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
+import numpy as np
 import pytest
 
+from memsvc.core import retention
+from memsvc.core.pool import BlockState
+from memsvc.core.prefix_views import PrefixSelector
 from memsvc.core.tenancy import TenantQuota
-from quire.errors import InvalidRequestError, TenantCeilingError
-from tests.properties.memory_model import POOL, ModelGateway, ModelTable
+from quire.columns import pack
+from quire.errors import InvalidRequestError, PinQuotaError, PrefixNotFoundError, TenantCeilingError
+from tests.properties.memory_model import POOL, ModelGateway, ModelTable, tokens_of
 from tests.properties.test_memory_machine import PIECES, TENANTS, USABLE, MemoryMachine
 
 
@@ -31,17 +36,45 @@ class QuotaMachine(MemoryMachine):
         use = self.use(tenant)
         return int(use.held + use.cached)
 
-    @rule(tenant=TENANTS, floor=st.integers(0, 5), ceiling=st.sampled_from([None, 3, 6, 9]))
-    def set_quota(self, tenant: str, floor: int, ceiling: int | None) -> None:
+    @rule(
+        tenant=TENANTS,
+        floor=st.integers(0, 5),
+        ceiling=st.sampled_from([None, 3, 6, 9]),
+        pinned=st.sampled_from([0, 2, 3]),
+    )
+    def set_quota(self, tenant: str, floor: int, ceiling: int | None, pinned: int) -> None:
         """Changes a quota."""
-        quota = TenantQuota(floor=floor, ceiling=ceiling)
-        others = sum(one.floor for name, one in self.quotas.items() if name != tenant)
+        quota = TenantQuota(floor=floor, ceiling=ceiling, pinned=pinned)
+        others = sum(one.kept for name, one in self.quotas.items() if name != tenant)
         try:
             self.core.set_quota(POOL, tenant, quota)
         except InvalidRequestError:
-            assert floor > (ceiling or USABLE) or floor + others >= USABLE
+            assert quota.kept > (ceiling or USABLE) or quota.kept + others >= USABLE
         else:
             self.quotas[tenant] = quota
+
+    @rule(pieces=PIECES, tenant=TENANTS)
+    def pin(self, pieces: list[tuple[int, int]], tenant: str) -> None:
+        """Pins a prefix: all of its blocks, within the quota, or none."""
+        selector = PrefixSelector(pack(tokens_of(pieces)), tenant)
+        before = int(self.use(tenant).pinned)
+        try:
+            count = self.core.pin_prefix(POOL, selector, self.now)
+        except (PrefixNotFoundError, PinQuotaError):
+            assert int(self.use(tenant).pinned) == before
+        else:
+            limit = self.quotas.get(tenant, TenantQuota()).pinned
+            assert count <= int(self.use(tenant).pinned) <= max(before, limit)
+
+    @rule(pieces=PIECES, tenant=TENANTS)
+    def unpin(self, pieces: list[tuple[int, int]], tenant: str) -> None:
+        """Releases a prefix."""
+        before = int(self.use(tenant).pinned)
+        try:
+            count = self.core.release_prefix(POOL, PrefixSelector(pack(tokens_of(pieces)), tenant))
+        except PrefixNotFoundError:
+            count = 0
+        assert int(self.use(tenant).pinned) == before - count
 
     def wishes(self, needed: int) -> dict[str, Any]:
         """See the base: some are retained, some are turns of a conversation."""
@@ -50,18 +83,21 @@ class QuotaMachine(MemoryMachine):
 
     def sheltered(self) -> int:
         """Returns how many cached blocks nobody but their tenant may take."""
-        found = 0
-        for tenant, quota in self.quotas.items():
-            if quota.floor:
-                cached = int(self.use(tenant).cached)
-                found += cached - min(cached, max(0, self.total(tenant) - quota.floor))
+        tenancy, found = self.core.pool(POOL).memory.tenancy, 0
+        for tenant in {"", "a"} if tenancy is not None else ():
+            floor = self.quotas.get(tenant, TenantQuota()).floor
+            tag = self.core.tenant_tag(POOL, tenant)
+            mine = (self.pool.tenant == tag) & (self.pool.state == BlockState.CACHED)
+            pinned = int(np.count_nonzero(mine & (tenancy.retention == retention.PINNED)))
+            plain = int(np.count_nonzero(mine)) - pinned
+            found += pinned + (plain - min(plain, max(0, self.total(tenant) - floor)) if floor else 0)
         return found
 
     def impossible(self, tenant: str, needed: int) -> bool:
         """See the base."""
         ceiling = self.quotas.get(tenant, TenantQuota()).ceiling
-        others = sum(one.floor for name, one in self.quotas.items() if name != tenant)
-        return needed > USABLE - others or (ceiling is not None and needed > ceiling)
+        others = sum(one.kept for name, one in self.quotas.items() if name != tenant)
+        return needed > USABLE - others - int(self.use(tenant).pinned) or (ceiling is not None and needed > ceiling)
 
     def leasable(self, gateway: ModelGateway) -> int:
         """See the base: only a last sequence may have what a floor shelters, and not much of it."""
@@ -75,11 +111,13 @@ class QuotaMachine(MemoryMachine):
     def admit(self, which: int, pieces: list[tuple[int, int]], tenant: str, read: bool, write: bool) -> None:
         """See the base: nothing is taken from below the floor of another tenant, and the ceiling is heeded."""
         totals = {name: self.total(name) for name in self.quotas}
+        pinned = {name: int(self.use(name).pinned) for name in ("", "a")}
         held = int(self.use(tenant).held)
         super().admit(which, pieces, tenant, read, write)
         for name, quota in self.quotas.items():
             if name != tenant:
                 assert self.total(name) >= min(totals[name], quota.floor)
+        assert pinned == {name: int(self.use(name).pinned) for name in ("", "a")}
         ceiling = self.quotas.get(tenant, TenantQuota()).ceiling
         assert ceiling is None or int(self.use(tenant).held) <= max(ceiling, held)
 

@@ -21,6 +21,50 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _MissReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MissReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MissReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MISS_REASON_UNSPECIFIED: _MissReason.ValueType  # 0
+    """Not set."""
+    MISS_REASON_NONE: _MissReason.ValueType  # 1
+    """All of it is cached."""
+    MISS_REASON_TOO_SHORT: _MissReason.ValueType  # 2
+    """What is left is shorter than a block, and no cached block begins so."""
+    MISS_REASON_NOT_COMMITTED: _MissReason.ValueType  # 3
+    """A sequence that began like it computes the next block; the executor has not confirmed it yet."""
+    MISS_REASON_EVICTED: _MissReason.ValueType  # 4
+    """It was cached, and was evicted."""
+    MISS_REASON_OTHER_SCOPE: _MissReason.ValueType  # 5
+    """The tenant has the same tokens cached under another salt, adapter or beginning."""
+    MISS_REASON_OTHER_TENANT: _MissReason.ValueType  # 6
+    """Another tenant has the same tokens cached."""
+    MISS_REASON_NEVER_SEEN: _MissReason.ValueType  # 7
+    """Nothing like it was cached for as long as is remembered."""
+
+class MissReason(_MissReason, metaclass=_MissReasonEnumTypeWrapper):
+    """Why a prompt is not cached any further."""
+
+MISS_REASON_UNSPECIFIED: MissReason.ValueType  # 0
+"""Not set."""
+MISS_REASON_NONE: MissReason.ValueType  # 1
+"""All of it is cached."""
+MISS_REASON_TOO_SHORT: MissReason.ValueType  # 2
+"""What is left is shorter than a block, and no cached block begins so."""
+MISS_REASON_NOT_COMMITTED: MissReason.ValueType  # 3
+"""A sequence that began like it computes the next block; the executor has not confirmed it yet."""
+MISS_REASON_EVICTED: MissReason.ValueType  # 4
+"""It was cached, and was evicted."""
+MISS_REASON_OTHER_SCOPE: MissReason.ValueType  # 5
+"""The tenant has the same tokens cached under another salt, adapter or beginning."""
+MISS_REASON_OTHER_TENANT: MissReason.ValueType  # 6
+"""Another tenant has the same tokens cached."""
+MISS_REASON_NEVER_SEEN: MissReason.ValueType  # 7
+"""Nothing like it was cached for as long as is remembered."""
+Global___MissReason: _TypeAlias = MissReason  # noqa: Y015
+
 class _SequenceState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -84,6 +128,598 @@ BLOCK_STATE_LEASED: BlockState.ValueType  # 5
 BLOCK_STATE_NULL: BlockState.ValueType  # 6
 """The reserved null block."""
 Global___BlockState: _TypeAlias = BlockState  # noqa: Y015
+
+@_typing.final
+class PrefixSelector(_message.Message):
+    """Names a prefix: by its tokens and whose they are, or by the identity of its last block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    token_ids: _builtins.bytes
+    """u32 column: tokens from the beginning of a prompt, at least one, at most the pool's max_model_len. To pin and to release
+    concern its full blocks as far as they are cached.
+    """
+    tenant: _builtins.str
+    """Tenant whose blocks count, at most 512 characters; empty for the default one."""
+    cache_salt: _builtins.str
+    """Salt of the requests, at most 512 characters."""
+    adapter: _builtins.str
+    """Adapter of the requests, at most 512 characters."""
+    identity: _builtins.bytes
+    """Identity of the last block of a prefix, 16 bytes, instead of all of the above."""
+    def __init__(
+        self,
+        *,
+        token_ids: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        identity: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "identity", b"identity", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixSelector: _TypeAlias = PrefixSelector  # noqa: Y015
+
+@_typing.final
+class ListBlocksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    state: Global___BlockState.ValueType
+    """Only blocks in this state, one of those that are defined; unspecified for all."""
+    tenant: _builtins.str
+    """Only blocks held or cached for this tenant, at most 512 characters; absent for all."""
+    identity: _builtins.bytes
+    """Only the block of this identity, 16 bytes, and those before it in its prefix; empty for all."""
+    page_size: _builtins.int
+    """At most this many; 0 for 100, never more than 1000."""
+    page_token: _builtins.str
+    """From the previous answer."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        state: Global___BlockState.ValueType = ...,
+        tenant: _builtins.str | None = ...,
+        identity: _builtins.bytes = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "identity", b"identity", "page_size", b"page_size", "page_token", b"page_token", "pool_id", b"pool_id", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___ListBlocksRequest: _TypeAlias = ListBlocksRequest  # noqa: Y015
+
+@_typing.final
+class ListBlocksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockSummary]:
+        """The blocks."""
+
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___BlockSummary] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBlocksResponse: _TypeAlias = ListBlocksResponse  # noqa: Y015
+
+@_typing.final
+class BlockSummary(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REF_COUNT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    RETENTION_PRIORITY_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    block_id: _builtins.int
+    """Physical block."""
+    state: Global___BlockState.ValueType
+    """Where it is."""
+    ref_count: _builtins.int
+    """References on it: table entries, copies and merges under way."""
+    generation: _builtins.int
+    """Times it was given new content."""
+    identity: _builtins.bytes
+    """Identity that prompts match; empty when it has none."""
+    retention_priority: _builtins.int
+    """Priority with which it is retained, 0 for none."""
+    pinned: _builtins.bool
+    """Whether an operator has pinned it."""
+    @_builtins.property
+    def since(self) -> _duration_pb2.Duration:
+        """Time since the block last changed state."""
+
+    def __init__(
+        self,
+        *,
+        block_id: _builtins.int = ...,
+        state: Global___BlockState.ValueType = ...,
+        ref_count: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        identity: _builtins.bytes = ...,
+        retention_priority: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+        since: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "generation", b"generation", "identity", b"identity", "pinned", b"pinned", "ref_count", b"ref_count", "retention_priority", b"retention_priority", "since", b"since", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockSummary: _TypeAlias = BlockSummary  # noqa: Y015
+
+@_typing.final
+class ExplainPrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    token_ids: _builtins.bytes
+    """u32 column: the prompt, without pictures. At least one token, at most the pool's max_model_len."""
+    tenant: _builtins.str
+    """Tenant that the request would belong to, at most 512 characters; empty for the default one."""
+    cache_salt: _builtins.str
+    """Salt that it would carry, at most 512 characters."""
+    adapter: _builtins.str
+    """Adapter that it would use, at most 512 characters."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        token_ids: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "pool_id", b"pool_id", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainPrefixRequest: _TypeAlias = ExplainPrefixRequest  # noqa: Y015
+
+@_typing.final
+class ExplainPrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    BLOCK_INDEX_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    EVICTED_AGE_FIELD_NUMBER: _builtins.int
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    cached_token_count: _builtins.int
+    """Leading tokens of the prompt that are cached."""
+    token_count: _builtins.int
+    """Tokens of the prompt."""
+    block_index: _builtins.int
+    """Position of the first block that is not cached as a whole."""
+    reason: Global___MissReason.ValueType
+    """Why it is not."""
+    explanation: _builtins.str
+    """One sentence that says it."""
+    block_id: _builtins.int
+    """Block of the same tenant that has the same tokens; 0 for none."""
+    @_builtins.property
+    def evicted_age(self) -> _duration_pb2.Duration:
+        """Time since the block was evicted; absent for other reasons."""
+
+    def __init__(
+        self,
+        *,
+        cached_token_count: _builtins.int = ...,
+        token_count: _builtins.int = ...,
+        block_index: _builtins.int = ...,
+        reason: Global___MissReason.ValueType = ...,
+        explanation: _builtins.str = ...,
+        evicted_age: _duration_pb2.Duration | None = ...,
+        block_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evicted_age", b"evicted_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "block_index", b"block_index", "cached_token_count", b"cached_token_count", "evicted_age", b"evicted_age", "explanation", b"explanation", "reason", b"reason", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainPrefixResponse: _TypeAlias = ExplainPrefixResponse  # noqa: Y015
+
+@_typing.final
+class ListPrefixesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    MIN_REF_COUNT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    min_ref_count: _builtins.int
+    """Only prefixes that at least so many references share; 0 for 2."""
+    page_size: _builtins.int
+    """At most this many; 0 for 100, never more than 1000."""
+    page_token: _builtins.str
+    """From the previous answer."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        min_ref_count: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_ref_count", b"min_ref_count", "page_size", b"page_size", "page_token", b"page_token", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPrefixesRequest: _TypeAlias = ListPrefixesRequest  # noqa: Y015
+
+@_typing.final
+class ListPrefixesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIXES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def prefixes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixSummary]:
+        """The prefixes."""
+
+    def __init__(
+        self,
+        *,
+        prefixes: _abc.Iterable[Global___PrefixSummary] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "prefixes", b"prefixes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPrefixesResponse: _TypeAlias = ListPrefixesResponse  # noqa: Y015
+
+@_typing.final
+class PrefixSummary(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    REF_COUNT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SAVED_BYTES_FIELD_NUMBER: _builtins.int
+    identity: _builtins.bytes
+    """Identity of its last block, 16 bytes."""
+    block_id: _builtins.int
+    """Its last block."""
+    block_count: _builtins.int
+    """Its blocks."""
+    token_count: _builtins.int
+    """Its tokens."""
+    ref_count: _builtins.int
+    """References on its last block."""
+    bytes: _builtins.int
+    """Bytes that its blocks take on the device."""
+    saved_bytes: _builtins.int
+    """Bytes that sharing it saves."""
+    def __init__(
+        self,
+        *,
+        identity: _builtins.bytes = ...,
+        block_id: _builtins.int = ...,
+        block_count: _builtins.int = ...,
+        token_count: _builtins.int = ...,
+        ref_count: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        saved_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "block_id", b"block_id", "bytes", b"bytes", "identity", b"identity", "ref_count", b"ref_count", "saved_bytes", b"saved_bytes", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixSummary: _TypeAlias = PrefixSummary  # noqa: Y015
+
+@_typing.final
+class PinPrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    @_builtins.property
+    def prefix(self) -> Global___PrefixSelector:
+        """What to pin."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        prefix: Global___PrefixSelector | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_id", b"pool_id", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinPrefixRequest: _TypeAlias = PinPrefixRequest  # noqa: Y015
+
+@_typing.final
+class PinPrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    block_count: _builtins.int
+    """Blocks of the prefix that prompts can match, all of which are pinned now."""
+    def __init__(
+        self,
+        *,
+        block_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinPrefixResponse: _TypeAlias = PinPrefixResponse  # noqa: Y015
+
+@_typing.final
+class ReleasePrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    @_builtins.property
+    def prefix(self) -> Global___PrefixSelector:
+        """What to release."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        prefix: Global___PrefixSelector | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_id", b"pool_id", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleasePrefixRequest: _TypeAlias = ReleasePrefixRequest  # noqa: Y015
+
+@_typing.final
+class ReleasePrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    block_count: _builtins.int
+    """Blocks that were pinned and are no more."""
+    def __init__(
+        self,
+        *,
+        block_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleasePrefixResponse: _TypeAlias = ReleasePrefixResponse  # noqa: Y015
+
+@_typing.final
+class EvictPrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    @_builtins.property
+    def prefix(self) -> Global___PrefixSelector:
+        """What to forget."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        prefix: Global___PrefixSelector | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_id", b"pool_id", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictPrefixRequest: _TypeAlias = EvictPrefixRequest  # noqa: Y015
+
+@_typing.final
+class EvictPrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    KEPT_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    block_count: _builtins.int
+    """Blocks that were forgotten."""
+    kept_block_count: _builtins.int
+    """Blocks that stay, since they are used or pinned, or something else begins with them."""
+    def __init__(
+        self,
+        *,
+        block_count: _builtins.int = ...,
+        kept_block_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "kept_block_count", b"kept_block_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictPrefixResponse: _TypeAlias = EvictPrefixResponse  # noqa: Y015
+
+@_typing.final
+class FindLeaksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    MIN_AGE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Only this pool; empty for all."""
+    page_size: _builtins.int
+    """At most this many; 0 for 100, never more than 1000."""
+    page_token: _builtins.str
+    """From the previous answer."""
+    @_builtins.property
+    def min_age(self) -> _duration_pb2.Duration:
+        """Only what is held for at least so long; absent for all."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        min_age: _duration_pb2.Duration | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_age", b"min_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_age", b"min_age", "page_size", b"page_size", "page_token", b"page_token", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindLeaksRequest: _TypeAlias = FindLeaksRequest  # noqa: Y015
+
+@_typing.final
+class FindLeaksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDINGS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def holdings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Holding]:
+        """What is held."""
+
+    def __init__(
+        self,
+        *,
+        holdings: _abc.Iterable[Global___Holding] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindLeaksResponse: _TypeAlias = FindLeaksResponse  # noqa: Y015
+
+@_typing.final
+class Holding(_message.Message):
+    """Blocks that a gateway holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    CLOSING_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Pool."""
+    gateway_id: _builtins.str
+    """Gateway that was granted them."""
+    closing: _builtins.bool
+    """Whether the gateway is gone, and they wait for the executor's fence."""
+    sequence_id: _builtins.str
+    """Sequence whose table they are in; empty for a growth lease."""
+    tenant: _builtins.str
+    """Tenant of the sequence."""
+    block_count: _builtins.int
+    """How many."""
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Time since the table was opened, or since the oldest block of the lease was granted."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        gateway_id: _builtins.str = ...,
+        closing: _builtins.bool = ...,
+        sequence_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        block_count: _builtins.int = ...,
+        age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_count", b"block_count", "closing", b"closing", "gateway_id", b"gateway_id", "pool_id", b"pool_id", "sequence_id", b"sequence_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Holding: _TypeAlias = Holding  # noqa: Y015
 
 @_typing.final
 class Quota(_message.Message):

@@ -91,6 +91,41 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesRequest.SerializeToString,
                 response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesResponse.FromString,
                 _registered_method=True)
+        self.ListBlocks = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/ListBlocks',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListBlocksRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListBlocksResponse.FromString,
+                _registered_method=True)
+        self.ExplainPrefix = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/ExplainPrefix',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ExplainPrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ExplainPrefixResponse.FromString,
+                _registered_method=True)
+        self.ListPrefixes = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/ListPrefixes',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListPrefixesRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListPrefixesResponse.FromString,
+                _registered_method=True)
+        self.PinPrefix = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/PinPrefix',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.PinPrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.PinPrefixResponse.FromString,
+                _registered_method=True)
+        self.ReleasePrefix = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/ReleasePrefix',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ReleasePrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ReleasePrefixResponse.FromString,
+                _registered_method=True)
+        self.EvictPrefix = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/EvictPrefix',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.EvictPrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.EvictPrefixResponse.FromString,
+                _registered_method=True)
+        self.FindLeaks = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/FindLeaks',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.FindLeaksRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.FindLeaksResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -180,6 +215,60 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBlocks(self, request, context):
+        """Lists blocks of a pool by id. NOT_FOUND: no such pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainPrefix(self, request, context):
+        """Says how much of a prompt is cached in a pool, and why not more. NOT_FOUND: no such pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPrefixes(self, request, context):
+        """Lists the prefixes that sequences share, those that save most first. NOT_FOUND: no such pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinPrefix(self, request, context):
+        """Keeps the cached full blocks of a prefix until they are released, the cache is reset, or the executor restarts. May be
+        repeated. NOT_FOUND: no such pool, or prompts can match no full block of it. RESOURCE_EXHAUSTED: the tenant's quota of
+        pinned blocks does not allow it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleasePrefix(self, request, context):
+        """Ends the pinning of a prefix. A block that another pinned one continues stays pinned. May be repeated. NOT_FOUND: no
+        such pool, or no full block of the prefix is cached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictPrefix(self, request, context):
+        """Forgets everything that begins with a prefix, and the blocks of the prefix itself unless something else begins with
+        them. Blocks that are used or pinned stay; a sequence that still runs leaves its blocks in the cache when it ends.
+        NOT_FOUND: no such pool, or nothing of the prefix is cached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindLeaks(self, request, context):
+        """Lists what gateways hold, the oldest first: tables, and leases in no table. NOT_FOUND: no such pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -237,6 +326,41 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListResidencies,
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesRequest.FromString,
                     response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesResponse.SerializeToString,
+            ),
+            'ListBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBlocks,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListBlocksRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListBlocksResponse.SerializeToString,
+            ),
+            'ExplainPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainPrefix,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ExplainPrefixRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ExplainPrefixResponse.SerializeToString,
+            ),
+            'ListPrefixes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPrefixes,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListPrefixesRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListPrefixesResponse.SerializeToString,
+            ),
+            'PinPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinPrefix,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.PinPrefixRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.PinPrefixResponse.SerializeToString,
+            ),
+            'ReleasePrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleasePrefix,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ReleasePrefixRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ReleasePrefixResponse.SerializeToString,
+            ),
+            'EvictPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictPrefix,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.EvictPrefixRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.EvictPrefixResponse.SerializeToString,
+            ),
+            'FindLeaks': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindLeaks,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.FindLeaksRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.FindLeaksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -538,6 +662,195 @@ class AdminService(object):
             '/quire.memsvc.v1.AdminService/ListResidencies',
             protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesRequest.SerializeToString,
             protos_dot_memsvc_dot_v1_dot_admin__pb2.ListResidenciesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/ListBlocks',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ListBlocksRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ListBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/ExplainPrefix',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ExplainPrefixRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ExplainPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPrefixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/ListPrefixes',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ListPrefixesRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ListPrefixesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/PinPrefix',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.PinPrefixRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.PinPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleasePrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/ReleasePrefix',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ReleasePrefixRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.ReleasePrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/EvictPrefix',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.EvictPrefixRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.EvictPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindLeaks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/FindLeaks',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.FindLeaksRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.FindLeaksResponse.FromString,
             options,
             channel_credentials,
             insecure,

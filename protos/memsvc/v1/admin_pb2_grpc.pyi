@@ -65,6 +65,28 @@ class AdminServiceStub:
     """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool."""
     ListResidencies: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListResidenciesRequest, _admin_pb2.ListResidenciesResponse]
     """Lists lives of blocks that have ended, those followed by --residency-every, the oldest first. NOT_FOUND: no such pool."""
+    ListBlocks: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListBlocksRequest, _admin_pb2.ListBlocksResponse]
+    """Lists blocks of a pool by id. NOT_FOUND: no such pool."""
+    ExplainPrefix: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainPrefixRequest, _admin_pb2.ExplainPrefixResponse]
+    """Says how much of a prompt is cached in a pool, and why not more. NOT_FOUND: no such pool."""
+    ListPrefixes: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPrefixesRequest, _admin_pb2.ListPrefixesResponse]
+    """Lists the prefixes that sequences share, those that save most first. NOT_FOUND: no such pool."""
+    PinPrefix: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PinPrefixRequest, _admin_pb2.PinPrefixResponse]
+    """Keeps the cached full blocks of a prefix until they are released, the cache is reset, or the executor restarts. May be
+    repeated. NOT_FOUND: no such pool, or prompts can match no full block of it. RESOURCE_EXHAUSTED: the tenant's quota of
+    pinned blocks does not allow it.
+    """
+    ReleasePrefix: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReleasePrefixRequest, _admin_pb2.ReleasePrefixResponse]
+    """Ends the pinning of a prefix. A block that another pinned one continues stays pinned. May be repeated. NOT_FOUND: no
+    such pool, or no full block of the prefix is cached.
+    """
+    EvictPrefix: _grpc.UnaryUnaryMultiCallable[_admin_pb2.EvictPrefixRequest, _admin_pb2.EvictPrefixResponse]
+    """Forgets everything that begins with a prefix, and the blocks of the prefix itself unless something else begins with
+    them. Blocks that are used or pinned stay; a sequence that still runs leaves its blocks in the cache when it ends.
+    NOT_FOUND: no such pool, or nothing of the prefix is cached.
+    """
+    FindLeaks: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FindLeaksRequest, _admin_pb2.FindLeaksResponse]
+    """Lists what gateways hold, the oldest first: tables, and leases in no table. NOT_FOUND: no such pool."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -103,6 +125,28 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Lists the tenants of a pool that have a quota, by name. NOT_FOUND: no such pool."""
     ListResidencies: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListResidenciesRequest, _admin_pb2.ListResidenciesResponse]  # type: ignore[assignment]
     """Lists lives of blocks that have ended, those followed by --residency-every, the oldest first. NOT_FOUND: no such pool."""
+    ListBlocks: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListBlocksRequest, _admin_pb2.ListBlocksResponse]  # type: ignore[assignment]
+    """Lists blocks of a pool by id. NOT_FOUND: no such pool."""
+    ExplainPrefix: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainPrefixRequest, _admin_pb2.ExplainPrefixResponse]  # type: ignore[assignment]
+    """Says how much of a prompt is cached in a pool, and why not more. NOT_FOUND: no such pool."""
+    ListPrefixes: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPrefixesRequest, _admin_pb2.ListPrefixesResponse]  # type: ignore[assignment]
+    """Lists the prefixes that sequences share, those that save most first. NOT_FOUND: no such pool."""
+    PinPrefix: _aio.UnaryUnaryMultiCallable[_admin_pb2.PinPrefixRequest, _admin_pb2.PinPrefixResponse]  # type: ignore[assignment]
+    """Keeps the cached full blocks of a prefix until they are released, the cache is reset, or the executor restarts. May be
+    repeated. NOT_FOUND: no such pool, or prompts can match no full block of it. RESOURCE_EXHAUSTED: the tenant's quota of
+    pinned blocks does not allow it.
+    """
+    ReleasePrefix: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReleasePrefixRequest, _admin_pb2.ReleasePrefixResponse]  # type: ignore[assignment]
+    """Ends the pinning of a prefix. A block that another pinned one continues stays pinned. May be repeated. NOT_FOUND: no
+    such pool, or no full block of the prefix is cached.
+    """
+    EvictPrefix: _aio.UnaryUnaryMultiCallable[_admin_pb2.EvictPrefixRequest, _admin_pb2.EvictPrefixResponse]  # type: ignore[assignment]
+    """Forgets everything that begins with a prefix, and the blocks of the prefix itself unless something else begins with
+    them. Blocks that are used or pinned stay; a sequence that still runs leaves its blocks in the cache when it ends.
+    NOT_FOUND: no such pool, or nothing of the prefix is cached.
+    """
+    FindLeaks: _aio.UnaryUnaryMultiCallable[_admin_pb2.FindLeaksRequest, _admin_pb2.FindLeaksResponse]  # type: ignore[assignment]
+    """Lists what gateways hold, the oldest first: tables, and leases in no table. NOT_FOUND: no such pool."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
@@ -204,5 +248,69 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListResidenciesResponse, _abc.Awaitable[_admin_pb2.ListResidenciesResponse]]:
         """Lists lives of blocks that have ended, those followed by --residency-every, the oldest first. NOT_FOUND: no such pool."""
+
+    @_abc_1.abstractmethod
+    def ListBlocks(
+        self,
+        request: _admin_pb2.ListBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListBlocksResponse, _abc.Awaitable[_admin_pb2.ListBlocksResponse]]:
+        """Lists blocks of a pool by id. NOT_FOUND: no such pool."""
+
+    @_abc_1.abstractmethod
+    def ExplainPrefix(
+        self,
+        request: _admin_pb2.ExplainPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ExplainPrefixResponse, _abc.Awaitable[_admin_pb2.ExplainPrefixResponse]]:
+        """Says how much of a prompt is cached in a pool, and why not more. NOT_FOUND: no such pool."""
+
+    @_abc_1.abstractmethod
+    def ListPrefixes(
+        self,
+        request: _admin_pb2.ListPrefixesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListPrefixesResponse, _abc.Awaitable[_admin_pb2.ListPrefixesResponse]]:
+        """Lists the prefixes that sequences share, those that save most first. NOT_FOUND: no such pool."""
+
+    @_abc_1.abstractmethod
+    def PinPrefix(
+        self,
+        request: _admin_pb2.PinPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PinPrefixResponse, _abc.Awaitable[_admin_pb2.PinPrefixResponse]]:
+        """Keeps the cached full blocks of a prefix until they are released, the cache is reset, or the executor restarts. May be
+        repeated. NOT_FOUND: no such pool, or prompts can match no full block of it. RESOURCE_EXHAUSTED: the tenant's quota of
+        pinned blocks does not allow it.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleasePrefix(
+        self,
+        request: _admin_pb2.ReleasePrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ReleasePrefixResponse, _abc.Awaitable[_admin_pb2.ReleasePrefixResponse]]:
+        """Ends the pinning of a prefix. A block that another pinned one continues stays pinned. May be repeated. NOT_FOUND: no
+        such pool, or no full block of the prefix is cached.
+        """
+
+    @_abc_1.abstractmethod
+    def EvictPrefix(
+        self,
+        request: _admin_pb2.EvictPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.EvictPrefixResponse, _abc.Awaitable[_admin_pb2.EvictPrefixResponse]]:
+        """Forgets everything that begins with a prefix, and the blocks of the prefix itself unless something else begins with
+        them. Blocks that are used or pinned stay; a sequence that still runs leaves its blocks in the cache when it ends.
+        NOT_FOUND: no such pool, or nothing of the prefix is cached.
+        """
+
+    @_abc_1.abstractmethod
+    def FindLeaks(
+        self,
+        request: _admin_pb2.FindLeaksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.FindLeaksResponse, _abc.Awaitable[_admin_pb2.FindLeaksResponse]]:
+        """Lists what gateways hold, the oldest first: tables, and leases in no table. NOT_FOUND: no such pool."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,7 @@ LOOKS = {
     "registered_epoch",
     "take_cache_events",
     "take_events",
+    "explain_prefix",
     "tenant_tag",
 }
 """Public methods of the core that change nothing of its state."""

@@ -80,7 +80,7 @@ def swap(it: Busy) -> None:
 
 def copy_identity(memory: PoolMemory) -> None:
     """Gives a cached block the identity of another one."""
-    memory.prefix._identities[4] = memory.prefix._identities[1]
+    memory.prefix.identities[4] = memory.prefix.identities[1]
 
 
 def unfill(memory: PoolMemory) -> None:
