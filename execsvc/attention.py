@@ -1,7 +1,7 @@
 """Attention over the cache, behind one protocol: torch everywhere, Triton on GPUs."""
 
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +11,12 @@ from kernels.kv_write import flat
 from kernels.layout import layer_views
 from kernels.paged_attention import tiled
 from quire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kernels.paged_attention.workspace import DecodeWorkspace
+
+_SEQUENCES = 64
+"""Fewest sequences that there is scratch for."""
 
 
 class AttentionBackend(Protocol):
@@ -75,13 +81,14 @@ class TritonAttention:
     def __init__(self, cache: KVCache, window: int) -> None:
         """Attends to `cache`, each query to its last `window` positions (0: all)."""
         from kernels.kv_write import write  # noqa: PLC0415 - triton is imported only where it is used
-        from kernels.paged_attention import decode, prefill  # noqa: PLC0415 - the same
+        from kernels.paged_attention import mixed, options, workspace  # noqa: PLC0415 - the same
 
-        self._write, self._decode, self._prefill = write, decode, prefill
+        self._write, self._mixed, self._modules = write, mixed, (options, workspace)
         self._cache = cache
-        self._window = window
-        self._scale = cache.layout.head_dim**-0.5
+        self._options = options.AttentionOptions(cache.layout.head_dim**-0.5, window=window)
         self._batch: Batch | None = None
+        self._workspace: DecodeWorkspace | None = None
+        self._partitioned = False
 
     def begin(self, batch: Batch) -> None:
         """Moves tables and lengths to the device."""
@@ -89,30 +96,37 @@ class TritonAttention:
         self._batch = batch
         self._tables = torch.from_numpy(batch.block_tables).to(device)
         self._lens = torch.from_numpy(batch.context_lens).to(device, torch.int32)
-        split = batch.decode_count
-        self._starts = torch.from_numpy(batch.query_starts[split:] - split).to(device, torch.int32)
-        counts = batch.query_starts[1:] - batch.query_starts[:-1]
-        self._max_query_count = int(counts.max(initial=0))
-        self._max_decode_len = int(batch.context_lens[:split].max(initial=0))
+        self._starts = torch.from_numpy(batch.query_starts).to(device, torch.int32)
+        self._partitioned = False
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See AttentionBackend."""
         assert self._batch is not None, "begin comes first"
-        split, count = self._batch.decode_count, self._batch.token_count
+        count, decode_count = self._batch.token_count, self._batch.decode_count
         keys, values = layer_views(self._cache.data, layer)
         self._write.kv_write(k[:count], v[:count], keys, values, self._batch.slots)
+        workspace = self._partition(q.shape[1], decode_count)
         out = torch.zeros_like(q)
-        if split:
-            out[:split] = self._decode.paged_attention_decode(
-                q[:split], keys, values, self._tables[:split], self._lens[:split], self._max_decode_len, self._scale,
-                self._window,
-            )  # fmt: skip
-        if count > split:
-            out[split:count] = self._prefill.paged_attention_prefill(
-                q[split:count], keys, values, self._tables[split:], self._lens[split:], self._starts,
-                self._max_query_count, self._scale, self._window,
-            )  # fmt: skip
+        self._mixed.paged_attention_mixed(
+            q[:count], keys, values, self._tables, self._lens, self._starts, decode_count, self._options, workspace,
+            out=out[:count],
+        )  # fmt: skip
         return out
+
+    def _partition(self, num_heads: int, decode_count: int) -> "DecodeWorkspace":
+        """Returns a workspace that is large enough, in which this step's contexts are shared out."""
+        options, workspace = self._modules
+        layout = self._cache.layout
+        if self._workspace is None or self._workspace.sequence_max < decode_count:
+            shape = options.HeadShape(num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size)
+            sequence_max = max(_SEQUENCES, 1 << (decode_count - 1).bit_length())
+            self._workspace = workspace.DecodeWorkspace(
+                shape, sequence_max, layout.dtype, self._cache.device, windows=(self._options.window,)
+            )
+        if decode_count and not self._partitioned:
+            self._workspace.refresh(self._lens[:decode_count])
+            self._partitioned = True
+        return self._workspace
 
 
 def create(name: str, cache: KVCache, window: int) -> AttentionBackend:

@@ -184,15 +184,18 @@ class TritonOperations(TorchOperations):
 
     name = "triton"
 
-    def __init__(self, cache: KVCache, rotary: Rotary, num_heads: int, window: int, max_model_len: int) -> None:
-        """As TorchOperations; sequences have at most `max_model_len` tokens."""
+    def __init__(self, cache: KVCache, rotary: Rotary, num_heads: int, window: int, max_num_seqs: int) -> None:
+        """As TorchOperations; a step has at most `max_num_seqs` sequences."""
         super().__init__(cache, rotary, num_heads, window)
         from kernels.kv_write import write  # noqa: PLC0415 - triton is imported only where it is used
-        from kernels.paged_attention import decode, prefill  # noqa: PLC0415 - the same
+        from kernels.paged_attention import decode, options, prefill, workspace  # noqa: PLC0415 - the same
         from kernels.step_state import state  # noqa: PLC0415 - the same
 
         self._write, self._decode, self._prefill = write, decode, prefill
-        self._max_model_len = max_model_len
+        layout = cache.layout
+        shape = options.HeadShape(num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size)
+        self._options = options.AttentionOptions(self._scale, window=window)
+        self._workspace = workspace.DecodeWorkspace(shape, max_num_seqs, layout.dtype, cache.device, windows=(window,))
         self._views = [layer_views(cache.data, layer) for layer in range(cache.layout.num_layers)]
         self.apply_writes = state.apply_writes
         self.stage_decode = state.stage_decode
@@ -211,9 +214,9 @@ class TritonOperations(TorchOperations):
     def attend_last(self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
         """See Operations."""
         keys, values = self._views[layer]
-        return self._decode.paged_attention_decode(
-            q, keys, values, tables, lens, self._max_model_len, self._scale, self._window
-        )
+        if layer == 0:
+            self._workspace.refresh(lens)
+        return self._decode.paged_attention_decode(q, keys, values, tables, lens, self._options, self._workspace)
 
     def attend_chunks(
         self,
@@ -222,10 +225,8 @@ class TritonOperations(TorchOperations):
         tables: torch.Tensor,
         lens: torch.Tensor,
         starts: torch.Tensor,
-        longest: int,
+        longest: int,  # noqa: ARG002 - the kernel needs no bound
     ) -> torch.Tensor:
         """See Operations."""
         keys, values = self._views[layer]
-        return self._prefill.paged_attention_prefill(
-            q, keys, values, tables, lens, starts, longest, self._scale, self._window
-        )
+        return self._prefill.paged_attention_prefill(q, keys, values, tables, lens, starts, self._options)

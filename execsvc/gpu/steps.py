@@ -365,7 +365,7 @@ def gpu_steps(
 ) -> GpuSteps:
     """Returns the steps of a model on the device of its cache, with the fastest operations that there are."""
     config = model.config
-    operations = TritonOperations(cache, model.rotary, config.num_heads, config.sliding_window, max_model_len)
+    operations = TritonOperations(cache, model.rotary, config.num_heads, config.sliding_window, max_num_seqs)
     return GpuSteps(
         Decoder(model, operations),
         cache,

@@ -1,44 +1,57 @@
-"""Triton: one query a sequence, its context split over programs, then merged.
+"""Triton: one query a sequence; contexts are shared out over a fixed grid, then the parts are merged.
 
-Every split has SPLIT positions and the merge goes through them in order, so a result does not depend on what else is
-in the batch.
+`DecodeWorkspace.refresh` once a step, `paged_attention_decode` once a layer.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_cache, check_dtype, check_same_device, check_shape, group_size
-from kernels.layout import KV_DTYPES
-
-SPLIT = 512
-"""Positions that one program attends to."""
-_TILE = 64
-_LOG2_E = 1.4426950408889634
+from kernels.paged_attention.kv_loop import attend_tiles, store_rows
+from kernels.paged_attention.merge import merge_parts
+from kernels.paged_attention.options import AttentionOptions, check_attention, check_outputs
+from kernels.paged_attention.workspace import DecodeWorkspace
 
 
-@triton.jit
-def _decode_split(
+@triton.jit(do_not_specialize=["item_count", "workers"])
+def _decode(
     q_ptr,
     k_ptr,
     v_ptr,
     table_ptr,
-    len_ptr,
-    part_out_ptr,
+    end_ptr,
+    start_ptr,
+    offsets_ptr,
+    first_item_ptr,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
+    part_acc_ptr,
     part_max_ptr,
     part_sum_ptr,
-    scale_log2,
+    item_count,
+    workers,
+    score_factor,
+    cap_log2,
+    v_scale,
     stride_q_token,
     stride_q_head,
     stride_k_block: tl.int64,
-    stride_k_head,
+    stride_k_head: tl.int64,
     stride_k_slot,
     stride_v_block: tl.int64,
-    stride_v_head,
+    stride_v_head: tl.int64,
     stride_v_slot,
     stride_table,
-    split_count,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    FIXED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -46,101 +59,73 @@ def _decode_split(
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    """Grid (sequence, kv_head, split): all query heads of one kv head over one split."""
-    sequence = tl.program_id(0)
+    """Grid (worker, kv_head): all query heads of one kv head over one worker's share of units.
+
+    What is a sequence's only part goes to the output at once; other parts go to slot worker + sequence (no other pair
+    has that sum, as both only rise along the row of units), or, with FIXED splits, to the slot of the split.
+    """
+    worker = tl.program_id(0)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(len_ptr + sequence)
-    first = split * SPLIT_SIZE
-    if first >= length:
-        return
-    last = tl.minimum(first + SPLIT_SIZE, length)
+    total = tl.load(offsets_ptr + item_count)
+    share = tl.cdiv(total, workers)
+    unit = worker * share
+    last = tl.minimum(unit + share, total)
+    item = tl.load(first_item_ptr + worker)
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIMS)
     row_mask = rows < GROUP
-    dim_mask = dims < HEAD_DIM
+    mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     heads = kv_head * GROUP + rows
-    q = tl.load(
-        q_ptr + sequence.to(tl.int64) * stride_q_token + heads[:, None] * stride_q_head + dims[None, :],
-        mask=row_mask[:, None] & dim_mask[None, :],
-        other=0.0,
-    )
-    running_max = tl.full([ROWS], float("-inf"), tl.float32)
-    running_sum = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIMS], tl.float32)
-    for start in range(first, last, TILE):
-        positions = start + tl.arange(0, TILE)
-        seen = positions < last
-        if WINDOW > 0:
-            seen = seen & (positions >= length - WINDOW)
-        blocks = tl.load(table_ptr + sequence.to(tl.int64) * stride_table + positions // BLOCK_SIZE, mask=seen, other=0)
-        blocks = blocks.to(tl.int64)
-        slots = positions % BLOCK_SIZE
-        k_offsets = blocks * stride_k_block + kv_head * stride_k_head + slots * stride_k_slot
-        v_offsets = blocks * stride_v_block + kv_head * stride_v_head + slots * stride_v_slot
-        k = tl.load(k_ptr + k_offsets[None, :] + dims[:, None], mask=seen[None, :] & dim_mask[:, None], other=0.0)
-        v = tl.load(v_ptr + v_offsets[:, None] + dims[None, :], mask=seen[:, None] & dim_mask[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale_log2
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, 1))
-        # Nothing seen yet: -inf minus -inf would be NaN.
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - safe_max[:, None])
-        rescale = tl.exp2(running_max - safe_max)
-        running_sum = running_sum * rescale + tl.sum(weights, 1)
-        acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        running_max = new_max
-    part = (sequence.to(tl.int64) * NUM_HEADS + heads) * split_count + split
-    tl.store(part_max_ptr + part, running_max, mask=row_mask)
-    tl.store(part_sum_ptr + part, running_sum, mask=row_mask)
-    tl.store(part_out_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=row_mask[:, None] & dim_mask[None, :])
-
-
-@triton.jit
-def _decode_merge(
-    part_out_ptr,
-    part_max_ptr,
-    part_sum_ptr,
-    len_ptr,
-    out_ptr,
-    stride_out_token,
-    stride_out_head,
-    split_count,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIMS: tl.constexpr,
-    SPLIT_SIZE: tl.constexpr,
-):
-    """Grid (sequence, query_head): adds up the splits in order."""
-    sequence = tl.program_id(0)
-    head = tl.program_id(1)
-    length = tl.load(len_ptr + sequence)
-    dims = tl.arange(0, DIMS)
-    dim_mask = dims < HEAD_DIM
-    base = (sequence.to(tl.int64) * NUM_HEADS + head) * split_count
-    running_max = float("-inf")
-    running_sum = 0.0
-    acc = tl.zeros([DIMS], tl.float32)
-    for split in range(tl.cdiv(length, SPLIT_SIZE)):
-        part_max = tl.load(part_max_ptr + base + split)
-        new_max = tl.maximum(running_max, part_max)
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        rescale = tl.exp2(running_max - safe_max)
-        weight = tl.exp2(part_max - safe_max)
-        running_sum = running_sum * rescale + tl.load(part_sum_ptr + base + split) * weight
-        part = tl.load(part_out_ptr + (base + split) * HEAD_DIM + dims, mask=dim_mask, other=0.0)
-        acc = acc * rescale + part * weight
-        running_max = new_max
-    # A sum of zero is an empty row. NaN is not: what was read wrongly must be seen, not turned into zeros.
-    empty = running_sum == 0.0
-    result = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, running_sum))
-    tl.store(
-        out_ptr + sequence.to(tl.int64) * stride_out_token + head * stride_out_head + dims,
-        result.to(out_ptr.dtype.element_ty),
-        mask=dim_mask,
-    )
+    k_head_ptr = k_ptr + kv_head * stride_k_head
+    v_head_ptr = v_ptr + kv_head * stride_v_head
+    while unit < last:
+        item_begin = tl.load(offsets_ptr + item)
+        item_end = tl.load(offsets_ptr + item + 1)
+        stop = tl.minimum(last, item_end)
+        if FIXED:
+            stop = tl.minimum(stop, unit + 1)
+        if stop > unit:
+            sequence = item.to(tl.int64)
+            end = tl.load(end_ptr + item)
+            start = 0
+            whole = (unit == item_begin) & (stop == item_end)
+            if WINDOW > 0:
+                start = tl.maximum(end - WINDOW, 0)
+            if HAS_STARTS:
+                skipped = tl.load(start_ptr + item)
+                start = tl.maximum(start, skipped)
+                whole = whole & (skipped == 0)
+            first_tile = start // TILE + (unit - item_begin) * UNIT
+            last_tile = tl.minimum(first_tile + (stop - unit) * UNIT, tl.cdiv(end, TILE))
+            q_ptrs = q_ptr + sequence * stride_q_token + heads[:, None] * stride_q_head + dims[None, :]
+            q = tl.load(q_ptrs, mask=mask, other=0.0)
+            running_max, running_sum, acc = attend_tiles(
+                q, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32),
+                tl.zeros([ROWS, DIMS], tl.float32),
+                k_head_ptr, v_head_ptr, table_ptr + sequence * stride_table, first_tile, last_tile, start, end,
+                rows, rows, score_factor, cap_log2,
+                stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
+                SOFT_CAP, True, False, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+            )  # fmt: skip
+            if whole:
+                store_rows(
+                    running_max, running_sum, acc, v_scale, row_mask, sinks_ptr + heads,
+                    out_ptr + sequence * stride_out_token + heads * stride_out_head,
+                    lse_ptr + sequence * stride_lse_token + heads, HAS_SINKS, HAS_LSE, HEAD_DIM, DIMS,
+                )  # fmt: skip
+            else:
+                slot = worker + item
+                if FIXED:
+                    slot = unit
+                part = slot.to(tl.int64) * NUM_HEADS + heads
+                tl.store(part_max_ptr + part, running_max, mask=row_mask)
+                tl.store(part_sum_ptr + part, running_sum, mask=row_mask)
+                tl.store(part_acc_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+            unit = stop
+        if unit >= item_end:
+            item += 1
 
 
 def paged_attention_decode(
@@ -149,57 +134,85 @@ def paged_attention_decode(
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
-    max_context_len: int,
-    scale: float,
-    window: int = 0,
+    options: AttentionOptions,
+    workspace: DecodeWorkspace,
+    *,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attends one query a sequence to its cached keys and values.
 
+    Nothing depends on values on the host: the same launches serve any lengths and tables, so they can be captured in a
+    CUDA graph (with `out` given, nothing is allocated).
+
     Args:
         q: `[sequence, query_head, head_dim]`, dense in the last axis.
-        k_cache: `[block, kv_head, block_size, head_dim]`, dtype of `q`, dense in the last axis.
+        k_cache: `[block, kv_head, block_size, head_dim]`, dtype of `q` or float8_e4m3fn, dense in the last axis.
         v_cache: like `k_cache`.
         block_tables: `[sequence, block_max]` int32; entries past a sequence's last block are unread.
-        context_lens: `[sequence]` int32, cached tokens, the query's own included; 0 for padding.
-        max_context_len: at least the largest of `context_lens`.
-        scale: factor on the scores.
-        window: the query sees this many positions, its own included; 0 for all.
+        context_lens: `[sequence]` int32, cached tokens, the query's own included; 0 for padding. The same values as in
+            the last `workspace.refresh`.
+        options: scale, window and the like.
+        workspace: scratch; written.
+        out: where the result goes; None for a new tensor.
+        lse: `[sequence, query_head]` float32, written: natural logarithm of the sum of the exponentials of the scores,
+            sinks included; -inf for a row that sees nothing. None if nobody wants it.
 
     Returns:
-        `[sequence, query_head, head_dim]`, dtype of `q`; accumulated in float32. Rows of length 0 are zero.
+        `out`, `[sequence, query_head, head_dim]`, dtype of `q`; accumulated in float32. Rows of length 0 are zero.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
+
+    Complexity: reads each visible key and value once, plus a table entry per block.
+    Source: splitting and merging after Flash-Decoding (Dao et al., 2023); the partition is described in `partition.py`.
     """
-    sequence_count, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
-    group = group_size(num_heads, num_kv_heads)
-    check_dtype("q", q, KV_DTYPES)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_cache(name, cache, num_kv_heads, head_dim)
-        check_dtype(name, cache, (q.dtype,))
-    check_shape("block_tables", block_tables, (sequence_count, None))
-    check_shape("context_lens", context_lens, (sequence_count,))
-    check_dtype("block_tables", block_tables, (torch.int32,))
-    check_same_device(q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, context_lens=context_lens)
-    out = torch.empty_like(q)
-    split_count = max(1, triton.cdiv(max_context_len, SPLIT))
-    part_out = torch.empty(sequence_count, num_heads, split_count, head_dim, dtype=torch.float32, device=q.device)
-    part_max = torch.empty(sequence_count, num_heads, split_count, dtype=torch.float32, device=q.device)
-    part_sum = torch.empty_like(part_max)
-    dims = max(16, triton.next_power_of_2(head_dim))
-    _decode_split[(sequence_count, num_kv_heads, split_count)](
-        q, k_cache, v_cache, block_tables, context_lens, part_out, part_max, part_sum, scale * _LOG2_E,
+    shape = check_attention(q, k_cache, v_cache, block_tables, context_lens, options)
+    out = check_outputs(q, out, lse)
+    if shape != workspace.shape or q.shape[0] != context_lens.shape[0] or q.shape[0] > workspace.sequence_max:
+        message = (
+            f"q: {context_lens.shape[0]} sequences (at most {workspace.sequence_max}) of heads as {workspace.shape} "
+            f"expected, found {q.shape[0]} of {shape}"
+        )
+        raise ValueError(message)
+    if q.shape[0] == 0:
+        return out
+    launch_decode(q, k_cache, v_cache, block_tables, context_lens, None, options, workspace, out, lse)
+    merge_parts(workspace, q.shape[0], options, out, lse)
+    return out
+
+
+def launch_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    starts: torch.Tensor | None,
+    options: AttentionOptions,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Computes the parts of every sequence.
+
+    `starts`, `[sequence]` int32, are positions that another kernel attends to; None for none. The other arguments are
+    those of `paged_attention_decode`, already checked.
+    """
+    shape, config, parts = workspace.shape, workspace.config, workspace.parts
+    partition = workspace.partition(options.window)
+    _decode[(workspace.workers, shape.num_kv_heads)](
+        q, k_cache, v_cache, block_tables, context_lens, context_lens if starts is None else starts,
+        partition.offsets, partition.first_items, q if options.sinks is None else options.sinks,
+        out, out if lse is None else lse, parts.acc, parts.maxima, parts.sums,
+        q.shape[0], workspace.workers, options.score_factor, options.cap_log2, options.v_scale,
         q.stride(0), q.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
-        block_tables.stride(0), split_count,
-        WINDOW=window, NUM_HEADS=num_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim, DIMS=dims, BLOCK_SIZE=block_size, TILE=_TILE, SPLIT_SIZE=SPLIT,
-        num_warps=4, num_stages=2,
+        block_tables.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
+        WINDOW=options.window, SOFT_CAP=options.soft_cap > 0, HAS_SINKS=options.sinks is not None,
+        HAS_LSE=lse is not None, HAS_STARTS=starts is not None, FIXED=workspace.split_size > 0,
+        NUM_HEADS=shape.num_heads, GROUP=shape.group, ROWS=max(16, triton.next_power_of_2(shape.group)),
+        HEAD_DIM=shape.head_dim, DIMS=shape.dims, BLOCK_SIZE=shape.block_size, TILE=config.tile, UNIT=partition.unit,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    _decode_merge[(sequence_count, num_heads)](
-        part_out, part_max, part_sum, context_lens, out, out.stride(0), out.stride(1), split_count,
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, DIMS=dims, SPLIT_SIZE=SPLIT, num_warps=2,
-    )  # fmt: skip
-    return out

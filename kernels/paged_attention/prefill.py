@@ -4,15 +4,32 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_cache, check_dtype, check_same_device, check_shape, group_size
-from kernels.layout import KV_DTYPES
-
-_LOG2_E = 1.4426950408889634
-_ROWS = 64
-_TILE = 32
+from kernels.checks import check_dtype, check_same_device, check_shape
+from kernels.paged_attention.configs import prefill_config
+from kernels.paged_attention.kv_loop import attend_tiles, store_rows
+from kernels.paged_attention.options import AttentionOptions, check_attention, check_outputs
 
 
 @triton.jit
+def _find_sequence(starts_ptr, sequence_count, row_block, origin, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Returns the sequence that a row block belongs to, and the sequence's first row block.
+
+    The blocks of sequence s begin at number floor(rows before s / ROWS) + s. That leaves room for ceil(rows of s /
+    ROWS) of them whatever the lengths, and can be computed for any s alone: so it can be searched.
+    """
+    low = 0
+    high = sequence_count - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        first = (tl.load(starts_ptr + middle) - origin) * GROUP // ROWS + middle
+        if first <= row_block:
+            low = middle
+        else:
+            high = middle - 1
+    return low, (tl.load(starts_ptr + low) - origin) * GROUP // ROWS + low
+
+
+@triton.jit(do_not_specialize=["sequence_count"], do_not_specialize_on_alignment=["start_ptr", "len_ptr", "table_ptr"])
 def _prefill(
     q_ptr,
     k_ptr,
@@ -20,20 +37,29 @@ def _prefill(
     table_ptr,
     len_ptr,
     start_ptr,
+    sinks_ptr,
     out_ptr,
-    scale_log2,
+    lse_ptr,
+    sequence_count,
+    score_factor,
+    cap_log2,
+    v_scale,
     stride_q_token,
     stride_q_head,
     stride_k_block: tl.int64,
-    stride_k_head,
+    stride_k_head: tl.int64,
     stride_k_slot,
     stride_v_block: tl.int64,
-    stride_v_head,
+    stride_v_head: tl.int64,
     stride_v_slot,
     stride_table,
     stride_out_token,
     stride_out_head,
+    stride_lse_token,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -41,67 +67,75 @@ def _prefill(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid (row block, kv_head, sequence). A row is one query head of the kv head at one token."""
-    row_block = tl.program_id(0)
+    """Grid (row block, kv_head). A row is one query head of the kv head at one token.
+
+    Row blocks are numbered from the end: the last ones of a prompt have most to do and begin first.
+    """
     kv_head = tl.program_id(1)
-    sequence = tl.program_id(2)
-    start = tl.load(start_ptr + sequence)
-    query_count = tl.load(start_ptr + sequence + 1) - start
-    if (row_block * ROWS) // GROUP >= query_count:
+    origin = tl.load(start_ptr)
+    row_block = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence, first_block = _find_sequence(start_ptr, sequence_count, row_block, origin, GROUP, ROWS)
+    query_start = tl.load(start_ptr + sequence)
+    query_count = tl.load(start_ptr + sequence + 1) - query_start
+    first_row = (row_block - first_block) * ROWS
+    if first_row >= query_count * GROUP:
         return
     length = tl.load(len_ptr + sequence)
-    first_position = length - query_count
-    rows = row_block * ROWS + tl.arange(0, ROWS)
+    rows = first_row + tl.arange(0, ROWS)
     tokens = rows // GROUP
     heads = kv_head * GROUP + rows % GROUP
     dims = tl.arange(0, DIMS)
     row_mask = tokens < query_count
-    dim_mask = dims < HEAD_DIM
-    mask = row_mask[:, None] & dim_mask[None, :]
-    token_offsets = (start + tokens).to(tl.int64)
-    q = tl.load(
-        q_ptr + token_offsets[:, None] * stride_q_token + heads[:, None] * stride_q_head + dims[None, :],
-        mask=mask,
-        other=0.0,
-    )
-    query_positions = first_position + tokens
-    end = tl.minimum(first_position + (row_block * ROWS + ROWS - 1) // GROUP + 1, length)
+    mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
+    token_rows = (query_start + tokens).to(tl.int64)
+    q_ptrs = q_ptr + token_rows[:, None] * stride_q_token + heads[:, None] * stride_q_head + dims[None, :]
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    first_position = length - query_count
+    row_ceiling = first_position + tokens
+    row_floor = row_ceiling - WINDOW + 1
+    lowest = first_position + first_row // GROUP
+    highest = tl.minimum(first_position + (first_row + ROWS - 1) // GROUP, length - 1)
+    end = highest + 1
+    # Tiles before `open_end` hide nothing from any row's causal mask, those from `open_begin` nothing from its window.
     begin = 0
+    open_begin = 0
     if WINDOW > 0:
-        begin = tl.maximum(first_position + (row_block * ROWS) // GROUP - WINDOW + 1, 0) // TILE * TILE
-    running_max = tl.full([ROWS], float("-inf"), tl.float32)
-    running_sum = tl.zeros([ROWS], tl.float32)
+        begin = tl.maximum(lowest - WINDOW + 1, 0) // TILE
+        open_begin = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), TILE)
+    last = tl.cdiv(end, TILE)
+    open_end = tl.maximum((lowest + 1) // TILE, open_begin)
+    open_end = tl.minimum(open_end, last)
+    open_begin = tl.minimum(open_begin, open_end)
+    state_max = tl.full([ROWS], float("-inf"), tl.float32)
+    state_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIMS], tl.float32)
-    for tile in range(begin, end, TILE):
-        positions = tile + tl.arange(0, TILE)
-        valid = positions < end
-        blocks = tl.load(
-            table_ptr + sequence.to(tl.int64) * stride_table + positions // BLOCK_SIZE, mask=valid, other=0
-        )
-        blocks = blocks.to(tl.int64)
-        slots = positions % BLOCK_SIZE
-        k_offsets = blocks * stride_k_block + kv_head * stride_k_head + slots * stride_k_slot
-        v_offsets = blocks * stride_v_block + kv_head * stride_v_head + slots * stride_v_slot
-        k = tl.load(k_ptr + k_offsets[None, :] + dims[:, None], mask=valid[None, :] & dim_mask[:, None], other=0.0)
-        v = tl.load(v_ptr + v_offsets[:, None] + dims[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale_log2
-        seen = positions[None, :] <= query_positions[:, None]
-        if WINDOW > 0:
-            seen = seen & (query_positions[:, None] - positions[None, :] < WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, 1))
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - safe_max[:, None])
-        rescale = tl.exp2(running_max - safe_max)
-        running_sum = running_sum * rescale + tl.sum(weights, 1)
-        acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        running_max = new_max
-    out = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
-    tl.store(
-        out_ptr + token_offsets[:, None] * stride_out_token + heads[:, None] * stride_out_head + dims[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    k_head_ptr = k_ptr + kv_head * stride_k_head
+    v_head_ptr = v_ptr + kv_head * stride_v_head
+    sequence_table_ptr = table_ptr + sequence.to(tl.int64) * stride_table
+    if WINDOW > 0:
+        state_max, state_sum, acc = attend_tiles(
+            q, state_max, state_sum, acc, k_head_ptr, v_head_ptr, sequence_table_ptr, begin, open_begin, 0, end,
+            row_floor, row_ceiling, score_factor, cap_log2,
+            stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
+            SOFT_CAP, True, True, True, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+        )  # fmt: skip
+    state_max, state_sum, acc = attend_tiles(
+        q, state_max, state_sum, acc, k_head_ptr, v_head_ptr, sequence_table_ptr, open_begin, open_end, 0, end,
+        row_floor, row_ceiling, score_factor, cap_log2,
+        stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
+        SOFT_CAP, False, False, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+    )  # fmt: skip
+    state_max, state_sum, acc = attend_tiles(
+        q, state_max, state_sum, acc, k_head_ptr, v_head_ptr, sequence_table_ptr, open_end, last, 0, end,
+        row_floor, row_ceiling, score_factor, cap_log2,
+        stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
+        SOFT_CAP, True, WINDOW > 0, True, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+    )  # fmt: skip
+    store_rows(
+        state_max, state_sum, acc, v_scale, row_mask, sinks_ptr + heads,
+        out_ptr + token_rows * stride_out_token + heads * stride_out_head,
+        lse_ptr + token_rows * stride_lse_token + heads, HAS_SINKS, HAS_LSE, HEAD_DIM, DIMS,
+    )  # fmt: skip
 
 
 def paged_attention_prefill(
@@ -111,50 +145,57 @@ def paged_attention_prefill(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     query_starts: torch.Tensor,
-    max_query_count: int,
-    scale: float,
-    window: int = 0,
+    options: AttentionOptions,
+    *,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attends the last queries of each sequence to its cached keys and values, causally.
 
+    The grid follows from the shapes of the arguments alone; nothing waits for the device.
+
     Args:
         q: `[token, query_head, head_dim]`, the sequences' new tokens one after the other, dense in the last axis.
-        k_cache: `[block, kv_head, block_size, head_dim]`, dtype of `q`, dense in the last axis.
+        k_cache: `[block, kv_head, block_size, head_dim]`, dtype of `q` or float8_e4m3fn, dense in the last axis.
         v_cache: like `k_cache`.
         block_tables: `[sequence, block_max]` int32; entries past a sequence's last block are unread.
-        context_lens: `[sequence]` int32, cached tokens of each, its new ones included.
-        query_starts: `[sequence + 1]` int32, where each sequence's queries begin in `q`.
-        max_query_count: at least the largest number of queries of a sequence.
-        scale: factor on the scores.
-        window: each query sees this many positions, its own included; 0 for all.
+        context_lens: `[sequence]` int32, cached tokens of each, its new ones included; at least its queries.
+        query_starts: `[sequence + 1]` int32, where each sequence's queries begin in `q`; equal for one that has none.
+            The first need not be 0, nor the last the number of tokens: rows outside belong to nobody.
+        options: scale, window and the like.
+        out: where the result goes; None for a new tensor.
+        lse: `[token, query_head]` float32, written: natural logarithm of the sum of the exponentials of the scores,
+            sinks included. None if nobody wants it.
 
     Returns:
-        `[token, query_head, head_dim]`, dtype of `q`; accumulated in float32. Tokens of no sequence are unspecified.
+        `out`, `[token, query_head, head_dim]`, dtype of `q`; accumulated in float32. Rows of nobody are left alone.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
+
+    Source: rows of tokens times heads of a group as in "The Anatomy of a Triton Attention Kernel" (Ringlein et al.,
+    2025).
     """
-    _, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
+    shape = check_attention(q, k_cache, v_cache, block_tables, context_lens, options)
+    out = check_outputs(q, out, lse)
     sequence_count = context_lens.shape[0]
-    group = group_size(num_heads, num_kv_heads)
-    check_dtype("q", q, KV_DTYPES)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_cache(name, cache, num_kv_heads, head_dim)
-        check_dtype(name, cache, (q.dtype,))
-    check_shape("block_tables", block_tables, (sequence_count, None))
     check_shape("query_starts", query_starts, (sequence_count + 1,))
-    check_dtype("block_tables", block_tables, (torch.int32,))
-    check_same_device(q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, context_lens=context_lens)
-    out = torch.empty_like(q)
-    grid = (max(1, triton.cdiv(max_query_count * group, _ROWS)), num_kv_heads, sequence_count)
+    check_dtype("query_starts", query_starts, (torch.int32,))
+    check_same_device(q=q, query_starts=query_starts)
+    if q.shape[0] == 0 or sequence_count == 0:
+        return out
+    config = prefill_config(q.device, shape, k_cache.dtype)
+    grid = (q.shape[0] * shape.group // config.rows + sequence_count, shape.num_kv_heads)
     _prefill[grid](
-        q, k_cache, v_cache, block_tables, context_lens, query_starts, out, scale * _LOG2_E,
+        q, k_cache, v_cache, block_tables, context_lens, query_starts,
+        q if options.sinks is None else options.sinks, out, out if lse is None else lse,
+        sequence_count, options.score_factor, options.cap_log2, options.v_scale,
         q.stride(0), q.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
-        block_tables.stride(0), out.stride(0), out.stride(1),
-        WINDOW=window, GROUP=group, ROWS=_ROWS, HEAD_DIM=head_dim, DIMS=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_SIZE=block_size, TILE=_TILE, num_warps=4, num_stages=2,
+        block_tables.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
+        WINDOW=options.window, SOFT_CAP=options.soft_cap > 0, HAS_SINKS=options.sinks is not None,
+        HAS_LSE=lse is not None, GROUP=shape.group, ROWS=config.rows, HEAD_DIM=shape.head_dim, DIMS=shape.dims,
+        BLOCK_SIZE=shape.block_size, TILE=config.tile, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out

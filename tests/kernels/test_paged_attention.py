@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.paged_attention.options import AttentionOptions, HeadShape
 from kernels.paged_attention.reference import paged_attention
 from tests.kernels.paged_case import Case, make_case
 
@@ -14,25 +15,39 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
 LENGTHS = [1, 15, 16, 17, 31, 32, 33, 100]
 
 
+def _options(case: Case, window: int) -> AttentionOptions:
+    return AttentionOptions(case.scale, window=window)
+
+
 def _reference(case: Case, window: int = 0) -> torch.Tensor:
     return paged_attention(
-        case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, case.query_starts, case.scale, window
-    )
+        case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, case.query_starts,
+        _options(case, window),
+    )[0]  # fmt: skip
 
 
-def _decode(kernels: Any, case: Case, window: int = 0) -> torch.Tensor:
-    longest = int(case.context_lens.max())
+def _decode(
+    kernels: Any, case: Case, window: int = 0, workers: int = 3, split_size: int = 0, rows: slice = slice(None)
+) -> torch.Tensor:
+    from kernels.paged_attention.workspace import DecodeWorkspace
+
+    q, lens = case.q[rows], case.context_lens[rows]
+    shape = HeadShape(q.shape[1], case.k_cache.shape[1], q.shape[2], case.k_cache.shape[2])
+    workspace = DecodeWorkspace(
+        shape, max(len(q), 1), q.dtype, q.device, windows=(window,), split_size=split_size, context_max=700,
+        workers=workers,
+    )  # fmt: skip
+    workspace.refresh(lens)
     out: torch.Tensor = kernels.decode(
-        case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, longest, case.scale, window
+        q, case.k_cache, case.v_cache, case.block_tables[rows], lens, _options(case, window), workspace
     )
     return out
 
 
 def _prefill(kernels: Any, case: Case, window: int = 0) -> torch.Tensor:
-    most = int((case.query_starts[1:] - case.query_starts[:-1]).max())
     out: torch.Tensor = kernels.prefill(
-        case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, case.query_starts, most,
-        case.scale, window,
+        case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, case.query_starts,
+        _options(case, window),
     )  # fmt: skip
     return out
 
@@ -100,12 +115,9 @@ def test_prefill_of_whole_prompts_and_of_chunks(kernels: Any, dtype: torch.dtype
 def test_company_changes_no_bit_of_decode(kernels: Any) -> None:
     """The result of a sequence must not depend on the batch it is in, as long as the splits are the same."""
     case = make_case([100, 33, 64], [1, 1, 1], torch.float32)
-    together = _decode(kernels, case)
+    together = _decode(kernels, case, split_size=64)
     for row in range(3):
-        alone = kernels.decode(
-            case.q[row : row + 1], case.k_cache, case.v_cache, case.block_tables[row : row + 1],
-            case.context_lens[row : row + 1], 100, case.scale,
-        )  # fmt: skip
+        alone = _decode(kernels, case, split_size=64, workers=5, rows=slice(row, row + 1))
         assert torch.equal(alone[0], together[row])
 
 
@@ -119,7 +131,12 @@ def test_the_poison_is_seen_by_one_who_looks(kernels: Any) -> None:
 def test_wrong_arguments_are_named(kernels: Any) -> None:
     """A shape that does not fit must be an error that names the argument, not a read out of bounds."""
     case = make_case([20, 20], [1, 1], torch.float32)
-    with pytest.raises(ValueError, match="context_lens"):
-        kernels.decode(case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens[:1], 20, case.scale)
-    with pytest.raises(ValueError, match="k_cache"):
-        kernels.decode(case.q, case.k_cache.half(), case.v_cache, case.block_tables, case.context_lens, 20, case.scale)
+    options = _options(case, 0)
+    arguments = [case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, case.query_starts, options]
+    for name, index, wrong in (
+        ("block_tables", 4, case.context_lens[:1]),
+        ("k_cache", 1, case.k_cache.half()),
+        ("query_starts", 5, case.query_starts[:1]),
+    ):
+        with pytest.raises(ValueError, match=name):
+            kernels.prefill(*arguments[:index], wrong, *arguments[index + 1 :])

@@ -10,6 +10,7 @@ from kernels import checks
 from kernels.kv_write import flat
 from kernels.kv_write import reference as kv_write_reference
 from kernels.layout import KVLayout, layer_views
+from kernels.paged_attention.options import AttentionOptions
 from kernels.paged_attention.reference import paged_attention
 from kernels.paged_attention.tiled import attend_tiles, plan_tiles
 
@@ -40,9 +41,9 @@ def test_tiles_equal_the_reference(heads: tuple[int, int], head_dim: int, block_
     q = torch.randn(int(counts.sum()), heads[0], head_dim)
     groups = plan_tiles(layout, tables, lengths, starts, window, CPU)
     out = attend_tiles(q, cache, layout, 1, groups, head_dim**-0.5)
-    wanted = paged_attention(
-        q, keys, values, torch.from_numpy(tables), torch.from_numpy(lengths), torch.from_numpy(starts), head_dim**-0.5,
-        window=window,
+    wanted, _ = paged_attention(
+        q, keys, values, torch.from_numpy(tables), torch.from_numpy(lengths), torch.from_numpy(starts),
+        AttentionOptions(head_dim**-0.5, window=window),
     )  # fmt: skip
     assert (out.double() - wanted).abs().max() < 5e-6
 

@@ -267,7 +267,7 @@ def gpu_engine_of(
     layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, torch.float32)
     cache = KVCache(layout, runtime.device)
     common = (cache, model.rotary, config.num_heads, config.sliding_window)
-    chosen = TorchOperations(*common) if operations == "torch" else TritonOperations(*common, max_model_len)
+    chosen = TorchOperations(*common) if operations == "torch" else TritonOperations(*common, max_num_seqs)
     limits = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
