@@ -28,6 +28,10 @@ class ExecsvcConfig(ServiceConfig):
     gpu_memory_utilization: float = setting(
         0.9, "Share of the device's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
     )
+    load_format: str = setting(
+        "auto", "auto reads the weights; dummy makes random ones of a config.json's shape.", choices=("auto", "dummy")
+    )
+    seed: int = setting(0, "Seed of dummy weights.", minimum=0, maximum=2**31 - 1)
     max_model_len: int | None = setting(None, "Longest sequence in tokens; none: the model's own.", minimum=1)
     max_num_seqs: int = setting(256, "Most sequences open at once.", minimum=1, maximum=65536)
     max_num_batched_tokens: int | None = setting(

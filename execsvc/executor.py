@@ -20,7 +20,7 @@ from execsvc.loading import LoadedModel
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from protos.memsvc.v1 import memsvc_pb2
 from quire import columns
-from quire.errors import NotReadyError, QuireError, StaleEpochError
+from quire.errors import NotReadyError, QuireError, StaleEpochError, UnsupportedError
 
 log = structlog.get_logger(__name__)
 
@@ -135,8 +135,19 @@ class Executor:
         )
 
     def tokenizer(self) -> tuple[str, str, str, str]:
-        """Returns (chat template, bos token, eos token, tokenizer.json); raises NotReadyError while loading."""
+        """Returns (chat template, bos token, eos token, tokenizer.json).
+
+        Raises:
+            NotReadyError: loading.
+            UnsupportedError: there is none: the weights are dummies of a bare configuration.
+        """
         files = self.loaded.tokenizer
+        if files is None:
+            raise UnsupportedError(
+                "model: dummy weights of a bare config.json have no tokenizer, so text cannot be served; put a "
+                "tokenizer.json beside it",
+                field="model",
+            )
         return files.chat_template, files.bos_token, files.eos_token, files.json
 
     def open_stream(self, request: pb.Open) -> PlanStream:
@@ -239,14 +250,15 @@ class Executor:
 
 def _model_info(loaded: LoadedModel) -> pb.ModelInfo:
     """Returns what gateways need to know of the model."""
+    tokenizer = loaded.tokenizer
     return pb.ModelInfo(
         name=loaded.name,
         architecture=loaded.architecture,
         vocab_size=loaded.vocab_size,
         max_model_len=loaded.budget.max_model_len,
-        eos_token_ids=loaded.tokenizer.eos_token_ids,
-        bos_token_id=loaded.tokenizer.bos_token_id,
-        add_bos_token=loaded.tokenizer.add_bos_token,
+        eos_token_ids=tokenizer.eos_token_ids if tokenizer is not None else (),
+        bos_token_id=tokenizer.bos_token_id if tokenizer is not None else None,
+        add_bos_token=tokenizer is not None and tokenizer.add_bos_token,
         parameter_count=loaded.parameter_count,
         dtype=loaded.dtype,
     )

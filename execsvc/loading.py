@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import os
-import sys
-import time
 
 import structlog
 import torch
 
-from execsvc import attention, events, memory_profile
+from execsvc import events
+from execsvc.assembly import Assembly
 from execsvc.config import ExecsvcConfig
 from execsvc.engine import Engine
 from execsvc.invariance import measure_batch_invariance
-from execsvc.kv_cache import KVCache
 from execsvc.memory_profile import MemoryBudget
 from execsvc.model import llama
+from execsvc.model.dummy import open_dummy
 from execsvc.model.source import ModelSource, open_model
 from execsvc.model.tokenizer import TokenizerFiles
-from execsvc.runner import Runner
-from kernels.layout import KVLayout
 from quire.errors import ConfigError
 
 log = structlog.get_logger(__name__)
@@ -37,7 +34,8 @@ class LoadedModel:
     name: str
     """Name that requests use."""
     engine: Engine
-    tokenizer: TokenizerFiles
+    tokenizer: TokenizerFiles | None
+    """None where weights are dummies and no tokenizer lies beside the configuration."""
     architecture: str
     vocab_size: int
     parameter_count: int
@@ -81,6 +79,13 @@ def _choose_dtype(config: ExecsvcConfig, source: ModelSource, device: torch.devi
     return torch.float16 if source.config.dtype == "float16" else torch.bfloat16
 
 
+def _dummy_dtype(config: ExecsvcConfig, device: torch.device) -> torch.dtype:
+    """Returns the type in which dummy weights are made: half of float32's bytes where a GPU converts them anyway."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def load(config: ExecsvcConfig, progress: Callable[[float], None] = lambda _: None) -> LoadedModel:
     """Loads the model that the configuration names.
 
@@ -96,7 +101,11 @@ def load(config: ExecsvcConfig, progress: Callable[[float], None] = lambda _: No
         raise ConfigError(f"block_size: {config.block_size} is not one of 16, 32, 64", field="block_size")
     torch.set_num_threads(config.num_threads or _default_threads())
     device = choose_device(config.device)
-    source = open_model(config.model)
+    source: ModelSource
+    if config.load_format == "dummy":
+        source = open_dummy(config.model, config.seed, device, _dummy_dtype(config, device))
+    else:
+        source = open_model(config.model)
     try:
         return _load_source(config, source, device, progress)
     finally:
@@ -116,11 +125,8 @@ def _load_source(
     model = llama.load(source, dtype, device, max_model_len, progress)
     default_tokens = _CPU_BATCHED_TOKENS if device.type == "cpu" else _CUDA_BATCHED_TOKENS
     batched_tokens = config.max_num_batched_tokens or default_tokens
-    budget = _budget(config, model, device, dtype, max_model_len, batched_tokens)
-    sys.stderr.write(budget.table() + "\n")
-    log.info(events.MEMORY_BUDGETED, **dataclasses.asdict(budget))
-    cache = KVCache(_layout(model, config.block_size, dtype, budget.block_count), device)
-    engine, backend_name = _engine(config, model, cache, max_model_len, batched_tokens)
+    assembled = Assembly(config, model, device, dtype, max_model_len, batched_tokens).assemble()
+    engine, budget, backend_name = assembled.engine, assembled.budget, assembled.attention_backend
     invariant = measure_batch_invariance(engine, budget.block_count)
     log.info(events.BATCH_INVARIANCE_MEASURED, batch_invariant=invariant, attention_backend=backend_name)
     log.info(events.MODEL_LOADED, parameter_count=model.parameter_count, weight_bytes=model.weight_bytes)
@@ -141,79 +147,5 @@ def _load_source(
     )
 
 
-def _engine(
-    config: ExecsvcConfig,
-    model: llama.Llama,
-    cache: KVCache,
-    max_model_len: int,
-    batched_tokens: int,
-    *,
-    capture: bool = True,
-) -> tuple[Engine, str]:
-    """Returns an engine, and the name of what computes attention: Triton's kernels on CUDA, torch elsewhere."""
-    limits = {
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": batched_tokens,
-        "max_model_len": max_model_len,
-    }
-    if cache.device.type == "cuda" and config.attention_backend != "torch":
-        from execsvc.gpu.steps import gpu_steps  # noqa: PLC0415 - imports triton's kernels
-
-        steps = gpu_steps(model, cache, **limits)
-        if capture and not config.enforce_eager:
-            started = time.monotonic()
-            steps.capture()
-            log.info(events.GRAPHS_CAPTURED, size_count=len(steps.sizes), seconds=round(time.monotonic() - started, 1))
-        return Engine(steps, cache, **limits), "triton"
-    backend = attention.create(config.attention_backend, cache, model.config.sliding_window)
-    return Engine(Runner(model, backend, cache), cache, **limits), backend.name
-
-
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _layout(model: llama.Llama, block_size: int, dtype: torch.dtype, block_count: int) -> KVLayout:
-    """Returns the geometry of the model's KV cache."""
-    config = model.config
-    return KVLayout(block_count, config.num_layers, config.num_kv_heads, block_size, config.head_dim, dtype)
-
-
-def _budget(
-    config: ExecsvcConfig,
-    model: llama.Llama,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    batched_tokens: int,
-) -> MemoryBudget:
-    """Returns the memory budget of the device."""
-    sizes = {"kv_cache_bytes": config.kv_cache_byte_count, "kv_cache_tokens": config.kv_cache_tokens}
-    layout = _layout(model, config.block_size, dtype, 1)
-    if device.type == "cpu":
-        return memory_profile.plan_cpu(layout, max_model_len, model.weight_bytes, **sizes)
-
-    def largest_step() -> None:
-        _run_largest_step(config, model, device, dtype, max_model_len, batched_tokens)
-
-    return memory_profile.plan_cuda(
-        layout, max_model_len, model.weight_bytes, device, config.gpu_memory_utilization, largest_step, **sizes
-    )
-
-
-def _run_largest_step(
-    config: ExecsvcConfig,
-    model: llama.Llama,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    batched_tokens: int,
-) -> None:
-    """Runs one step of the most tokens and the most samples, on a cache that holds just that."""
-    from execsvc.warmup import run_step  # noqa: PLC0415 - only where memory is measured
-
-    length = min(batched_tokens, max_model_len)
-    block_count = batched_tokens // config.block_size + batched_tokens // length + 3
-    cache = KVCache(_layout(model, config.block_size, dtype, block_count), device)
-    engine, _ = _engine(config, model, cache, max_model_len, batched_tokens, capture=False)
-    run_step(engine, batched_tokens, min(config.max_num_seqs, batched_tokens), config.block_size)

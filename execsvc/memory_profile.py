@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
+import structlog
 import torch
 
+from execsvc import events
+from execsvc.gpu.device_memory import DeviceMemory
 from kernels.layout import KVLayout
 from quire.errors import ConfigError
 from quire.units import div_ceil, format_bytes
 
+log = structlog.get_logger(__name__)
+
 _CPU_DEFAULT_BYTES = 2**30
 _CPU_DEFAULT_SHARE = 0.2
 _MAX_BLOCKS = 2**31 - 1
+_SHRINK = 0.97
+"""Share of a KV cache that is tried next when the memory for it was gone after all."""
+_ATTEMPTS = 16
+
+Cache = TypeVar("Cache")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +38,8 @@ class MemoryBudget:
     weights: int
     activations: int
     """Peak of the largest step beyond the weights; 0 where it was not measured (CPU)."""
+    graphs: int
+    """What captured graphs and the state on the device take; 0 where there are none."""
     kv_cache: int
     block_count: int
     """The null block included."""
@@ -42,6 +55,11 @@ class MemoryBudget:
         return (self.block_count - 1) * self.block_size
 
     @property
+    def left(self) -> int:
+        """Bytes of the share that nothing is planned for."""
+        return max(0, self.available - self.weights - self.activations - self.graphs - self.kv_cache)
+
+    @property
     def max_concurrency(self) -> float:
         """Sequences of max_model_len that fit at once."""
         return (self.block_count - 1) / div_ceil(self.max_model_len, self.block_size)
@@ -53,7 +71,9 @@ class MemoryBudget:
             ("memory available", format_bytes(self.available)),
             ("weights", format_bytes(self.weights)),
             ("activations at the largest step", format_bytes(self.activations) if self.activations else "not measured"),
+            *([("graphs and state", format_bytes(self.graphs))] if self.graphs else []),
             ("KV cache", f"{format_bytes(self.kv_cache)} ({self.origin})"),
+            ("left", format_bytes(self.left)),
             ("KV blocks", f"{self.block_count - 1} of {self.block_size} tokens, {format_bytes(self.bytes_per_block)}"),
             ("KV tokens", f"{self.token_capacity}"),
             ("longest sequence", f"{self.max_model_len} tokens; {self.max_concurrency:.1f} of them fit at once"),
@@ -97,56 +117,115 @@ def plan_cpu(
         wanted, origin = kv_cache_bytes, "kv_cache_bytes"
     else:
         wanted, origin = min(_CPU_DEFAULT_BYTES, int(available * _CPU_DEFAULT_SHARE)), "default"
-    return _fit(layout, max_model_len, "cpu", available, weights, 0, wanted, origin)
+    return _fit(layout, max_model_len, _Uses("cpu", available, weights), wanted, origin)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Uses:
+    """What there is, and what takes of it before the KV cache does."""
+
+    device: str
+    available: int
+    weights: int
+    activations: int = 0
+    graphs: int = 0
 
 
 def plan_cuda(
     layout: KVLayout,
     max_model_len: int,
-    weights: int,
-    device: torch.device,
+    memory: DeviceMemory,
     utilization: float,
-    largest_step: Callable[[], None],
+    measure: Callable[[], tuple[int, int]],
     *,
     kv_cache_bytes: int | None,
     kv_cache_tokens: int | None,
 ) -> MemoryBudget:
-    """Returns the budget on a CUDA device, after running the largest step once to measure its peak.
+    """Returns the budget on a CUDA device. The weights are loaded already.
 
     Args:
         layout: geometry of a block; its block_count is not looked at.
         max_model_len: longest sequence in tokens.
-        weights: bytes that they take (they are loaded already).
-        device: the CUDA device.
+        memory: of the device.
         utilization: share of the device's memory that may be used, other processes' share included.
-        largest_step: runs a step of max_num_batched_tokens on a small cache of its own.
+        measure: returns (peak of the largest step beyond what is resident, what graphs and state take), in bytes.
         kv_cache_bytes: the KV cache's size, if it was set.
         kv_cache_tokens: the same in tokens; goes before the bytes.
 
     Raises:
         ConfigError: not enough for one sequence of max_model_len, or more than there is.
     """
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    largest_step()
-    torch.cuda.synchronize(device)
-    activations = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
+    memory.release()
+    weights = memory.allocated()
+    activations, graphs = measure()
+    memory.release()
+    free, total = memory.free_and_total()
     # What this process does not hold is held by neighbours or by the driver: it counts against the share.
-    others = total - free - torch.cuda.memory_reserved(device)
-    available = int(total * utilization) - others
-    room = available - torch.cuda.memory_allocated(device) - activations
+    others = total - free - memory.reserved()
+    available = min(int(total * utilization) - others, free + memory.reserved())
+    room = available - weights - activations - graphs
     if kv_cache_tokens is not None:
         wanted, origin = _bytes_of_tokens(layout, kv_cache_tokens), "kv_cache_tokens"
     elif kv_cache_bytes is not None:
         wanted, origin = kv_cache_bytes, "kv_cache_bytes"
     else:
         wanted, origin = room, f"gpu_memory_utilization {utilization:g}"
-    return _fit(
-        layout, max_model_len, str(device), min(available, free), weights, activations, wanted, origin, room=room
+    uses = _Uses(memory.name, max(available, 0), weights, activations, graphs)
+    return _fit(layout, max_model_len, uses, wanted, origin, room=room)
+
+
+def allocate_backing_off(
+    budget: MemoryBudget, layout: KVLayout, allocate: Callable[[MemoryBudget], Cache], memory: DeviceMemory
+) -> tuple[MemoryBudget, Cache]:
+    """Returns the budget that holds and what `allocate` made of it.
+
+    A neighbour may have taken memory since the budget was measured. A size that came from the share of memory then
+    shrinks step by step, with a warning; a size that was asked for is refused.
+
+    Args:
+        budget: as measured.
+        layout: geometry of a block; its block_count is not looked at.
+        allocate: allocates what the budget says; raises torch.OutOfMemoryError if it cannot.
+        memory: of the device.
+
+    Raises:
+        ConfigError: what is left does not hold one sequence of max_model_len, or not the size that was asked for.
+    """
+    planned, failed = budget, False
+    for _ in range(_ATTEMPTS):
+        free, _ = memory.free_and_total()
+        room = free + memory.reserved() - memory.allocated() - budget.activations - budget.graphs
+        if failed:
+            room = min(room, int(budget.kv_cache * _SHRINK))
+        if room < budget.kv_cache:
+            budget = _shrunk(budget, planned, layout, room, free)
+        try:
+            return budget, allocate(budget)
+        except torch.OutOfMemoryError:
+            failed = True
+        # Here the exception is gone, and with it the frames that held what was allocated.
+        memory.release()
+    raise ConfigError(
+        f"{planned.origin}: memory of {planned.device} goes faster than a KV cache can be allocated",
+        field="gpu_memory_utilization",
     )
+
+
+def _shrunk(budget: MemoryBudget, planned: MemoryBudget, layout: KVLayout, room: int, free: int) -> MemoryBudget:
+    """Returns a budget for a KV cache of `room` bytes; raises ConfigError if another size was asked for."""
+    if not planned.origin.startswith("gpu_memory_utilization"):
+        raise ConfigError(
+            f"{planned.origin}: a KV cache of {format_bytes(planned.kv_cache)} was asked for, another process has "
+            f"taken memory meanwhile: {format_bytes(max(room, 0))} are there",
+            field=planned.origin,
+        )
+    uses = _Uses(budget.device, budget.available, budget.weights, budget.activations, budget.graphs)
+    smaller = _fit(layout, budget.max_model_len, uses, room, planned.origin, room=room)
+    log.warning(
+        events.KV_CACHE_SHRUNK, planned_bytes=planned.kv_cache, kv_cache_bytes=smaller.kv_cache, free_bytes=free,
+        advice="another process has taken memory of this device; lower --gpu-memory-utilization or move it",
+    )  # fmt: skip
+    return smaller
 
 
 def _bytes_of_tokens(layout: KVLayout, tokens: int) -> int:
@@ -157,17 +236,14 @@ def _bytes_of_tokens(layout: KVLayout, tokens: int) -> int:
 def _fit(
     layout: KVLayout,
     max_model_len: int,
-    device: str,
-    available: int,
-    weights: int,
-    activations: int,
+    uses: _Uses,
     wanted: int,
     origin: str,
     *,
     room: int | None = None,
 ) -> MemoryBudget:
     """Returns the budget for a KV cache of `wanted` bytes; raises ConfigError if that cannot be."""
-    room = available if room is None else room
+    room = uses.available if room is None else room
     block_count = min(max(wanted, 0) // layout.bytes_per_block, _MAX_BLOCKS)
     if wanted > room and block_count > 0:
         raise ConfigError(
@@ -185,10 +261,11 @@ def _fit(
             metadata={"feasible_max_model_len": feasible, "needed_bytes": needed, "available_bytes": max(wanted, 0)},
         )
     return MemoryBudget(
-        device=device,
-        available=available,
-        weights=weights,
-        activations=activations,
+        device=uses.device,
+        available=uses.available,
+        weights=uses.weights,
+        activations=uses.activations,
+        graphs=uses.graphs,
         kv_cache=block_count * layout.bytes_per_block,
         block_count=block_count,
         block_size=layout.block_size,

@@ -51,7 +51,11 @@ class ModelSource(Protocol):
     path: Path
     name: str
     config: ModelConfig
-    tokenizer: TokenizerFiles
+
+    @property
+    def tokenizer(self) -> TokenizerFiles | None:
+        """The tokenizer; None only where weights are dummies."""
+        ...
 
     def load(self, name: str) -> torch.Tensor:
         """Returns a tensor; raises ModelFormatError if there is none of this name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from execsvc.memory_profile import available_memory, plan_cpu
+from execsvc.memory_profile import MemoryBudget, allocate_backing_off, available_memory, plan_cpu, plan_cuda
 from kernels.layout import KVLayout
 from quire.errors import ConfigError
 
@@ -45,3 +45,109 @@ def test_more_than_there_is_is_refused() -> None:
     """Otherwise the process would be killed later, in the middle of an answer."""
     with pytest.raises(ConfigError, match="are there"):
         plan_cpu(LAYOUT, 256, 0, kv_cache_bytes=2**50, kv_cache_tokens=None)
+
+
+class FakeMemory:
+    """A device whose memory moves as a test says."""
+
+    name = "cuda:0"
+
+    def __init__(self, total: int, free: int, allocated: int) -> None:
+        self.total, self.free, self.held = total, free, allocated
+
+    def free_and_total(self) -> tuple[int, int]:
+        """Returns what was set."""
+        return self.free, self.total
+
+    def allocated(self) -> int:
+        """Returns what was set."""
+        return self.held
+
+    reserved = allocated
+
+    def start_peak(self) -> None:
+        """Does nothing."""
+
+    def peak(self) -> int:
+        """Returns what is held."""
+        return self.held
+
+    def release(self) -> None:
+        """Does nothing."""
+
+
+GIB = 2**30
+
+
+def _plan(memory: FakeMemory, utilization: float = 0.9, **sizes: int) -> MemoryBudget:
+    """Returns the budget with 1 GiB of activations and half of one for graphs."""
+    chosen: dict[str, int | None] = {"kv_cache_bytes": None, "kv_cache_tokens": None, **sizes}
+    return plan_cuda(LAYOUT, 256, memory, utilization, lambda: (GIB, GIB // 2), **chosen)
+
+
+def test_a_gpu_s_budget_counts_everything_once() -> None:
+    """Weights, the largest step, graphs and what neighbours hold come before the cache; the table says so."""
+    # 80 GiB, of which a neighbour holds 10 and this process 16.
+    memory = FakeMemory(80 * GIB, 54 * GIB, 16 * GIB)
+    budget = _plan(memory)
+    assert budget.weights == 16 * GIB
+    assert budget.available == int(80 * GIB * 0.9) - 10 * GIB
+    assert 0 <= budget.available - 16 * GIB - 3 * GIB // 2 - budget.kv_cache < LAYOUT.bytes_per_block
+    table = budget.table()
+    for row in (
+        "weights",
+        "activations at the largest step",
+        "graphs and state",
+        "KV cache",
+        "left",
+        "gpu_memory_util",
+    ):
+        assert row in table
+    smaller = _plan(memory, kv_cache_bytes=GIB)
+    assert smaller.kv_cache == GIB
+    assert smaller.left == smaller.available - 16 * GIB - 3 * GIB // 2 - GIB
+    with pytest.raises(ConfigError, match=r"a KV cache of 60\.0 GiB was asked for, 44\.5 GiB are there"):
+        _plan(memory, kv_cache_bytes=60 * GIB)
+
+
+def test_a_model_too_long_for_what_is_left_is_told_the_length_that_fits() -> None:
+    """Otherwise an operator would have to find it by trying, at a minute a try."""
+    memory = FakeMemory(80 * GIB, 64 * GIB - 1, 16 * GIB)
+    layout_tokens = 40 * 16
+    utilization = (16 * GIB + 3 * GIB // 2 + 41 * LAYOUT.bytes_per_block + 2**20) / (80 * GIB)
+    with pytest.raises(ConfigError, match="max_model_len to") as caught:
+        plan_cuda(
+            LAYOUT, 10**6, memory, utilization, lambda: (GIB, GIB // 2), kv_cache_bytes=None, kv_cache_tokens=None
+        )
+    assert layout_tokens <= int(str(caught.value.metadata["feasible_max_model_len"])) < layout_tokens + 16 * 40
+
+
+def test_a_neighbour_that_takes_memory_meanwhile_makes_the_cache_smaller() -> None:
+    """Otherwise two executors that start together on one device would both die."""
+    memory = FakeMemory(80 * GIB, 64 * GIB, 16 * GIB)
+    budget = _plan(memory)
+    asked: list[int] = []
+
+    def allocate(tried: MemoryBudget) -> str:
+        asked.append(tried.kv_cache)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError
+        return "cache"
+
+    memory.free -= 20 * GIB
+    found, cache = allocate_backing_off(budget, LAYOUT, allocate, memory)
+    assert cache == "cache"
+    assert asked[0] <= 64 * GIB - 20 * GIB - 3 * GIB // 2 < budget.kv_cache
+    assert found.kv_cache == asked[1] < asked[0]
+    memory.free = 0
+    with pytest.raises(ConfigError, match="max_model_len"):
+        allocate_backing_off(budget, LAYOUT, allocate, memory)
+
+
+def test_a_size_that_was_asked_for_is_refused_when_it_is_gone() -> None:
+    """Whoever names a size counts on it: a smaller cache would break the promise in silence."""
+    memory = FakeMemory(80 * GIB, 64 * GIB, 16 * GIB)
+    budget = _plan(memory, kv_cache_bytes=40 * GIB)
+    memory.free -= 30 * GIB
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes: .* another process has taken memory"):
+        allocate_backing_off(budget, LAYOUT, lambda _: "cache", memory)

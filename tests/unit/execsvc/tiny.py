@@ -21,6 +21,7 @@ from execsvc.gpu.steps import GpuSteps
 from execsvc.kv_cache import KVCache
 from execsvc.model import llama
 from execsvc.model.config import ModelConfig, RopeConfig
+from execsvc.model.dummy import shape_of
 from execsvc.model.source import open_model
 from execsvc.runner import Runner
 from kernels.layout import KVLayout
@@ -65,29 +66,6 @@ class RandomSource:
 
     def close(self) -> None:
         """Does nothing."""
-
-
-def shape_of(config: ModelConfig, name: str) -> tuple[int, ...]:
-    """Returns the shape of a tensor by its Hugging Face name."""
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    matrices = {
-        "embed_tokens": (config.vocab_size, hidden),
-        "lm_head": (config.vocab_size, hidden),
-        "q_proj": (q, hidden),
-        "k_proj": (kv, hidden),
-        "v_proj": (kv, hidden),
-        "o_proj": (hidden, q),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }
-    module, kind = name.split(".")[-2:]
-    if module in {"q_norm", "k_norm"}:
-        return (config.head_dim,)
-    if "norm" in module:
-        return (hidden,)
-    return matrices[module][:1] if kind == "bias" else matrices[module]
 
 
 def tensor_names(config: ModelConfig) -> list[str]:
