@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import structlog
 
+from execsvc import device_failure
 from quire.errors import NotReadyError, QuireError
 
 log = structlog.get_logger(__name__)
@@ -59,7 +60,8 @@ class EngineThread:
     """Runs functions one after the other, in the order they were handed over.
 
     The queue is bounded: `call` waits for room. An exception that is no QuireError is a defect or a broken device: it
-    is given to `on_defect` besides the caller.
+    is given to `on_defect`, and its caller and all that come after are told that the executor is not available. Nobody
+    is told then that something was dropped or fenced.
     """
 
     def __init__(self, on_defect: Callable[[BaseException], None]) -> None:
@@ -121,14 +123,19 @@ class EngineThread:
 
     def _run(self) -> None:
         waiting, closing = 0, False
+        broken: QuireError | None = None
         while not closing or waiting:
             job = self._jobs.get()
             if job is None:
                 closing = True
                 continue
             waiting -= job.waited
+            outcome: Any = None
+            error: BaseException | None = None
             try:
-                outcome, error = job.function(), None
+                if broken is not None:
+                    raise broken
+                outcome = job.function()
                 if job.finish is not None:
                     if outcome.deferred:
                         self._wait_for(job, outcome)
@@ -137,8 +144,11 @@ class EngineThread:
                     outcome = job.finish(outcome)
             except BaseException as raised:  # noqa: BLE001 - it travels to the caller
                 outcome, error = None, raised
+            defect = None if error is None or isinstance(error, QuireError) else error
+            if defect is not None:
+                error = broken = device_failure.unavailable(defect)
             try:
-                self._loop.call_soon_threadsafe(self._finish, job.future, outcome, error)
+                self._loop.call_soon_threadsafe(self._finish, job.future, outcome, error, defect)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 break
         if self._waiter is not None:
@@ -163,11 +173,13 @@ class EngineThread:
             else:
                 self._jobs.put(_Job(functools.partial(finish, begun), job.future, waited=True))
 
-    def _finish(self, future: asyncio.Future[Any], outcome: object, error: BaseException | None) -> None:
+    def _finish(
+        self, future: asyncio.Future[Any], outcome: object, error: BaseException | None, defect: BaseException | None
+    ) -> None:
         """Settles a future, on the event loop."""
         self._room.release()
-        if error is not None and not isinstance(error, QuireError):
-            self._on_defect(error)
+        if defect is not None:
+            self._on_defect(defect)
         if future.cancelled():
             return
         if error is None:

@@ -15,6 +15,7 @@ EXECUTOR_REPLACED: Final = "executor_replaced"
 BATCH_INVARIANCE_MEASURED: Final = "batch_invariance_measured"
 KV_CACHE_SHRUNK: Final = "kv_cache_shrunk"
 GRAPHS_CAPTURED: Final = "graphs_captured"
+DEVICE_FAILED: Final = "device_failed"
 SERVICE_FAILED: Final = "service_failed"
 CONFIG_LOADED: Final = "config_loaded"
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import structlog
 
-from execsvc import events
+from execsvc import device_failure, events
 from execsvc.config import ExecsvcConfig
 from execsvc.executor import Executor
 from execsvc.loading import LoadedModel
@@ -31,6 +31,10 @@ _EXAMPLES: Final = """examples:
 
 Every flag is also a variable, for example QUIRE_EXECSVC_KV_CACHE_BYTES=4GiB.
 """
+_DEVICE_ADVICE: Final = {
+    device_failure.OUT_OF_MEMORY: "lower --gpu-memory-utilization or --max-num-batched-tokens",
+    device_failure.DEVICE_ERROR: "look for Xid lines in the system's log; the next start gets a fresh device context",
+}
 _DRAIN_POLL_SECONDS: Final = 0.05
 
 
@@ -50,8 +54,15 @@ class Server:
         if self._failure is None:
             self._failure = error
             # One line for what a person can put right, the stack for a defect.
-            details = {"reason": error.reason} if isinstance(error, QuireError) else {"exc_info": error}
-            log.error(events.SERVICE_FAILED, error=str(error), **details)
+            kind = device_failure.kind_of(error)
+            if kind is not None:
+                log.error(
+                    events.DEVICE_FAILED, error=device_failure.first_line(error), kind=kind,
+                    executor_incarnation=self.executor.incarnation, advice=_DEVICE_ADVICE[kind],
+                )  # fmt: skip
+            else:
+                details = {"reason": error.reason} if isinstance(error, QuireError) else {"exc_info": error}
+                log.error(events.SERVICE_FAILED, error=str(error), **details)
         self._host.request_stop("failed")
 
     async def run(self) -> None:
@@ -102,7 +113,10 @@ class Server:
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Runs the executor; returns the exit code: 0 stopped, 1 failure, 2 bad settings, 130 interrupted."""
+    """Runs the executor; returns the exit code.
+
+    0 stopped, 1 failure, 2 bad settings, 3 the device failed, 130 interrupted.
+    """
     try:
         config, sources = settings.load(ExecsvcConfig, "execsvc", argv, environ, epilog=_EXAMPLES)
         _ = config.kv_cache_byte_count
@@ -121,6 +135,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if device_failure.kind_of(error) is None:
+            raise
+        sys.stderr.write(f"quire execsvc: the device failed: {device_failure.first_line(error)}\n")
+        return device_failure.EXIT_DEVICE
     return 0
 
 

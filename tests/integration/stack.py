@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import grpc
 
@@ -107,14 +108,20 @@ class Stack:
 
 
 def start_service(
-    name: str, directory: Path, *flags: str, port: str = "0", settings: dict[str, str] | None = None
+    name: str,
+    directory: Path,
+    *flags: str,
+    port: str = "0",
+    settings: dict[str, str] | None = None,
+    program: Path | None = None,
 ) -> Service:
-    """Starts `python -m NAME FLAGS`, by default on a free port, logging JSON to a file."""
+    """Starts `python -m NAME FLAGS`, or a program, by default on a free port, logging JSON to a file."""
     log_path = directory / f"{name}-{time.monotonic_ns()}.log"
     environ = {key: value for key, value in os.environ.items() if not key.startswith("QUIRE_")}
     environ |= settings or {}
     shared = ("--port", port, "--log-format", "json", "--parent-pid", str(os.getpid()))
-    command = [sys.executable, "-m", name, *shared, *flags]
+    run = ("-m", name) if program is None else (str(program),)
+    command = [sys.executable, *run, *shared, *flags]
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=directory)
     return Service(name, process, log_path)
@@ -128,14 +135,18 @@ def running_stack(
     memsvc: tuple[str, ...] = (),
     execsvc: tuple[str, ...] = (),
     gateway: tuple[str, ...] = (),
+    failing: dict[str, Any] | None = None,
 ) -> Iterator[Stack]:
-    """Yields a healthy stack; stops it afterwards, the gateway first."""
+    """Yields a healthy stack; stops it afterwards, the gateway first.
+
+    With `failing`, what `start_service` takes besides, the executor is another program.
+    """
     with contextlib.ExitStack() as cleanup:
         memory_service = start_service("memsvc", directory, *memsvc)
         cleanup.callback(memory_service.stop)
         memory_service.wait_listening()
         executor_flags = ("--model", model, "--memsvc", memory_service.address, "--executor-id", POOL_ID, *execsvc)
-        executor = start_service("execsvc", directory, *executor_flags)
+        executor = start_service("execsvc", directory, *executor_flags, **(failing or {}))
         cleanup.callback(executor.stop)
         executor.wait_listening()
         front = start_service("gateway", directory, "--memsvc", memory_service.address, *gateway)

@@ -9,9 +9,11 @@ import time
 
 import pytest
 
+from execsvc.device_failure import EXIT_DEVICE
 from quire.client import AsyncClient, Client
 from quire.errors import QuireError
 from tests.integration.stack import POOL_ID, Service, Stack, running_stack, start_service
+from tests.unit.execsvc import tiny
 
 PROMPTS = [f"{number}. The lighthouse keeper wrote in his diary:" for number in range(4)]
 MAX_TOKENS = 80
@@ -70,6 +72,29 @@ async def test_an_executor_killed_mid_stream_is_a_pause(mortal_stack: Stack, tmp
             await asyncio.to_thread(mortal_stack.wait_idle)
         finally:
             mortal_stack.execsvc.stop()
+
+
+async def test_an_executor_whose_device_fails_is_a_pause(tmp_path: Path) -> None:
+    """A CUDA error ends one incarnation, in one clear line; its clients see a pause, and nothing else dies."""
+    model = str(tiny.write_directory(tmp_path / "tiny"))
+    failing = {"program": Path(__file__).with_name("failing_execsvc.py"), "settings": {"FAILING_STEP": "60"}}
+    with running_stack(tmp_path, model=model, execsvc=EXECUTOR_FLAGS, failing=failing) as stack:
+        async with AsyncClient(stack.address, timeout=60) as client:
+            interrupted = asyncio.create_task(_answers(client))
+            assert await asyncio.to_thread(stack.execsvc.process.wait, 30) == EXIT_DEVICE
+            (event,) = stack.execsvc.events("device_failed")
+            assert event["error"] == "CUDA error: an illegal memory access was encountered"
+            assert event["kind"] == "device_error"
+            last = stack.execsvc.log_path.read_text().splitlines()[-1]
+            assert last == f"quire execsvc: the device failed: {event['error']}"
+            assert not interrupted.done()
+            flags = ("--model", model, "--memsvc", stack.memsvc.address, "--executor-id", POOL_ID, *EXECUTOR_FLAGS)
+            stack.execsvc = await asyncio.to_thread(_restart, stack.execsvc, tmp_path, *flags)
+            try:
+                assert await interrupted == await _answers(client)
+                await asyncio.to_thread(stack.wait_idle)
+            finally:
+                stack.execsvc.stop()
 
 
 async def test_a_memsvc_killed_mid_stream_is_a_pause(mortal_stack: Stack, tmp_path: Path) -> None:

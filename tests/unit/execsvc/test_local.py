@@ -17,7 +17,7 @@ from execsvc.local import LocalExecutor
 from execsvc.warmup import run_step
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
-from quire.errors import ConfigError, NotReadyError, StaleEpochError
+from quire.errors import ConfigError, ExecutorUnavailableError, NotReadyError, StaleEpochError
 from tests.unit.execsvc import tiny
 from tests.unit.execsvc.tiny import start
 
@@ -145,13 +145,17 @@ async def test_the_next_step_begins_while_the_device_is_busy_with_the_last() -> 
 
 
 async def test_a_device_that_fails_in_the_middle_of_a_step_is_told_to_the_owner() -> None:
-    """Otherwise the process would go on with a device that answers nothing any more."""
+    """Otherwise the process would go on with a device that answers nothing any more, and acknowledge fences on it."""
     defects: list[BaseException] = []
     thread = EngineThread(defects.append)
     broken = _Half("a", [], RuntimeError("CUDA error: an illegal memory access was encountered"))
     broken.done.set()
     future = await thread.submit_halves(lambda: broken, lambda half: half.name)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(ExecutorUnavailableError, match="illegal memory access") as caught:
         await future
+    assert caught.value.reason == "DEVICE_FAILED"
+    assert defects == [broken.error]
+    with pytest.raises(ExecutorUnavailableError):
+        await thread.call(lambda: "fenced")
     assert defects == [broken.error]
     await thread.close()
