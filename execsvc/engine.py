@@ -23,6 +23,7 @@ from quire.units import div_ceil
 from quire.window import outside_block_count
 
 _NO_OWNER = 0
+_SIBLING_LIMIT = 1024
 
 
 @dataclasses.dataclass(slots=True)
@@ -146,6 +147,10 @@ class Engine:
         launched, errors = pending.launched, pending.errors
         result = pb.StepResult(step=pending.step, fenced=pending.fenced)
         good: list[tuple[int, int]] = []
+        siblings: list[tuple[int, int]] = []
+        for place, tokens in launched.siblings.items():
+            table = launched.sequences[launched.sampled[place]].table
+            siblings += [(table, token) for token in tokens]
         for index, position, token in zip(launched.sampled, pending.positions, launched.tokens(), strict=True):
             sequence = launched.sequences[index]
             if sequence.failed:
@@ -165,6 +170,10 @@ class Engine:
         result.written_counts = columns.pack([count for _, count in written])
         result.sampled_tables = columns.pack([table for table, _ in good])
         result.sampled_tokens = columns.pack([token for _, token in good])
+        if siblings:
+            siblings = [pair for pair in siblings if pair[0] not in errors]
+            result.sibling_tables = columns.pack([table for table, _ in siblings])
+            result.sibling_tokens = columns.pack([token for _, token in siblings])
         result.model_ns, result.sample_ns = launched.durations()
         result.errors.extend(
             pb.SequenceError(table=table, reason=error.reason, message=error.message) for table, error in errors.items()
@@ -231,7 +240,11 @@ class Engine:
                 f"block_ids: {len(blocks)} blocks for {computed} computed tokens, at most {rows.block_max}"
             )
         self._check_blocks(blocks, outside_block_count(computed, self.window, rows.block_size))
-        rows.add(start.table, owner, tokens, blocks, computed, _sampling(start.sampling, self.vocab_size))
+        if len(start.sibling_seeds) > _SIBLING_LIMIT:
+            message = f"sibling_seeds: found {len(start.sibling_seeds)}, allowed are 0 .. {_SIBLING_LIMIT}"
+            raise InvalidRequestError(message, field="sibling_seeds")
+        sampling = _sampling(start.sampling, self.vocab_size)
+        rows.add(start.table, owner, tokens, blocks, computed, sampling, tuple(start.sibling_seeds))
 
     def _check_blocks(self, blocks: columns.Column, outside: int) -> None:
         """Raises InvalidRequestError if a block is beyond the pool, or null and not among the first `outside`.

@@ -13,6 +13,7 @@ from execsvc.kv_cache import KVCache
 from execsvc.model.llama import Llama
 from execsvc.sampler import sample
 from execsvc.sequences import Sequence, SequenceRows
+from execsvc.siblings import sample_siblings
 from execsvc.steps import FinishedStep, Observe
 
 
@@ -55,6 +56,7 @@ class Runner:
             observe([sequence.table for sequence in samplers], logits)
         positions = [int(rows.known[sequence.row]) for sequence in samplers]
         tokens = sample(logits, [sequence.sampling for sequence in samplers], positions) if samplers else []
+        siblings = sample_siblings(logits, samplers, positions)
         return FinishedStep(
             batch.sequences,
             batch.context_lens.tolist(),
@@ -62,6 +64,7 @@ class Runner:
             tokens,
             computed - started,
             time.perf_counter_ns() - computed,
+            siblings,
         )
 
     def mark(self) -> FinishedStep:

@@ -33,6 +33,8 @@ class Sequence:
     """Known tokens, with room to grow; the first `known[row]` count, save those of steps that are on their way."""
     failed: bool = False
     """It was dropped because of an error, maybe while a later step with it was on its way."""
+    sibling_seeds: tuple[int, ...] = ()
+    """Seeds with which its next token is drawn besides; none once that is done."""
 
 
 class RowObserver(Protocol):
@@ -73,6 +75,8 @@ class SequenceRows:
         """`[row]`: whether it does not simply take the most likely token."""
         self.withheld_until = np.zeros(row_count, dtype=np.int64)
         """Position from which every token may be sampled."""
+        self.forks = np.zeros(row_count, dtype=np.bool_)
+        """`[row]`: whether it was opened with sibling seeds."""
         self.by_table: dict[int, Sequence] = {}
         self._free_rows = list(range(row_count - 1, -1, -1))
 
@@ -86,13 +90,20 @@ class SequenceRows:
         return not self._free_rows
 
     def add(
-        self, table: int, owner: int, tokens: Column, blocks: Column, computed: int, sampling: SamplingSpec
+        self,
+        table: int,
+        owner: int,
+        tokens: Column,
+        blocks: Column,
+        computed: int,
+        sampling: SamplingSpec,
+        sibling_seeds: tuple[int, ...] = (),
     ) -> Sequence:
         """Opens a sequence. The caller has checked every argument and that a row is left."""
         row = self._free_rows.pop()
         room = np.empty(len(tokens) + max(64, len(tokens) // 4), dtype=np.int64)
         room[: len(tokens)] = tokens
-        sequence = Sequence(table, owner, row, sampling, room)
+        sequence = Sequence(table, owner, row, sampling, room, sibling_seeds=sibling_seeds)
         self.block_tables[row, : len(blocks)] = blocks
         self.block_counts[row] = len(blocks)
         self.known[row], self.computed[row] = len(tokens), computed
@@ -100,6 +111,7 @@ class SequenceRows:
         self.last_token[row] = tokens[-1]
         self.draws[row] = not sampling.greedy
         self.withheld_until[row] = sampling.withheld_until if sampling.withheld else 0
+        self.forks[row] = bool(sibling_seeds)
         self.by_table[table] = sequence
         if self._observer is not None:
             self._observer.table_written(row, 0, len(blocks))

@@ -17,6 +17,7 @@ import torch
 
 from execsvc.model.config import ModelConfig
 from execsvc.sequences import RowObserver, Sequence, SequenceRows
+from execsvc.siblings import Siblings
 
 Observe = Callable[[list[int], torch.Tensor], None]
 """Hears (tables, logits `[table, vocabulary]`) before tokens are chosen."""
@@ -49,6 +50,11 @@ class LaunchedStep(Protocol):
 
     def tokens(self) -> list[int]:
         """Returns the sampled tokens, -1 where the logits were not finite. Once, after `wait`."""
+        ...
+
+    @property
+    def siblings(self) -> Siblings:
+        """Tokens drawn for siblings of those that sample."""
         ...
 
     def durations(self) -> tuple[int, int]:
@@ -96,6 +102,7 @@ class FinishedStep:
     chosen: list[int] = dataclasses.field(default_factory=list)
     model_ns: int = 0
     sample_ns: int = 0
+    siblings: Siblings = dataclasses.field(default_factory=dict)
 
     def wait(self) -> None:
         """Does nothing."""

@@ -25,7 +25,7 @@ def admit_request(pool: PoolInfo, sequence: Sequence, *, wait_for_prefix: bool) 
         cache_salt=settings.cache_salt,
         skip_cache_read=settings.skip_cache_read,
         skip_cache_write=settings.skip_cache_write,
-        max_new_tokens=sequence.total_limit - len(sequence.tokens),
+        max_new_tokens=sequence.length_limit - len(sequence.tokens),
         min_new_tokens=certain_tokens(sequence),
         resumed=sequence.preemption_count > 0,
         wait_for_prefix=wait_for_prefix,

@@ -337,14 +337,6 @@ class Engine:
         event.queue_time.FromNanoseconds(int((request.admitted_at - request.arrived_at) * 1e9))
         live.stream.admitted(event)
 
-    def prefilled(self, sequence: Sequence) -> list[Sequence]:
-        """See LaneOwner: the first sample's prompt is cached now, so the other samples share its blocks."""
-        request = sequence.request
-        waiting = [sample for sample in request.samples if sample.state is SequenceState.NEW]
-        for sample in waiting:
-            sample.state = SequenceState.WAITING
-        return waiting
-
     def token(self, sequence: Sequence, token: int) -> bool:
         """See LaneOwner: streams the token and decides whether it is the last."""
         request = sequence.request

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -20,6 +20,9 @@ from gateway.core.prefix_wait import PrefixWait
 from gateway.core.queue import WaitingQueue
 from gateway.core.scheduler import Scheduler, Update
 from gateway.core.sequence import Sequence, SequenceState
+from gateway.core.step import StepDraft
+from gateway.forking import Forking
+from gateway.lane_owner import LaneOwner
 from gateway.plan import to_outcome, to_plan
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire.errors import (
@@ -48,42 +51,6 @@ _STEP_SECONDS = 300.0
 """A step that takes longer means that the executor hangs."""
 _RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0)
 _TRANSIENT = (BlockPoolExhaustedError, StaleEpochError, MemoryUnavailableError, PoolNotFoundError, NotReadyError)
-
-
-class LaneOwner(Protocol):
-    """What a lane tells."""
-
-    async def model_queue(self, link: ExecutorLink, description: pb.DescribeResponse, pool: PoolInfo) -> WaitingQueue:
-        """The executor is open: returns the queue of its model."""
-        ...
-
-    def session_ended(self, pool_id: str) -> None:
-        """The executor is not open any more."""
-        ...
-
-    def fatal(self, reason: str) -> None:
-        """A defect: the process must stop."""
-        ...
-
-    def admitted(self, sequence: Sequence) -> None:
-        """A sequence has left the queue."""
-        ...
-
-    def token(self, sequence: Sequence, token: int) -> bool:
-        """A sequence has a new token; returns whether that ends it."""
-        ...
-
-    def prefilled(self, sequence: Sequence) -> list[Sequence]:
-        """A prompt is computed; returns further samples of the request that may start now."""
-        ...
-
-    def released(self, sequence: Sequence) -> None:
-        """A sequence that has ended holds nothing any more."""
-        ...
-
-    def failed(self, sequence: Sequence, error: QuireError) -> None:
-        """A sequence cannot go on; its request fails."""
-        ...
 
 
 class Lane:
@@ -123,6 +90,7 @@ class Lane:
         self._journal: JournalEntry | None = None
         self._prefix_wait = PrefixWait()
         self._merges = TableMerges()
+        self._forking: Forking | None = None
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -182,7 +150,7 @@ class Lane:
 
     async def _keep_session(self) -> None:
         """Opens a session, again and again."""
-        orphans: list[int] = []
+        orphans: JournalEntry | None = None
         lease = None
         attempt = 0
         while True:
@@ -191,7 +159,7 @@ class Lane:
                 await self._open(link)
                 attempt = 0
                 assert self._scheduler is not None
-                if lease is not None:
+                if orphans is not None and lease is not None:
                     self._settle_orphans(orphans, lease.surrender())
                     self._scheduler.lease.granted_total = lease.granted_total
                 await self._loop(link)
@@ -230,13 +198,16 @@ class Lane:
         budget = description.max_num_batched_tokens
         if self._config.max_num_batched_tokens is not None:
             budget = min(budget, self._config.max_num_batched_tokens)
-        self._scheduler = Scheduler(
+        scheduler = self._scheduler = Scheduler(
             self._pool,
             max_num_seqs=min(self._config.max_num_seqs, description.max_num_seqs),
             max_num_batched_tokens=budget,
             max_preemptions=self._config.max_preemptions,
             policy=SchedulingPolicy(self._config.scheduling_policy),
             long_prefill_token_threshold=self._config.long_prefill_token_threshold,
+        )
+        self._forking = Forking(
+            self._pool, self._memory, scheduler, self._write_journal, lambda: self._scheduler is scheduler
         )
         self._admission_blocked = False
         self._wake.set()
@@ -247,12 +218,14 @@ class Lane:
             address=self._pool.executor_address,
         )
 
-    def _end_session(self) -> list[int]:
-        """Queues the session's sequences again; returns the tables that are still open at memsvc."""
+    def _end_session(self) -> JournalEntry:
+        """Queues the session's sequences again; returns what memsvc is to hear of their tables."""
         scheduler, self._scheduler = self._scheduler, None
         assert scheduler is not None
         assert self._queue is not None
-        orphans = [sequence.table for sequence in scheduler.sequences()]
+        orphans = self._journal or JournalEntry(self._pool.pool_id, self._pool.epoch)
+        orphans.closed = [sequence.table for sequence in scheduler.sequences()]
+        orphans.close_reasons = [CloseReason.PREEMPTED] * len(orphans.closed)
         self._end_prefix_wait()
         self._merges.clear()
         requeued, released = scheduler.abandon()
@@ -263,17 +236,11 @@ class Lane:
         self._journal = None
         return orphans
 
-    def _settle_orphans(self, orphans: list[int], blocks: list[int]) -> None:
+    def _settle_orphans(self, orphans: JournalEntry, blocks: list[int]) -> None:
         """Closes the tables of a broken session. The executor has acknowledged the new one: nothing writes to them."""
-        entry = JournalEntry(
-            self._pool.pool_id,
-            self._pool.epoch,
-            closed=list(orphans),
-            close_reasons=[CloseReason.PREEMPTED] * len(orphans),
-            returned=blocks,
-        )
-        if entry:
-            self._write_journal(entry)
+        orphans.returned = blocks
+        if orphans:
+            self._write_journal(orphans)
 
     async def _cancel_in_flight(self) -> None:
         for task in self._in_flight:
@@ -299,8 +266,8 @@ class Lane:
                 self._refill(scheduler)
                 if draft:
                     step += 1
-                    if draft.appended:
-                        self._pending_journal().appended += draft.appended
+                    if draft.appended or draft.replaced:
+                        self._note_growth(draft)
                     if self._merges:
                         draft.appended += self._merges.plan(step, scheduler.sequences())
                     plan = to_plan(draft, step, self._pool.epoch)
@@ -320,17 +287,20 @@ class Lane:
             message = f"no result within {_STEP_SECONDS:g} s: the executor hangs"
             raise ExecutorUnavailableError(message) from None
 
-    def _pending_journal(self) -> JournalEntry:
-        """Returns the entry that travels with the next result."""
+    def _note_growth(self, draft: StepDraft) -> None:
+        """Keeps what a step puts into tables for the journal that travels with the next result."""
         if self._journal is None:
             self._journal = JournalEntry(self._pool.pool_id, self._pool.epoch)
-        return self._journal
+        self._journal.appended += draft.appended
+        self._journal.replaced += draft.replaced
+        draft.appended += draft.replaced
 
     def _write_journal(self, entry: JournalEntry) -> None:
         """Sends an entry, with the growth that was planned before it."""
         pending, self._journal = self._journal, None
         if pending is not None:
             entry.appended = pending.appended + entry.appended
+            entry.replaced = pending.replaced + entry.replaced
         self._memory.journal(entry)
 
     def _absorb(self, result: pb.StepResult) -> None:
@@ -342,6 +312,8 @@ class Lane:
         for sequence, token in update.tokens:
             if not sequence.ended and self._owner.token(sequence, token):
                 scheduler.finish(sequence, CloseReason.FINISHED)
+        for source, samples in update.siblings:
+            self._spawn(self._fork(queue, source, samples), "fork")
         update.journal.replaced += self._merges.done(result.step)
         # Growth is told of with the next result, whether that fills a block or not.
         if update.journal or self._journal is not None:
@@ -359,8 +331,6 @@ class Lane:
             sequence.state = SequenceState.FINISHED
             self._owner.released(sequence)
         back = [sequence for sequence in update.requeued if not sequence.ended]
-        for sequence in update.prefilled:
-            back += self._owner.prefilled(sequence)
         if back:
             queue.put_back(back)
         if update.journal.closed:
@@ -386,6 +356,8 @@ class Lane:
             )
         except _TRANSIENT as error:
             log.info("lease_refused", pool_id=self._pool.pool_id, reason=error.reason)
+        # The session may have broken meanwhile: then the next one has them, or `_settle_orphans` gives them back.
+        scheduler = self._scheduler or scheduler
         scheduler.lease.refilled(blocks, asked)
         if scheduler.lease.exhausted:
             asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._retry, scheduler)
@@ -485,6 +457,21 @@ class Lane:
         )
         self._write_journal(entry)
         self._put_back(queue, sequence)
+
+    async def _fork(self, queue: WaitingQueue, source: Sequence, samples: list[Sequence]) -> None:
+        """Has samples run on the blocks of `source`, or else queues them."""
+        assert self._forking is not None
+        left = samples
+        try:
+            left = await self._forking.begin(source, samples, taken=self._admitting is not None)
+        finally:
+            source.resume()
+            for sample in left:
+                self._put_back(queue, sample)
+            self.wake()
+        for sample in samples:
+            if sample.state is SequenceState.RUNNING:
+                self._owner.admitted(sample)
 
     def _spawn(self, coroutine: object, name: str) -> None:
         """Runs a short task that the lane owns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gateway.core.sequence import Sequence
+from gateway.core.siblings import waiting_samples
 from gateway.core.step import StepDraft, StepOutcome
 from gateway.core.stopping import withheld_tokens
 from protos.execsvc.v1 import execsvc_pb2 as pb
@@ -36,6 +37,7 @@ def _sequence_start(sequence: Sequence) -> pb.SequenceStart:
             withheld_tokens=columns.pack(withheld),
             withheld_until=withheld_until,
         ),
+        sibling_seeds=[sample_seed(sampling.seed, sample.index) for sample in waiting_samples(sequence)],
     )
 
 
@@ -61,11 +63,14 @@ def to_outcome(result: pb.StepResult) -> StepOutcome:
     """
     written = columns.unpack_list(result.written_tables, "written_tables")
     sampled = columns.unpack_list(result.sampled_tables, "sampled_tables")
+    siblings = columns.unpack_list(result.sibling_tables, "sibling_tables")
     return StepOutcome(
         written_tables=written,
         written_counts=columns.unpack_list(result.written_counts, "written_counts", row_count=len(written)),
         sampled_tables=sampled,
         sampled_tokens=columns.unpack_list(result.sampled_tokens, "sampled_tokens", row_count=len(sampled)),
         fenced=columns.unpack_list(result.fenced, "fenced"),
+        sibling_tables=siblings,
+        sibling_tokens=columns.unpack_list(result.sibling_tokens, "sibling_tokens", row_count=len(siblings)),
         errors=[(error.table, error.reason, error.message) for error in result.errors],
     )

@@ -33,6 +33,7 @@ from execsvc.gpu.staging import ReturnedTokens, Staging, TokenReturn
 from execsvc.kv_cache import KVCache
 from execsvc.model.llama import Llama
 from execsvc.sequences import Sequence, SequenceRows
+from execsvc.siblings import Siblings, sample_siblings
 from execsvc.steps import Observe
 from kernels.step_state.tensors import Staged
 
@@ -63,6 +64,7 @@ class Launched:
     returned: ReturnedTokens
     clock: Clock
     started_ns: int
+    siblings: Siblings = dataclasses.field(default_factory=dict)
     model_ns: int = 0
 
     def wait(self) -> None:
@@ -207,14 +209,17 @@ class GpuSteps:
         counts = np.array([count for _, count in scheduled], dtype=np.int64)
         computed = rows.computed[row_ids]
         decodes = (counts == 1) & (computed + 1 == rows.known[row_ids])
-        if len(scheduled) < len(self._rung_of_size) and decodes.all():
+        forks = bool(rows.forks[row_ids].any())
+        if len(scheduled) < len(self._rung_of_size) and decodes.all() and not forks:
             sequences = [sequence for sequence, _ in scheduled]
             returned = self._launch_decode(rows, sequences, row_ids, observe)
             sampled = list(range(len(sequences)))
             return Launched(sequences, (computed + 1).tolist(), sampled, returned, self._clock, started_ns)
         plan = arrange(rows, scheduled)
-        returned = self._launch_mixed(rows, plan, observe)
-        return Launched(plan.sequences, plan.context_lens.tolist(), plan.sampled, returned, self._clock, started_ns)
+        siblings: Siblings = {}
+        returned = self._launch_mixed(rows, plan, observe, siblings if forks else None)
+        lens = plan.context_lens.tolist()
+        return Launched(plan.sequences, lens, plan.sampled, returned, self._clock, started_ns, siblings)
 
     def mark(self) -> Launched:
         """Returns a step that computes nothing and is done when all that was launched before it is."""
@@ -266,8 +271,9 @@ class GpuSteps:
         rows: SequenceRows,
         plan: Arrangement,
         observe: Observe | None,
+        siblings: Siblings | None,
     ) -> ReturnedTokens:
-        """Launches a step with chunks of prompts, piece by piece."""
+        """Launches a step with chunks of prompts, piece by piece. Fills `siblings`, for which the host waits."""
         staging, operations = self._staging, self._decoder.operations
         resident = self._resident
         samplers = [plan.sequences[index] for index in plan.sampled]
@@ -310,6 +316,9 @@ class GpuSteps:
             self._withhold(logits, withheld)
             if observe is not None:
                 observe([sequence.table for sequence in samplers], logits)
+            if siblings is not None:
+                siblings.update(sample_siblings(logits, samplers, plan.context_lens[plan.sampled].tolist()))
+                rows.forks[plan.row_ids[plan.sampled]] = False
             if rows.draws[plan.row_ids].any():
                 params = resident.params.index_select(1, sampling_rows)
                 self._sampler.sample(logits, params, sampled_lens, sampled)

@@ -214,9 +214,6 @@ class _Owner:
         self.changed.set()
         return False
 
-    def prefilled(self, sequence: Sequence) -> list[Sequence]:
-        return []
-
     def released(self, sequence: Sequence) -> None:
         pass
 

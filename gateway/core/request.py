@@ -79,6 +79,9 @@ class Request:
         self.cancelled = False
         limit = min(len(settings.prompt) + settings.max_tokens, max_model_len)
         self.samples = [Sequence(self, index, settings.prompt, limit) for index in range(settings.sample_count)]
+        if len(self.samples) > 1:
+            # The others begin where the prompt ends, on the same blocks.
+            self.samples[0].hold()
 
     @property
     def completion_token_count(self) -> int:

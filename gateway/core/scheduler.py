@@ -24,10 +24,12 @@ from gateway.core.precedence import SchedulingPolicy, place_in_step
 from gateway.core.preemption import choose_victim
 from gateway.core.report import report, report_at
 from gateway.core.sequence import Sequence, SequenceState
+from gateway.core.sharing import SharedTails
 from gateway.core.shortage import SPARING, Shortage
+from gateway.core.siblings import take_first_tokens
 from gateway.core.step import StepDraft, StepOutcome
 from quire.errors import InvariantError
-from quire.memory import Admission, CloseReason, JournalEntry, PoolInfo
+from quire.memory import Admission, CloseReason, Fork, JournalEntry, PoolInfo
 from quire.units import div_ceil
 from quire.window import outside_block_count
 
@@ -44,8 +46,8 @@ class Update:
     """New tokens, in order; the caller decides whether each ends its sequence (`finish`)."""
     requeued: list[Sequence] = dataclasses.field(default_factory=list)
     """Preempted sequences whose tables are fenced; they go to the head of the queue."""
-    prefilled: list[Sequence] = dataclasses.field(default_factory=list)
-    """Sequences whose prompt is now computed for the first time."""
+    siblings: list[tuple[Sequence, list[Sequence]]] = dataclasses.field(default_factory=list)
+    """First samples whose prompts are computed, with the others, which have a first token now and no table yet."""
     released: list[Sequence] = dataclasses.field(default_factory=list)
     """Sequences that hold nothing any more."""
     failed: list[tuple[Sequence, str, str]] = dataclasses.field(default_factory=list)
@@ -103,6 +105,9 @@ class Scheduler:
         self._admission_no = 0
         self._unmet = 0
         self._shortage = Shortage()
+        self._tails = SharedTails()
+        self.forking_count = 0
+        """Tables that are being forked."""
 
     @property
     def running_count(self) -> int:
@@ -111,8 +116,13 @@ class Scheduler:
 
     @property
     def open_count(self) -> int:
-        """Sequences that hold a table, closing ones included."""
-        return len(self._running) + len(self._closing)
+        """Sequences that hold a table, closing ones and tables that are being forked included."""
+        return len(self._running) + len(self._closing) + self.forking_count
+
+    @property
+    def free_count(self) -> int:
+        """Sequences that may be opened besides."""
+        return max(0, self._max_num_seqs - self.open_count)
 
     def sequences(self) -> Iterator[Sequence]:
         """Yields every sequence that holds a table, in order of admission."""
@@ -134,6 +144,34 @@ class Scheduler:
 
     def start(self, sequence: Sequence, admission: Admission) -> None:
         """Takes in an admitted sequence; it is part of the next step."""
+        self._open(sequence, admission)
+        self._shortage.admitted(sequence, len(sequence.blocks) - admission.cached_token_count // self._block_size)
+        for source, destination in admission.copies:
+            self._to_copy += (source, destination)
+
+    def fork(self, source: int, samples: list[Sequence], fork: Fork) -> None:
+        """Takes in samples whose tables were forked from another one; they are part of the next step.
+
+        Args:
+            source: the table that was forked. Nobody has written behind the fork; it may be closing by now.
+            samples: one for each table of the fork, in order; all their tokens but the last are shared.
+            fork: what the memory service says.
+        """
+        for sample, table in zip(samples, fork.tables, strict=True):
+            self._open(sample, Admission(fork.epoch, table, fork.block_ids, fork.token_count, []))
+            sample.reported = fork.token_count
+        if not fork.token_count % self._block_size:
+            return
+        self._tails.forked(source, fork.tables, fork.block_ids[-1], must_copy=fork.must_copy)
+        if source not in self._running:
+            self._leave_tail(source)
+        for table in (source, *fork.tables):
+            if self._tails.must_copy(table):
+                # `_grow` sees to it that the next token goes to a block of its own.
+                self._running[table].room = self._running[table].scheduled
+
+    def _open(self, sequence: Sequence, admission: Admission) -> None:
+        """Has a sequence run on a new table."""
         if admission.table in self._running or admission.table in self._closing:
             raise InvariantError(f"table {admission.table} was granted twice in epoch {admission.epoch}")
         self._admission_no += 1
@@ -147,14 +185,11 @@ class Scheduler:
         sequence.room = len(sequence.blocks) * self._block_size
         sequence.released = sequence.blocks.count(0) if self._window else 0
         sequence.report_at = report_at(sequence, self._block_size, self._window, copying=bool(admission.copies))
-        self._shortage.admitted(sequence, len(sequence.blocks) - admission.cached_token_count // self._block_size)
         self._running[admission.table] = sequence
         if self._policy is SchedulingPolicy.PRIORITY:
             ordered = sorted(self._running.items(), key=lambda item: place_in_step(item[1], self._policy))
             self._running = dict(ordered)
         self._to_add.append(sequence)
-        for source, destination in admission.copies:
-            self._to_copy += (source, destination)
 
     def schedule(self) -> StepDraft:
         """Returns the next step; it is empty when there is nothing to do."""
@@ -195,14 +230,34 @@ class Scheduler:
         return draft
 
     def _grow(self, sequence: Sequence, draft: StepDraft) -> bool:
-        """Takes a block for the next token, which has no slot; returns whether there was one."""
+        """Takes a block for the next token, which has no slot of its own; returns whether there was one."""
         block = self.lease.take()
         if block is None:
             return False
+        if self._tails.must_copy(sequence.table):
+            self._copy_tail(sequence, block, draft)
+            return True
         draft.appended += (sequence.table, len(sequence.blocks), block)
         sequence.blocks.append(block)
         sequence.room += self._block_size
         return True
+
+    def _copy_tail(self, sequence: Sequence, block: int, draft: StepDraft) -> None:
+        """Puts a copy in the place of a last block that others name too."""
+        index = len(sequence.blocks) - 1
+        draft.copies += (sequence.blocks[index], block)
+        draft.replaced += (sequence.table, index, block)
+        sequence.blocks[index] = block
+        sequence.room = len(sequence.blocks) * self._block_size
+        # The shared block is held for the copy until the memory service hears of the first write.
+        sequence.report_at = min(sequence.report_at, sequence.scheduled + 1)
+        self._leave_tail(sequence.table)
+
+    def _leave_tail(self, table: int) -> None:
+        """Notes that a table shares its last block no more; who is left alone with it may write there."""
+        alone = self._running.get(self._tails.left(table))
+        if alone is not None:
+            alone.room = len(alone.blocks) * self._block_size
 
     def _feed(self, hungry: list[Sequence], budget: int, draft: StepDraft) -> int:
         """Lets some of `hungry` go on, as many as there are blocks that may be spent; leaves the others in it.
@@ -308,6 +363,7 @@ class Scheduler:
         """Stops scheduling a sequence and has its table fenced by the next step."""
         del self._running[sequence.table]
         sequence.state = SequenceState.CLOSING
+        self._leave_tail(sequence.table)
         self._closing[sequence.table] = (sequence, reason)
         self._to_remove.append(sequence.table)
         if sequence in self._to_add:
@@ -337,14 +393,15 @@ class Scheduler:
                 continue
             sequence.tokens.append(token)
             update.tokens.append((sequence, token))
+        if outcome.sibling_tables:
+            update.siblings = take_first_tokens(outcome, self._find)
+            update.tokens += [(sample, sample.tokens[-1]) for _, samples in update.siblings for sample in samples]
         for table, count in zip(outcome.written_tables, outcome.written_counts, strict=True):
             sequence = running.get(table) or self._find(table)
             if sequence is None:
                 continue
-            before, sequence.computed = sequence.computed, count
+            sequence.computed = count
             if count >= sequence.report_at:
-                if before < sequence.prompt_length <= count:
-                    update.prefilled.append(sequence)
                 report(sequence, journal)
                 if self._window:
                     self._release(sequence, journal.written_counts[-1])
@@ -425,4 +482,5 @@ class Scheduler:
         self._closing.clear()
         self._to_add, self._to_copy, self._to_remove = [], [], []
         self._shortage = Shortage()
+        self._tails.clear()
         return requeued, released

@@ -38,7 +38,10 @@ class Sequence:
 
     Attributes:
         total: tokens known and tokens being sampled.
-        room: tokens for which its blocks have slots.
+        room: tokens for which its blocks have slots that it may write to.
+        length_limit: most tokens that it may ever have, prompt included.
+        total_limit: most tokens that it may have for now: less than `length_limit` while further samples are to begin
+            on its blocks, into which nobody may write meanwhile.
         released: leading entries of `blocks` that are null: blocks outside the sliding window.
         reported: tokens that the memory service has been told of.
         report_at: value of `computed` at which the memory service is to hear of it again.
@@ -52,6 +55,7 @@ class Sequence:
         "ended",
         "epoch",
         "index",
+        "length_limit",
         "preemption_count",
         "prompt_length",
         "released",
@@ -67,20 +71,20 @@ class Sequence:
         "total_limit",
     )
 
-    def __init__(self, request: Request, index: int, prompt: array[int], total_limit: int) -> None:
+    def __init__(self, request: Request, index: int, prompt: array[int], length_limit: int) -> None:
         """Starts a sequence.
 
         Args:
             request: whose sample it is.
             index: which sample, from 0.
             prompt: token ids, copied.
-            total_limit: most tokens it may have, prompt included.
+            length_limit: most tokens it may have, prompt included.
         """
         self.request = request
         self.index = index
         self.tokens = array("I", prompt)
         self.prompt_length = len(prompt)
-        self.total_limit = total_limit
+        self.length_limit = self.total_limit = length_limit
         self.state = SequenceState.NEW
         self.ended = False
         self.preemption_count = 0
@@ -108,6 +112,14 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that steps in flight will sample."""
         return self.total - len(self.tokens)
+
+    def hold(self) -> None:
+        """Lets it sample one more token and go no further, until `resume`."""
+        self.total_limit = min(self.length_limit, len(self.tokens) + 1)
+
+    def resume(self) -> None:
+        """Lets it go on to its end."""
+        self.total_limit = self.length_limit
 
     @property
     def held_block_count(self) -> int:

@@ -47,19 +47,23 @@ class SharedTails:
         """Whether a table has to put a copy in the place of its last block before it writes there."""
         return table in self._block
 
-    def left(self, table: int) -> None:
-        """Notes that a table names its last block no more: it was copied, or the table's removal is planned."""
+    def left(self, table: int) -> int:
+        """Notes that a table names its last block no more: it was copied, or the table's removal is planned.
+
+        Returns:
+            The table that holds the block alone now, and may write into it; 0 if there is none.
+        """
         block = self._block.pop(table, None)
-        if block is None:
-            return
-        holders = self._holders.get(block)
-        if holders is None:
-            return
+        holders = self._holders.get(block) if block is not None else None
+        if block is None or holders is None:
+            return 0
         holders.discard(table)
-        if len(holders) == 1:
-            del self._block[holders.pop()]
-        if not holders:
-            del self._holders[block]
+        if len(holders) > 1:
+            return 0
+        del self._holders[block]
+        alone = holders.pop() if holders else 0
+        self._block.pop(alone, None)
+        return alone
 
     def clear(self) -> None:
         """Forgets everything: the tables are void."""

@@ -17,6 +17,8 @@ class StepDraft:
     added: list[Sequence] = dataclasses.field(default_factory=list)
     appended: list[int] = dataclasses.field(default_factory=list)
     copies: list[int] = dataclasses.field(default_factory=list)
+    replaced: list[int] = dataclasses.field(default_factory=list)
+    """(table, index, block) flat: blocks that take the place of shared ones, which `copies` names as their sources."""
     scheduled_tables: list[int] = dataclasses.field(default_factory=list)
     scheduled_counts: list[int] = dataclasses.field(default_factory=list)
 
@@ -36,3 +38,5 @@ class StepOutcome:
     fenced: list[int]
     errors: list[tuple[int, str, str]]
     """(table, reason, message)."""
+    sibling_tables: list[int] = dataclasses.field(default_factory=list)
+    sibling_tokens: list[int] = dataclasses.field(default_factory=list)

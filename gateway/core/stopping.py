@@ -45,7 +45,7 @@ def stop_by_length(sequence: Sequence) -> Stop | None:
     length = len(sequence.tokens)
     if length >= sequence.request.max_model_len:
         return Stop.CONTEXT
-    return Stop.LENGTH if length >= sequence.total_limit else None
+    return Stop.LENGTH if length >= sequence.length_limit else None
 
 
 def certain_tokens(sequence: Sequence) -> int:
@@ -53,7 +53,7 @@ def certain_tokens(sequence: Sequence) -> int:
     settings = sequence.request.settings
     if settings.eos_token_ids or settings.stop_token_ids or settings.stop:
         return max(0, sequence.prompt_length + settings.min_tokens - len(sequence.tokens))
-    return sequence.total_limit - len(sequence.tokens)
+    return sequence.length_limit - len(sequence.tokens)
 
 
 def withheld_tokens(sequence: Sequence) -> tuple[list[int], int]:

@@ -201,9 +201,9 @@ class Simulation:
             request_id=sequence.request.settings.request_id,
             sample_index=0,
             token_ids=columns.pack(np.frombuffer(sequence.tokens, np.uint32)),
-            max_new_tokens=sequence.total_limit - len(sequence.tokens),
+            max_new_tokens=sequence.length_limit - len(sequence.tokens),
             resumed=resumed,
-            min_new_tokens=sequence.total_limit - len(sequence.tokens) if self._workload.knows_output else 0,
+            min_new_tokens=sequence.length_limit - len(sequence.tokens) if self._workload.knows_output else 0,
         )
         admission = self._policy.admit(Wish(request, int(self._outputs[index]), sequence.prompt_length))
         self._scheduler.start(sequence, admission)

@@ -129,7 +129,7 @@ class Rig:
     def expected(self, sequence: Sequence) -> list[int]:
         """Returns what a sequence must produce up to its limit, stop tokens aside."""
         settings = sequence.request.settings
-        most = sequence.total_limit - sequence.prompt_length
+        most = sequence.length_limit - sequence.prompt_length
         return expected_tokens(list(settings.prompt), settings.sampling.seed, most, ignore_eos=True)
 
     # What a lane does
@@ -143,7 +143,7 @@ class Rig:
             sequence.request.settings.request_id,
             sequence.index,
             columns.pack(sequence.tokens),
-            max_new_tokens=sequence.total_limit - len(sequence.tokens),
+            max_new_tokens=sequence.length_limit - len(sequence.tokens),
             resumed=sequence.preemption_count > 0,
         )
         return self.core.admit(self._gateway, request, 0.0)

@@ -204,8 +204,8 @@ MUTANTS: Final = (
     Mutant(
         "the gateway has the last holder copy",
         "gateway.core.sharing:SharedTails.left",
-        "if len(holders) == 1:",
-        "if False:",
+        "if len(holders) > 1:",
+        "if holders:",
         "the_gateway_knows_who_shares",
     ),
     Mutant(

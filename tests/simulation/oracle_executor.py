@@ -85,6 +85,7 @@ class _Row:
     seed: int
     withheld: frozenset[int]
     withheld_until: int
+    sibling_seeds: list[int]
 
 
 class WrongContentError(AssertionError):
@@ -106,6 +107,7 @@ class OracleExecutor:
         self.epoch = 0
         self.step_count = 0
         self.computed_token_count = 0
+        self.copied_block_count = 0
         self.largest_step = 0
         self.fail_at_step: int | None = None
         self._delay = delay
@@ -179,14 +181,22 @@ class OracleExecutor:
             assert start.computed_token_count < len(tokens)
             sampling = start.sampling
             withheld = frozenset(columns.unpack_list(sampling.withheld_tokens, "withheld_tokens"))
-            row = _Row(tokens, blocks, start.computed_token_count, sampling.seed, withheld, sampling.withheld_until)
-            self.rows[start.table] = row
+            self.rows[start.table] = _Row(
+                tokens,
+                blocks,
+                start.computed_token_count,
+                sampling.seed,
+                withheld,
+                sampling.withheld_until,
+                list(start.sibling_seeds),
+            )
         appended = columns.unpack_list(plan.appended, "appended", row_length=3)
         for table, index, block in zip(appended[::3], appended[1::3], appended[2::3], strict=True):
             blocks = self.rows[table].blocks
             assert index <= len(blocks)
             blocks[index : index + 1] = [block]
         copies = columns.unpack_list(plan.copies, "copies", row_length=2)
+        self.copied_block_count += len(copies) // 2
         for source, destination in zip(copies[::2], copies[1::2], strict=True):
             for offset in range(self.spec.block_size):
                 self._slots[destination, offset] = self._slots.get((source, offset), b"")
@@ -202,6 +212,7 @@ class OracleExecutor:
         # All writes of a step happen before its reads end: two rows that share a block must not write to it.
         written: dict[tuple[int, int], int] = {}
         sampled_tables, sampled_tokens, written_counts = [], [], []
+        sibling_tables, sibling_tokens = [], []
         for table, count in zip(tables, counts, strict=True):
             row = self.rows[table]
             digest = self._check(row, table)
@@ -215,6 +226,9 @@ class OracleExecutor:
             written_counts.append(row.computed)
             if row.computed == len(row.tokens):
                 withheld = row.withheld if len(row.tokens) < row.withheld_until else ()
+                sibling_tables += [table] * len(row.sibling_seeds)
+                sibling_tokens += [next_token(digest, seed, withheld) for seed in row.sibling_seeds]
+                row.sibling_seeds.clear()
                 row.tokens.append(next_token(digest, row.seed, withheld))
                 sampled_tables.append(table)
                 sampled_tokens.append(row.tokens[-1])
@@ -225,6 +239,8 @@ class OracleExecutor:
             sampled_tables=columns.pack(sampled_tables),
             sampled_tokens=columns.pack(sampled_tokens),
             fenced=columns.pack(removed),
+            sibling_tables=columns.pack(sibling_tables),
+            sibling_tokens=columns.pack(sibling_tokens),
         )
 
     def _check(self, row: _Row, table: int) -> bytes:

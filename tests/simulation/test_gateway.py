@@ -3,122 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-import contextlib
-import dataclasses
 import random
 
 import pytest
 
-from gateway.config import GatewayConfig
-from gateway.engine import Engine
 from gateway.plan import sample_seed
-from gateway.streams import RequestStream
-from gateway.validation import check_spec
 from memsvc.core.invariants import check_pool
-from memsvc.core.memory import MemoryCore
-from memsvc.core.pool import BlockState
 from memsvc.core.tenancy import TenantQuota
-from memsvc.local import LocalMemory
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import AdmissionError, PromptTooLongError
-from quire.memory import Admission, AdmitRequest, PoolSpec
-from tests.simulation.oracle_executor import OracleExecutor, expected_tokens
-
-DEADLINE_SECONDS = 60.0
-
-
-class World:
-    """A gateway, a memory core and an executor in one event loop."""
-
-    def __init__(
-        self,
-        block_count: int,
-        *,
-        budget: int = 64,
-        queue_size: int = 64,
-        seed: int = 0,
-        policy: str = "fcfs",
-        long_prefill_token_threshold: int = 0,
-        window: int = 0,
-        forecast: bool = False,
-    ) -> None:
-        """Lays out the pool; `start` connects. Without a forecast there are more shortages."""
-        self.random = random.Random(seed)
-        spec = PoolSpec(block_count, 16, 1024, "oracle-model", "float32", 512, window)
-        self.executor = OracleExecutor(spec, lambda: self.random.choice((0, 0, 0.001)), budget)
-        self.memory = LocalMemory(MemoryCore(bytes(32), lease_ttl=float("inf"), forecast=forecast))
-        self.memory.register_pool("oracle", self.executor.incarnation, "oracle:0", spec)
-        self.config = GatewayConfig(
-            gateway_id="test",
-            max_queue_size=queue_size,
-            scheduling_policy=policy,
-            long_prefill_token_threshold=long_prefill_token_threshold,
-        )
-        self.ready = asyncio.Event()
-        self.defects: list[str] = []
-        self.engine = Engine(self.memory, lambda _: self.executor, self.config, self._readiness, self.defects.append)
-
-    def _readiness(self, ready: bool) -> None:
-        if ready:
-            self.ready.set()
-
-    async def submit(self, *, tenant: str = "", **fields: object) -> RequestStream:
-        """Checks and submits a GenerationSpec with these fields, for a tenant."""
-        spec = pb.GenerationSpec(**fields)
-        model = self.engine.find_model("")
-        settings = await check_spec(
-            spec,
-            model,
-            max_tokens_default=64,
-            max_queue_time=50.0,
-            caching=True,
-            priorities=self.config.scheduling_policy == "priority",
-        )
-        return self.engine.submit(dataclasses.replace(settings, tenant=tenant))
-
-    async def collect(self, stream: RequestStream) -> tuple[list[list[int]], pb.Usage]:
-        """Reads a stream to its end: the tokens of each sample, and the usage."""
-        tokens: list[list[int]] = [[] for _ in range(stream.request.settings.sample_count)]
-        async for event in stream.events():
-            for sample in event.delta.samples:
-                tokens[sample.index].extend(sample.token_ids)
-            if event.HasField("finished"):
-                return tokens, event.finished.usage
-        pytest.fail("the stream ended without `finished`")
-
-    async def settle(self) -> None:
-        """Waits until nothing lives, then checks that nothing is held."""
-        await self.engine.drain()
-        for _ in range(200):
-            if self.held() == 0:
-                break
-            await asyncio.sleep(0.005)
-        assert self.held() == 0
-        assert not self.executor.rows
-        assert not self.defects
-        check_pool(self.memory.core.pool("oracle").memory)
-
-    def held(self) -> int:
-        """Returns the blocks that a table, a lease or a fence holds."""
-        pool = self.memory.core.pool("oracle").memory.pool
-        return sum(pool.count(state) for state in (BlockState.USED, BlockState.LEASED, BlockState.PENDING))
-
-
-@contextlib.asynccontextmanager
-async def running(world: World) -> AsyncIterator[World]:
-    """Starts a world and, after the test, stops it."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        await world.engine.start()
-        await world.ready.wait()
-        try:
-            yield world
-        finally:
-            await world.engine.close()
-
-
-def _ids(tokens: list[int]) -> pb.TokenIds:
-    return pb.TokenIds(ids=tokens)
+from quire.memory import Admission, AdmitRequest
+from tests.simulation.oracle_executor import expected_tokens
+from tests.simulation.world import World, ids, running
 
 
 async def test_a_request_produces_exactly_its_tokens() -> None:
@@ -126,7 +22,7 @@ async def test_a_request_produces_exactly_its_tokens() -> None:
     async with running(World(64)) as world:
         prompt = list(range(1, 41))
         stream = await world.submit(
-            token_ids=_ids(prompt), sampling=pb.Sampling(seed=7), stopping=pb.Stopping(max_tokens=50, ignore_eos=True)
+            token_ids=ids(prompt), sampling=pb.Sampling(seed=7), stopping=pb.Stopping(max_tokens=50, ignore_eos=True)
         )
         (tokens,), usage = await world.collect(stream)
         assert tokens == expected_tokens(prompt, 7, 50, ignore_eos=True)
@@ -142,7 +38,7 @@ async def test_a_second_equal_prompt_computes_one_token_of_it() -> None:
         for expected_cached in (0, 39):
             before = world.executor.computed_token_count
             stream = await world.submit(
-                token_ids=_ids(prompt), sampling=pb.Sampling(seed=7), stopping=pb.Stopping(max_tokens=1)
+                token_ids=ids(prompt), sampling=pb.Sampling(seed=7), stopping=pb.Stopping(max_tokens=1)
             )
             _, usage = await world.collect(stream)
             await stream.wait_released()
@@ -155,7 +51,7 @@ async def test_row_35_of_two_equal_prompts_that_come_at_once_the_second_computes
     """Otherwise everybody who asks the same thing at once pays for it, and holds it, alone."""
     async with running(World(64, budget=16)) as world:
         prompt = list(range(1, 71))
-        spec = {"token_ids": _ids(prompt), "stopping": pb.Stopping(max_tokens=3, ignore_eos=True)}
+        spec = {"token_ids": ids(prompt), "stopping": pb.Stopping(max_tokens=3, ignore_eos=True)}
         streams = [await world.submit(sampling=pb.Sampling(seed=seed), **spec) for seed in range(4)]
         results = await asyncio.gather(*(world.collect(stream) for stream in streams))
         for seed, ((tokens,), _) in enumerate(results):
@@ -172,7 +68,7 @@ async def test_row_73_tables_follow_at_the_executor_when_equal_blocks_become_one
     monkeypatch.setattr("gateway.core.prefix_wait.PrefixWait.may_wait", lambda *_: False)
     async with running(World(64, budget=64)) as world:
         prompt = list(range(1, 35))
-        spec = {"token_ids": _ids(prompt), "stopping": pb.Stopping(max_tokens=60, ignore_eos=True)}
+        spec = {"token_ids": ids(prompt), "stopping": pb.Stopping(max_tokens=60, ignore_eos=True)}
         streams = [await world.submit(sampling=pb.Sampling(seed=7), **spec) for _ in range(2)]
         results = [asyncio.create_task(world.collect(stream)) for stream in streams]
         pool = world.memory.core.pool("oracle").memory
@@ -195,7 +91,7 @@ async def test_samples_share_the_prompt_and_differ_in_their_draws() -> None:
     async with running(World(128)) as world:
         prompt = list(range(1, 101))
         stream = await world.submit(
-            token_ids=_ids(prompt), sampling=pb.Sampling(seed=3, n=4), stopping=pb.Stopping(max_tokens=20)
+            token_ids=ids(prompt), sampling=pb.Sampling(seed=3, n=4), stopping=pb.Stopping(max_tokens=20)
         )
         tokens, usage = await world.collect(stream)
         for index in range(4):
@@ -220,7 +116,7 @@ async def test_results_never_depend_on_company(seed: int) -> None:
             max_tokens = chance.randrange(1, 120)
             samples = chance.choice((1, 1, 1, 2, 3))
             stream = await world.submit(
-                token_ids=_ids(prompt),
+                token_ids=ids(prompt),
                 sampling=pb.Sampling(seed=number, n=samples),
                 stopping=pb.Stopping(max_tokens=max_tokens),
             )
@@ -245,7 +141,7 @@ async def test_memory_pressure_preempts_and_everyone_finishes(*, forecast: bool)
         async def client(number: int) -> int:
             prompt = [number + 1] * 30
             stream = await world.submit(
-                token_ids=_ids(prompt),
+                token_ids=ids(prompt),
                 sampling=pb.Sampling(seed=number),
                 stopping=pb.Stopping(max_tokens=200, ignore_eos=True),
             )
@@ -271,7 +167,7 @@ async def test_priorities_and_shares_change_the_order_and_no_token(seed: int) ->
             prompt = [chance.randrange(1, 256) for _ in range(chance.randrange(1, 120))]
             min_tokens = chance.choice((0, 0, 20))
             stream = await world.submit(
-                token_ids=_ids(prompt),
+                token_ids=ids(prompt),
                 sampling=pb.Sampling(seed=number),
                 stopping=pb.Stopping(max_tokens=60, min_tokens=min_tokens),
                 scheduling=pb.Scheduling(priority=priority),
@@ -294,7 +190,7 @@ async def test_an_executor_failure_is_a_pause_not_an_error() -> None:
         async def client(number: int) -> None:
             prompt = [number + 1] * 20
             stream = await world.submit(
-                token_ids=_ids(prompt),
+                token_ids=ids(prompt),
                 sampling=pb.Sampling(seed=number),
                 stopping=pb.Stopping(max_tokens=60, ignore_eos=True),
             )
@@ -331,7 +227,7 @@ async def test_row_31_a_forced_reset_queues_what_ran_in_its_order_and_costs_no_t
             prompt = [number + 1] * 40
             stream = await world.submit(
                 request_id=f"r{number}",
-                token_ids=_ids(prompt),
+                token_ids=ids(prompt),
                 sampling=pb.Sampling(seed=number),
                 stopping=pb.Stopping(max_tokens=60, ignore_eos=True),
             )
@@ -361,7 +257,7 @@ async def test_a_tenant_at_its_ceiling_waits_and_delays_nobody_else() -> None:
             prompt = [number + 1] * 40
             stream = await world.submit(
                 tenant=tenant,
-                token_ids=_ids(prompt),
+                token_ids=ids(prompt),
                 sampling=pb.Sampling(seed=number),
                 stopping=pb.Stopping(max_tokens=60, ignore_eos=True),
             )
@@ -382,7 +278,7 @@ async def test_cancel_confirms_that_blocks_are_back() -> None:
     async with running(World(64)) as world:
         stream = await world.submit(
             request_id="victim",
-            token_ids=_ids([5] * 100),
+            token_ids=ids([5] * 100),
             stopping=pb.Stopping(max_tokens=400, ignore_eos=True),
         )
         reader = asyncio.create_task(world.collect(stream))
@@ -404,7 +300,7 @@ async def test_a_full_queue_refuses_with_a_retry_delay() -> None:
             try:
                 streams.append(
                     await world.submit(
-                        token_ids=_ids([number + 1] * 300),
+                        token_ids=ids([number + 1] * 300),
                         sampling=pb.Sampling(seed=number),
                         stopping=pb.Stopping(max_tokens=10, ignore_eos=True),
                     )
@@ -422,18 +318,18 @@ async def test_a_prompt_larger_than_the_pool_is_refused_with_both_numbers() -> N
     """What can never run must fail at once and name what it needs and what there is."""
     async with running(World(11)) as world:
         with pytest.raises(PromptTooLongError, match=r"160 tokens, the whole pool holds 160"):
-            await world.submit(token_ids=_ids([1] * 160))
+            await world.submit(token_ids=ids([1] * 160))
 
 
 async def test_a_request_that_waits_too_long_is_refused() -> None:
     """max_queue_time ends a wait with RESOURCE_EXHAUSTED instead of silence."""
     async with running(World(24)) as world:
         first = await world.submit(
-            token_ids=_ids([1] * 340),
+            token_ids=ids([1] * 340),
             sampling=pb.Sampling(seed=1),
             stopping=pb.Stopping(max_tokens=20, ignore_eos=True),
         )
-        spec: dict[str, object] = {"token_ids": _ids([2] * 340), "stopping": pb.Stopping(max_tokens=20)}
+        spec: dict[str, object] = {"token_ids": ids([2] * 340), "stopping": pb.Stopping(max_tokens=20)}
         scheduling = pb.Scheduling()
         scheduling.max_queue_time.FromMilliseconds(1)
         second = await world.submit(scheduling=scheduling, **spec)
@@ -457,7 +353,7 @@ async def test_a_sliding_window_bounds_what_each_sequence_holds(seed: int) -> No
             prompt = head[: world.random.choice((30, 100))] + [index] * world.random.randrange(1, 260)
             count = world.random.randrange(1, 60)
             stream = await world.submit(
-                token_ids=_ids(prompt),
+                token_ids=ids(prompt),
                 sampling=pb.Sampling(seed=index),
                 stopping=pb.Stopping(max_tokens=count, ignore_eos=True),
             )
@@ -476,7 +372,7 @@ async def test_a_prompt_longer_than_the_pool_runs_where_its_window_fits() -> Non
     async with running(World(6, window=40)) as world:
         prompt = list(range(1, 201)) + [3] * 200
         stream = await world.submit(
-            token_ids=_ids(prompt), sampling=pb.Sampling(seed=1), stopping=pb.Stopping(max_tokens=50, ignore_eos=True)
+            token_ids=ids(prompt), sampling=pb.Sampling(seed=1), stopping=pb.Stopping(max_tokens=50, ignore_eos=True)
         )
         (tokens,), usage = await world.collect(stream)
         assert tokens == expected_tokens(prompt, 1, 50, ignore_eos=True)

@@ -396,6 +396,7 @@ class SequenceStart(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    SIBLING_SEEDS_FIELD_NUMBER: _builtins.int
     table: _builtins.int
     """Counter of the block table."""
     token_ids: _builtins.bytes
@@ -408,6 +409,12 @@ class SequenceStart(_message.Message):
     def sampling(self) -> Global___SamplingParams:
         """How to choose tokens."""
 
+    @_builtins.property
+    def sibling_seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Seeds of further samples of the same tokens. The first token that this sequence samples is drawn with each of them
+        too: `sibling_tables` of that step's result.
+        """
+
     def __init__(
         self,
         *,
@@ -416,10 +423,11 @@ class SequenceStart(_message.Message):
         block_ids: _builtins.bytes = ...,
         computed_token_count: _builtins.int = ...,
         sampling: Global___SamplingParams | None = ...,
+        sibling_seeds: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "computed_token_count", b"computed_token_count", "sampling", b"sampling", "table", b"table", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "computed_token_count", b"computed_token_count", "sampling", b"sampling", "sibling_seeds", b"sibling_seeds", "table", b"table", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -488,6 +496,8 @@ class StepResult(_message.Message):
     ERRORS_FIELD_NUMBER: _builtins.int
     MODEL_NS_FIELD_NUMBER: _builtins.int
     SAMPLE_NS_FIELD_NUMBER: _builtins.int
+    SIBLING_TABLES_FIELD_NUMBER: _builtins.int
+    SIBLING_TOKENS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Of the plan."""
     written_tables: _builtins.bytes
@@ -504,6 +514,10 @@ class StepResult(_message.Message):
     """Time spent in the model."""
     sample_ns: _builtins.int
     """Time spent sampling."""
+    sibling_tables: _builtins.bytes
+    """u32 column: tables that sampled their first token, once for each of their sibling_seeds."""
+    sibling_tokens: _builtins.bytes
+    """u32 column beside sibling_tables: the tokens drawn with the seeds, in their order, for the position of the table's own."""
     @_builtins.property
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceError]:
         """Sequences that failed; the others are not affected. A failed sequence is dropped, like a removed one."""
@@ -520,10 +534,12 @@ class StepResult(_message.Message):
         errors: _abc.Iterable[Global___SequenceError] | None = ...,
         model_ns: _builtins.int = ...,
         sample_ns: _builtins.int = ...,
+        sibling_tables: _builtins.bytes = ...,
+        sibling_tokens: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "fenced", b"fenced", "model_ns", b"model_ns", "sample_ns", b"sample_ns", "sampled_tables", b"sampled_tables", "sampled_tokens", b"sampled_tokens", "step", b"step", "written_counts", b"written_counts", "written_tables", b"written_tables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "fenced", b"fenced", "model_ns", b"model_ns", "sample_ns", b"sample_ns", "sampled_tables", b"sampled_tables", "sampled_tokens", b"sampled_tokens", "sibling_tables", b"sibling_tables", "sibling_tokens", b"sibling_tokens", "step", b"step", "written_counts", b"written_counts", "written_tables", b"written_tables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

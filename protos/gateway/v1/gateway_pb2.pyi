@@ -372,7 +372,7 @@ class Sampling(_message.Message):
     seed: _builtins.int
     """Same seed, same text, whatever else runs. Drawn at random if not set. Sample i of a request uses its own stream."""
     n: _builtins.int
-    """Samples of the same prompt; 1 .. 64; default 1."""
+    """Samples of the same prompt, which is computed once; 1 .. 64; default 1."""
     def __init__(
         self,
         *,

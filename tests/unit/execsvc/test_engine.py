@@ -49,6 +49,21 @@ def test_decode_goes_on_from_the_engine_s_own_token(driver: Driver) -> None:
     assert torch.equal(again.logits[1][0], driver.logits[7][2])
 
 
+def test_siblings_draw_their_first_token_as_they_would_alone(driver: Driver) -> None:
+    """Otherwise a further sample of a request gives another text than the same seed in a request of its own."""
+    parent = start(1, PROMPT, [1, 2, 3], temperature=1.0, seed=5, sibling_seeds=[6, 7, 2**64 - 1])
+    assert not driver.run({1: 39}, added=[parent]).sibling_tables
+    first = driver.run({1: 1})
+    assert columns.unpack_list(first.sibling_tables, "") == [1, 1, 1]
+    alone = Driver(tiny.engine_of(blocks=64))
+    for table, seed in enumerate((5, 6, 7, 2**64 - 1), 1):
+        alone.run({table: 40}, added=[start(table, PROMPT, [1, 2, 3], temperature=1.0, seed=seed)])
+    drawn = [*driver.tokens[1], *columns.unpack_list(first.sibling_tokens, "")]
+    assert drawn == [alone.tokens[table][0] for table in (1, 2, 3, 4)]
+    assert len(set(drawn)) > 1
+    assert not driver.run({1: 1}).sibling_tables, "they are drawn once"
+
+
 def test_growth_and_copies_come_before_the_computation(driver: Driver) -> None:
     """Otherwise a sequence would write into a block that it shares, or into none."""
     driver.run({1: 40}, added=[start(1, PROMPT, [1, 2, 3])])

@@ -48,7 +48,8 @@ class Life:
             [{}, {}, {"temperature": 0.9, "seed": draw.getrandbits(64)}, {"temperature": 1.2, "top_k": 9}]
         )
         tokens = [draw.randrange(320) for _ in range(count)]
-        plan.added.append(start(self.next_table, tokens, blocks, **sampling))
+        siblings = [draw.getrandbits(64) for _ in range(draw.choice([0, 0, 2]))]
+        plan.added.append(start(self.next_table, tokens, blocks, sibling_seeds=siblings, **sampling))
         self.open[self.next_table] = {"known": count, "computed": 0, "blocks": blocks}
         self.next_table += 1
 

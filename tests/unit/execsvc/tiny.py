@@ -213,7 +213,12 @@ class Driver:
 
 
 def start(
-    table: int, tokens: Sequence[int], blocks: Sequence[int], computed: int = 0, **sampling: float
+    table: int,
+    tokens: Sequence[int],
+    blocks: Sequence[int],
+    computed: int = 0,
+    sibling_seeds: Sequence[int] = (),
+    **sampling: float,
 ) -> pb.SequenceStart:
     """Returns the start of a sequence."""
     return pb.SequenceStart(
@@ -221,6 +226,7 @@ def start(
         token_ids=columns.pack(tokens),
         block_ids=columns.pack(blocks),
         computed_token_count=computed,
+        sibling_seeds=sibling_seeds,
         sampling=pb.SamplingParams(top_p=sampling.pop("top_p", 1.0), **sampling),  # type: ignore[arg-type]
     )
 

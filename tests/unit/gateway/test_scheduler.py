@@ -12,7 +12,7 @@ from gateway.core.scheduler import Scheduler, Update
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import StepDraft, StepOutcome
 from quire.errors import AdmissionError, InvariantError
-from quire.memory import Admission, CloseReason, PoolInfo, PoolSpec
+from quire.memory import Admission, CloseReason, Fork, PoolInfo, PoolSpec
 
 POOL = PoolInfo("pool", 1, True, PoolSpec(101, 16, 1024, "m", "float32", 1000), "host:1", 1)
 
@@ -425,3 +425,29 @@ def test_the_gateway_makes_the_same_entries_null_as_the_memory_service() -> None
         assert sequence.held_block_count <= 4
         # It is told at the very token at which a block falls out of the window.
         assert outside == max(0, (sequence.computed - 39) // 16)
+
+
+def test_a_sample_is_held_behind_its_prompt_until_its_siblings_are_forked() -> None:
+    """Otherwise it writes into the block that they are about to share, and the memory service refuses its journal."""
+    bench = Bench()
+    request = make_request(20, samples=3)
+    first = bench.admit(request.samples[0])
+    draft = bench.scheduler.schedule()
+    outcome = bench.outcome(draft)
+    outcome.sibling_tables, outcome.sibling_tokens = [first.table] * 2, [8, 9]
+    assert not bench.scheduler.schedule()
+    update = bench.scheduler.update(outcome)
+    assert update.siblings == [(first, request.samples[1:])]
+    assert update.tokens == [(first, 7), (request.samples[1], 8), (request.samples[2], 9)]
+    assert not bench.scheduler.schedule()
+    bench.grant(1)
+    bench.scheduler.fork(first.table, request.samples[1:], Fork(1, [11, 12], list(first.blocks), 20, must_copy=False))
+    first.resume()
+    draft = bench.scheduler.schedule()
+    # One block is there: one copies, and the others wait for theirs.
+    assert (draft.copies, draft.replaced) == ([2, 3], [1, 1, 3])
+    assert draft.scheduled_tables == [first.table]
+    bench.grant(1)
+    draft = bench.scheduler.schedule()
+    assert (draft.copies, draft.replaced) == ([2, 4], [11, 1, 4])
+    assert draft.scheduled_tables == [first.table, 11, 12], "the last holder writes in place"

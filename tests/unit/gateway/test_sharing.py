@@ -12,9 +12,9 @@ def test_everybody_copies_but_the_last_holder() -> None:
     shared = SharedTails()
     shared.forked(1, [2, 3], 9, must_copy=False)
     assert [shared.must_copy(table) for table in (1, 2, 3, 4)] == [True, True, True, False]
-    shared.left(2)
+    assert shared.left(2) == 0
     assert [shared.must_copy(table) for table in (1, 2, 3)] == [True, False, True]
-    shared.left(1)
+    assert shared.left(1) == 3, "who is alone now writes in place"
     assert [shared.must_copy(table) for table in (1, 2, 3)] == [False, False, False]
     assert len(shared) == 0
 
