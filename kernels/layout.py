@@ -15,7 +15,10 @@ import dataclasses
 import torch
 
 NULL_BLOCK = 0
-KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a model computes in."""
+KV_DTYPES = (*ACTIVATION_DTYPES, torch.float8_e4m3fn)
+"""What a cache holds. float8 holds keys and values divided by a scale; it needs compute capability 8.9."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,10 +1,20 @@
 """Triton: one program a token."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.checks import check_cache, check_dtype, check_last_axis_dense, check_same_device, check_shape
+from kernels.configs import lookup
+from kernels.layout import ACTIVATION_DTYPES, KV_DTYPES
+
+
+@triton.jit
+def to_cache(x, inverse_scale, KIND: tl.constexpr):  # noqa: ANN201 - compiled, not Python
+    """Returns `x * inverse_scale` rounded to the cache's type; float8 saturates at its largest number."""
+    return (x.to(tl.float32) * inverse_scale).to(KIND)
 
 
 @triton.jit
@@ -14,6 +24,8 @@ def _kv_write(
     k_ptr,
     v_ptr,
     slot_ptr,
+    k_inverse,
+    v_inverse,
     stride_key_token,
     stride_key_head,
     stride_value_token,
@@ -44,41 +56,67 @@ def _kv_write(
     offset = slot % BLOCK_SIZE
     k_target = k_ptr + block * stride_k_block + heads * stride_k_head + offset * stride_k_slot + dims
     v_target = v_ptr + block * stride_v_block + heads * stride_v_head + offset * stride_v_slot + dims
-    tl.store(k_target, key.to(k_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_target, value.to(v_ptr.dtype.element_ty), mask=mask)
+    tl.store(k_target, to_cache(key, k_inverse, k_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_target, to_cache(value, v_inverse, v_ptr.dtype.element_ty), mask=mask)
+
+
+def check_scale(name: str, scale: float) -> None:
+    """Checks that a scale can be divided by, and that its inverse is a float32.
+
+    Raises:
+        ValueError: it is not positive, or too large or small.
+    """
+    smallest = torch.finfo(torch.float32).smallest_normal
+    if not (math.isfinite(scale) and smallest <= scale <= 1.0 / smallest):
+        message = f"{name}: a positive float32 whose inverse is one, too, expected, found {scale}"
+        raise ValueError(message)
 
 
 def kv_write(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Writes each token's key and value into its slot. Writes `k_cache` and `v_cache`.
 
     Args:
-        key: `[token, kv_head, head_dim]`, dense in the last axis.
+        key: `[token, kv_head, head_dim]`, dense in the last axis; float32, bfloat16 or float16.
         value: like `key`.
-        k_cache: `[block, kv_head, block_size, head_dim]`, dense in the last axis.
+        k_cache: `[block, kv_head, block_size, head_dim]`, dense in the last axis, any type of KV_DTYPES.
         v_cache: like `k_cache`.
         slots: `[token]` int64, block * block_size + offset, each at most once; negative: nothing is written.
+        k_scale: keys are divided by it before they are rounded to the cache's type.
+        v_scale: the same for values.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype, device or scale does not fit.
     """
+    check_shape("key", key, (None, None, None))
     token_count, num_kv_heads, head_dim = key.shape
     check_shape("value", value, key.shape)
     check_shape("slots", slots, (token_count,))
     check_dtype("slots", slots, (torch.int64,))
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_cache(name, cache, num_kv_heads, head_dim)
+        check_dtype(name, cache, KV_DTYPES)
     for name, tensor in (("key", key), ("value", value)):
+        check_dtype(name, tensor, ACTIVATION_DTYPES)
         check_last_axis_dense(name, tensor)
     check_same_device(key=key, value=value, k_cache=k_cache, v_cache=v_cache, slots=slots)
+    check_scale("k_scale", k_scale)
+    check_scale("v_scale", v_scale)
     if token_count == 0:
         return
+    config = lookup("kv_write", key.device, head_dim=head_dim)
     _kv_write[(token_count,)](
-        key, value, k_cache, v_cache, slots,
+        key, value, k_cache, v_cache, slots, 1.0 / k_scale, 1.0 / v_scale,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
         NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ELEMENTS=triton.next_power_of_2(num_kv_heads * head_dim),
-        BLOCK_SIZE=k_cache.shape[2], num_warps=4,
+        BLOCK_SIZE=k_cache.shape[2], num_warps=config["num_warps"],
     )  # fmt: skip

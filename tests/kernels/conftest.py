@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import importlib
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -17,10 +18,17 @@ import torch
 ON_DEVICE = os.environ.get("QUIRE_KERNELS_ON") == "cuda"
 
 HOST_FUNCTIONS = {
+    "add_rms_norm": "kernels.rms_norm.norm:add_rms_norm",
     "block_copy": "kernels.block_copy.copy:block_copy",
     "decode": "kernels.paged_attention.decode:paged_attention_decode",
+    "gather_blocks": "kernels.block_swap.swap:gather_blocks",
     "kv_write": "kernels.kv_write.write:kv_write",
     "prefill": "kernels.paged_attention.prefill:paged_attention_prefill",
+    "rms_norm": "kernels.rms_norm.norm:rms_norm",
+    "rotate": "kernels.rotary.rotate:rotate",
+    "rotate_and_write": "kernels.kv_write.rotate_write:rotate_and_write",
+    "scatter_blocks": "kernels.block_swap.swap:scatter_blocks",
+    "silu_mul": "kernels.silu_mul.gate:silu_mul",
 }
 """Short name of a host function: where it is. Imported at first use."""
 
@@ -38,11 +46,10 @@ class HostFunctions:
             raise AttributeError(name)
         module_name, function = HOST_FUNCTIONS[name].split(":")
         module = importlib.import_module(module_name)
-        wanted, unwanted = "InterpretedFunction", "JITFunction"
-        if ON_DEVICE:
-            wanted, unwanted = unwanted, wanted
-        launched = [type(value).__name__ for value in vars(module).values()]
-        assert wanted in launched and unwanted not in launched, f"{module_name} does not hold only kernels of {wanted}"
+        wanted, unwanted = ("JITFunction", "InterpretedFunction")[:: 1 if ON_DEVICE else -1]
+        for loaded in [part for part in sys.modules if part.startswith("kernels.")]:
+            kinds = {type(value).__name__ for value in vars(sys.modules[loaded]).values()}
+            assert unwanted not in kinds, f"{loaded} was imported before, for {unwanted} instead of {wanted}"
         return getattr(module, function)
 
 

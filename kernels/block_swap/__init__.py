@@ -1,0 +1,1 @@
+"""Gathers blocks of the cache into one buffer, and scatters them back."""

@@ -1,0 +1,1 @@
+"""Root mean square normalisation, alone and with the addition to the residual stream."""
