@@ -360,7 +360,7 @@ class Engine:
                 ending.token_id = token
         if ending is not None:
             text += detokenizer.flush()
-        live.stream.push(sequence.index, text, (token,))
+        live.stream.push(sequence.index, text, token)
         if ending is None:
             return False
         # Tables only grow until a sample ends, so the most blocks are seen here.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -44,14 +43,14 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
         )
         return self._engine.submit(settings)
 
-    async def GenerateStream(
-        self, request: pb.GenerateStreamRequest, context: Context
-    ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        """Streams a completion."""
+    async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> None:  # type: ignore[override]
+        """Streams a completion: writes, where generators inside each other would take their share of every message."""
         stream = await self._submit(request.spec)
+        write = context.write
         try:
-            async for event in stream.events():
-                yield event
+            while messages := await stream.take():
+                for message in messages:
+                    await write(message)
         finally:
             # Reached on every ending: the end, an error, a cancelled call, a deadline, a client that is gone.
             self._engine.abandon(stream)

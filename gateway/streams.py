@@ -12,54 +12,79 @@ from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import QuireError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
     from gateway.core.request import Request
+
+
+class _News:
+    """What one sample has that was not delivered yet."""
+
+    __slots__ = ("ending", "texts", "tokens")
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.tokens: list[int] = []
+        self.ending: pb.Ending | None = None
 
 
 class RequestStream:
     """The events of one request, from the step loop to one reader."""
 
+    __slots__ = ("_admitted", "_delivered", "_error", "_has_news", "_news", "_released", "_usage", "_waiter", "request")
+
     def __init__(self, request: Request) -> None:
         """Starts with nothing to say."""
         self.request = request
         self._admitted: pb.Admitted | None = None
-        self._texts: dict[int, list[str]] = {}
-        self._tokens: dict[int, list[int]] = {}
-        self._endings: dict[int, pb.Ending] = {}
+        self._news: dict[int, _News] = {}
         self._usage: pb.Usage | None = None
         self._error: QuireError | None = None
-        self._changed = asyncio.Event()
+        self._delivered = False
+        # A future for each wait of the one reader; an event would cost twice as much for each message.
+        self._has_news = False
+        self._waiter: asyncio.Future[None] | None = None
         self._released = asyncio.Event()
+
+    def _wake(self) -> None:
+        """Wakes the reader, if it waits."""
+        self._has_news = True
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def admitted(self, event: pb.Admitted) -> None:
         """The request has left the queue."""
         self._admitted = event
-        self._changed.set()
+        self._wake()
 
-    def push(self, index: int, text: str, tokens: Sequence[int]) -> None:
-        """A sample has new tokens, and perhaps text."""
-        self._tokens.setdefault(index, []).extend(tokens)
+    def push(self, index: int, text: str, token: int) -> None:
+        """A sample has a new token, and perhaps text."""
+        news = self._news.get(index)
+        if news is None:
+            self._news[index] = news = _News()
+        news.tokens.append(token)
         if text:
-            self._texts.setdefault(index, []).append(text)
-        self._changed.set()
+            news.texts.append(text)
+        if not self._has_news:
+            self._wake()
 
     def end(self, index: int, ending: pb.Ending) -> None:
         """A sample has its last token."""
-        self._endings[index] = ending
-        self._changed.set()
+        self._news.setdefault(index, _News()).ending = ending
+        self._wake()
 
     def finish(self, usage: pb.Usage) -> None:
         """Every sample has ended; the first figures stand."""
         if self._usage is None:
             self._usage = usage
-            self._changed.set()
+            self._wake()
 
     def fail(self, error: QuireError) -> None:
         """The request ends with an error; what was generated before is delivered first."""
         if self._error is None and self._usage is None:
             self._error = error
-            self._changed.set()
+            self._wake()
 
     @property
     def outcome(self) -> str:
@@ -76,35 +101,53 @@ class RequestStream:
         """Waits until the request holds no block any more."""
         await self._released.wait()
 
-    def _take_delta(self) -> pb.Delta:
+    def _take_delta(self) -> pb.GenerateStreamResponse:
         """Returns everything new and forgets it."""
-        delta = pb.Delta()
-        for index in sorted(self._tokens.keys() | self._texts.keys() | self._endings.keys()):
-            sample = delta.samples.add(index=index, text="".join(self._texts.get(index, ())))
-            sample.token_ids.extend(self._tokens.get(index, ()))
-            if index in self._endings:
-                sample.ending.CopyFrom(self._endings[index])
-        self._texts, self._tokens, self._endings = {}, {}, {}
-        return delta
+        response = pb.GenerateStreamResponse()
+        samples = response.delta.samples
+        news, self._news = self._news, {}
+        for index in sorted(news) if len(news) > 1 else news:
+            new = news[index]
+            sample = samples.add()
+            if index:
+                sample.index = index
+            sample.text = new.texts[0] if len(new.texts) == 1 else "".join(new.texts)
+            sample.token_ids.extend(new.tokens)
+            if new.ending is not None:
+                sample.ending.CopyFrom(new.ending)
+        return response
 
-    async def events(self) -> AsyncIterator[pb.GenerateStreamResponse]:
-        """Yields the events: admitted, deltas, finished.
+    async def take(self) -> list[pb.GenerateStreamResponse]:
+        """Waits for news and returns them as messages: admitted, delta, finished. Nothing after the end.
 
         Raises:
             QuireError: the request failed.
         """
-        while True:
-            # No deadline of its own: the call's deadline cancels the reader, and every request ends.
-            await self._changed.wait()
-            self._changed.clear()
+        if self._delivered:
+            return []
+        messages: list[pb.GenerateStreamResponse] = []
+        while not messages:
+            if not self._has_news:
+                # No deadline of its own: the call's deadline cancels the reader, and every request ends.
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            self._has_news = False
             if self._admitted is not None:
                 admitted, self._admitted = self._admitted, None
-                yield pb.GenerateStreamResponse(admitted=admitted)
-            delta = self._take_delta()
-            if delta.samples:
-                yield pb.GenerateStreamResponse(delta=delta)
+                messages.append(pb.GenerateStreamResponse(admitted=admitted))
+            if self._news:
+                messages.append(self._take_delta())
             if self._error is not None:
-                raise self._error
-            if self._usage is not None and not self._changed.is_set():
-                yield pb.GenerateStreamResponse(finished=pb.Finished(usage=self._usage))
-                return
+                if not messages:
+                    raise self._error
+                self._has_news = True
+            elif self._usage is not None:
+                messages.append(pb.GenerateStreamResponse(finished=pb.Finished(usage=self._usage)))
+                self._delivered = True
+        return messages
+
+    async def events(self) -> AsyncIterator[pb.GenerateStreamResponse]:
+        """Yields the messages one by one; raises as `take`."""
+        while messages := await self.take():
+            for message in messages:
+                yield message

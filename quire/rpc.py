@@ -4,7 +4,7 @@ A handler raises QuireError and the caller gets its status with details. A messa
 INVALID_ARGUMENT (grpcio alone answers UNKNOWN with Python text). Anything else that a handler raises is INTERNAL with
 no inner text, and is logged.
 
-Streaming handlers are async generators; request streams are async iterators.
+Streaming handlers are async generators, or coroutines that write to the context; request streams are async iterators.
 """
 
 from __future__ import annotations
@@ -158,9 +158,8 @@ def _wrap(handler: Any, method: str, bound: dict[str, Any]) -> Any:
         except Exception as error:  # noqa: BLE001 - the boundary: it is logged and becomes INTERNAL
             await _refuse(context, error, method)
 
-    if handler.response_streaming and not inspect.isasyncgenfunction(inner):
-        # Health's Watch and reflection write through the context; they raise no QuireError.
-        return handler
+    # A coroutine writes its responses to the context and returns nothing.
+    streams = inspect.isasyncgenfunction(inner)
     makers = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
@@ -169,7 +168,7 @@ def _wrap(handler: Any, method: str, bound: dict[str, Any]) -> Any:
     }
     maker = makers[handler.request_streaming, handler.response_streaming]
     return maker(
-        stream if handler.response_streaming else call,
+        stream if streams else call,
         request_deserializer=_tolerant(handler.request_deserializer),
         response_serializer=handler.response_serializer,
     )

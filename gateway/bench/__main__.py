@@ -6,21 +6,24 @@ import argparse
 import asyncio
 import json
 import sys
+from typing import Any
 
-from gateway.bench.runner import run
-from memsvc.bench.peer import Peer
-from memsvc.bench.report import Report
+from gateway.bench import runner, scheduler_runner
+from memsvc.bench.peer import SCRIPT, Peer
 from quire.errors import QuireError
 from quire.logging import configure_logging
 
 
-async def _measure(options: argparse.Namespace) -> Report:
-    peer = Peer(options.peer, options.block_size) if options.peer else None
+async def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    script = scheduler_runner.PEER_SCRIPT if options.what == "scheduler" else SCRIPT
+    peer = Peer(options.peer, options.block_size, script) if options.peer else None
     try:
         if peer is not None:
             _say(f"importing vllm in {options.peer}")
             await peer.start()
-        return await run(options.block_size, options.repeat, peer, _say)
+        if options.what == "scheduler":
+            return await scheduler_runner.run(options.block_size, options.repeat, peer, _say)
+        return (await runner.run(options.block_size, options.repeat, peer, _say)).document()
     finally:
         if peer is not None:
             await peer.close()
@@ -34,13 +37,14 @@ def _say(line: str) -> None:
 def main() -> int:
     """Runs the command. Errors are a document as well: {"error": {reason, message, field}}, exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m gateway.bench", description=__doc__)
+    parser.add_argument("what", choices=("memory", "scheduler"), nargs="?", default="memory", help="what to measure")
     parser.add_argument("--block-size", type=int, choices=(16, 32, 64), default=16, help="tokens in a block")
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
     parser.add_argument("--peer", default="", help="a Python in which vllm can be imported")
     options = parser.parse_args()
     configure_logging("error", "json", service="bench")
     try:
-        document = asyncio.run(_measure(options)).document()
+        document = asyncio.run(_measure(options))
     except QuireError as error:
         document = {"error": {"reason": error.reason, "message": error.message, "field": error.field}}
     sys.stdout.write(json.dumps(document) + "\n")

@@ -80,7 +80,7 @@ async def run(block_size: int, rounds: int, peer: Peer | None, progress: Callabl
         theirs,
         awaited=steady.awaited_per_step,
         counts=dataclasses.asdict(steady),
-        environment=_environment(block_size, rounds),
+        environment=environment(block_size, rounds),
         peer=peer.about if peer is not None else {},
     )
 
@@ -90,9 +90,9 @@ async def _prepare(stack: contextlib.AsyncExitStack, size: int, process: MemsvcP
     admissions = core.Admissions(size)
     await admissions.start()
     stack.push_async_callback(admissions.close)
-    few = DecodeBatch(*await _local(stack, size), RUNNING)
-    many = DecodeBatch(*await _local(stack, size), MANY_RUNNING, RUNNING)
-    whole = SchedulerSteps(*await _local(stack, size), RUNNING)
+    few = DecodeBatch(*await local_memory(stack, size), RUNNING)
+    many = DecodeBatch(*await local_memory(stack, size), MANY_RUNNING, RUNNING)
+    whole = SchedulerSteps(*await local_memory(stack, size), RUNNING)
     distant = DecodeBatch(*await _remote(stack, process, "steps"), RUNNING)
     for prepared in (few, many, whole, distant):
         await prepared.start()
@@ -132,7 +132,7 @@ async def _prepare(stack: contextlib.AsyncExitStack, size: int, process: MemsvcP
     ]
 
 
-async def _local(stack: contextlib.AsyncExitStack, block_size: int) -> tuple[Memory, PoolInfo]:
+async def local_memory(stack: contextlib.AsyncExitStack, block_size: int) -> tuple[Memory, PoolInfo]:
     """Returns a memory in this process with one pool."""
     memory = LocalMemory(MemoryCore(bytes(32), lease_ttl=float("inf")), gateway_id="bench")
     memory.register_pool(core.POOL_ID, 1, "127.0.0.1:1", core.pool_spec(block_size))
@@ -170,7 +170,8 @@ def _named(samples: Samples, names: dict[str, str]) -> Samples:
     return {new: samples[old] for old, new in names.items()}
 
 
-def _environment(block_size: int, rounds: int) -> dict[str, object]:
+def environment(block_size: int, rounds: int) -> dict[str, object]:
+    """Returns the machine and the versions, for a report."""
     return {
         "block_size": block_size,
         "rounds": rounds,

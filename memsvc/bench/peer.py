@@ -25,7 +25,7 @@ class Peer:
     Args:
         python: an interpreter in which `vllm` can be imported.
         block_size: tokens in a block.
-        script: what it runs; another one only in tests.
+        script: what it runs.
     """
 
     def __init__(self, python: str, block_size: int, script: Path = SCRIPT) -> None:

@@ -49,9 +49,37 @@ def memory(
 
     For example: quire bench memory --peer ~/vllm/bin/python
     """
+    _measure("memory", peer, block_size, repeat, as_json=as_json)
+
+
+@app.command()
+def scheduler(
+    *,
+    peer: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="A Python in which vllm is installed: the same steps of its scheduler."),
+    ] = None,
+    block_size: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens in a block: 16, 32 or 64.")] = 16,
+    repeat: Annotated[
+        int, typer.Option(min=1, max=_ROUNDS_MAXIMUM, metavar="N", help="Rounds; ours and the peer's alternate.")
+    ] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure the scheduler's steps, and the whole gateway over gRPC around an executor without a model.
+
+    Everything runs here and on loopback: no model, no device. Figures are medians. Linux only: the processor time of
+    the services is read from /proc.
+
+    For example: quire bench scheduler --peer ~/vllm/bin/python
+    """
+    _measure("scheduler", peer, block_size, repeat, as_json=as_json)
+
+
+def _measure(what: str, peer: str | None, block_size: int, repeat: int, *, as_json: bool) -> None:
+    """Measures and prints; raises ConfigError for a wrong option, QuireError for what failed."""
     if block_size not in _BLOCK_SIZES:
         raise ConfigError(f"--block-size: found {block_size}, allowed are 16, 32 and 64", field="block_size")
-    command = [sys.executable, "-m", "gateway.bench", "--block-size", str(block_size), "--repeat", str(repeat)]
+    command = [sys.executable, "-m", "gateway.bench", what, "--block-size", str(block_size), "--repeat", str(repeat)]
     if peer is not None:
         if shutil.which(peer) is None:
             message = f"--peer: {peer!r} is not a program; expected a Python in which vllm is installed"
