@@ -53,8 +53,10 @@ class TokenBytes:
         pieces = self._pieces
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
+        count = len(pieces)
+
         def step(token: int) -> str:
-            return decode(pieces[token]) if token < len(pieces) else ""
+            return decode(pieces[token]) if token < count else ""
 
         return step
 

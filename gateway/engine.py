@@ -70,7 +70,20 @@ class _Live:
     stream: RequestStream
     detokenizers: list[Detokenizer]
     model: _Model
+    stop_tokens: frozenset[int]
+    """Tokens that may end a sample."""
+    stops_late: bool
+    """Whether no sample may end before some tokens (`min_tokens`)."""
     timer: asyncio.TimerHandle | None = None
+    """Of its stay in the queue."""
+    limit_timer: asyncio.TimerHandle | None = None
+    """Of its time limit."""
+
+    def cancel_timers(self) -> None:
+        """Stops both timers."""
+        for timer in (self.timer, self.limit_timer):
+            if timer is not None:
+                timer.cancel()
 
 
 class Engine:
@@ -250,9 +263,12 @@ class Engine:
         model.queue.push_request(request)
         token_bytes = model.served.tokenizer.token_bytes
         detokenizers = [Detokenizer(token_bytes, settings.stop) for _ in request.samples]
-        live = _Live(RequestStream(request), detokenizers, model)
+        stop_tokens = settings.eos_token_ids | settings.stop_token_ids
+        live = _Live(RequestStream(request), detokenizers, model, stop_tokens, settings.min_tokens > 0)
         loop = asyncio.get_running_loop()
         live.timer = loop.call_later(settings.max_queue_time, self._queue_timeout, settings.request_id)
+        if settings.time_limit:
+            live.limit_timer = loop.call_later(settings.time_limit, self._time_limit, settings.request_id)
         self._live[settings.request_id] = live
         for lane in self._lanes.values():
             lane.wake()
@@ -271,6 +287,17 @@ class Engine:
             retry_after=1.0,
         )
         self._abort(live, error)
+
+    def _time_limit(self, request_id: str) -> None:
+        """The request has had its time: it ends with what it has."""
+        live = self._live.get(request_id)
+        if live is None:
+            return
+        for sample in live.stream.request.samples:
+            if not sample.ended:
+                ending = pb.Ending(reason=pb.FINISH_REASON_TIME_LIMIT)
+                live.stream.end(sample.index, ending, live.detokenizers[sample.index].flush())
+        self._end_samples(live)
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a request and waits until its blocks are back; returns whether it was live."""
@@ -340,19 +367,18 @@ class Engine:
     def token(self, sequence: Sequence, token: int) -> bool:
         """See LaneOwner: streams the token and decides whether it is the last."""
         request = sequence.request
-        settings = request.settings
-        live = self._live[settings.request_id]
+        live = self._live[request.settings.request_id]
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
         detokenizer = live.detokenizers[sequence.index]
         ending: pb.Ending | None = None
         text = ""
-        stop = stop_by_token(sequence)
+        stop = stop_by_token(sequence) if token in live.stop_tokens else None
         if stop is None:
-            text, stop_string = detokenizer.push(token, may_stop=may_stop(sequence))
+            text, stop_string = detokenizer.push(token, may_stop=not live.stops_late or may_stop(sequence))
             if stop_string is not None:
                 ending = pb.Ending(reason=pb.FINISH_REASON_STOP, stop_string=stop_string)
-            else:
+            elif len(sequence.tokens) >= sequence.length_limit:
                 stop = stop_by_length(sequence)
         if stop is not None:
             ending = pb.Ending(reason=_FINISH_REASONS[stop])
@@ -368,7 +394,7 @@ class Engine:
         sequence.ended = True
         live.stream.end(sequence.index, ending)
         if request.ended:
-            live.stream.finish(self._usage(request))
+            live.stream.finish(self._usage(live))
         return True
 
     def released(self, sequence: Sequence) -> None:
@@ -389,16 +415,16 @@ class Engine:
         request = live.stream.request
         if not request.ended:
             return
-        live.stream.finish(self._usage(request))
+        live.stream.finish(self._usage(live))
         if request.released and self._live.pop(request.settings.request_id, None) is not None:
-            if live.timer is not None:
-                live.timer.cancel()
+            live.cancel_timers()
             live.stream.release()
             self._log_finished(live)
 
     @staticmethod
-    def _usage(request: Request) -> pb.Usage:
+    def _usage(live: _Live) -> pb.Usage:
         """Returns what a request has cost so far."""
+        request = live.stream.request
         now = time.monotonic()
         usage = pb.Usage(
             prompt_token_count=len(request.settings.prompt),
@@ -406,6 +432,9 @@ class Engine:
             completion_token_count=request.completion_token_count,
             preemption_count=request.preemption_count,
             peak_block_count=request.peak_block_count,
+            stored_token_count=request.stored_token_count,
+            shared_block_count=request.shared_block_count,
+            block_seconds=request.block_seconds(now),
         )
         usage.queue_time.FromNanoseconds(int(((request.admitted_at or now) - request.arrived_at) * 1e9))
         if request.first_token_at is not None:

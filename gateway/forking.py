@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 import dataclasses
 from typing import TYPE_CHECKING
@@ -91,6 +92,7 @@ class Forking:
             self._write_journal(JournalEntry(self._pool.pool_id, fork.epoch, closed=unused, close_reasons=reasons))
         if begun:
             tables = [table for _, table in begun]
+            self._scheduler.now = asyncio.get_running_loop().time()
             self._scheduler.fork(source, [sample for sample, _ in begun], dataclasses.replace(fork, tables=tables))
         started = {sample for sample, _ in begun}
         return [sample for sample in samples if sample not in started]

@@ -228,6 +228,7 @@ class Lane:
         orphans.close_reasons = [CloseReason.PREEMPTED] * len(orphans.closed)
         self._end_prefix_wait()
         self._merges.clear()
+        scheduler.now = asyncio.get_running_loop().time()
         requeued, released = scheduler.abandon()
         self._queue.put_back(requeued)
         for sequence in released:
@@ -255,8 +256,10 @@ class Lane:
         scheduler = self._scheduler
         assert scheduler is not None
         step = 0
+        loop = asyncio.get_running_loop()
         while True:
             self._wake.clear()
+            scheduler.now = loop.time()
             while self._in_flight and self._in_flight[0].done():
                 self._absorb(self._in_flight.popleft().result())
             self._admit_next(scheduler)
@@ -449,6 +452,7 @@ class Lane:
     def _take_in(self, scheduler: Scheduler, queue: WaitingQueue, sequence: Sequence, admission: Admission) -> None:
         """Starts an admitted sequence; if it ended or the session did meanwhile, its table is closed unused."""
         if scheduler is self._scheduler and not sequence.ended:
+            scheduler.now = asyncio.get_running_loop().time()
             scheduler.start(sequence, admission)
             self._owner.admitted(sequence)
             return

@@ -69,9 +69,12 @@ class RequestStream:
         if not self._has_news:
             self._wake()
 
-    def end(self, index: int, ending: pb.Ending) -> None:
-        """A sample has its last token."""
-        self._news.setdefault(index, _News()).ending = ending
+    def end(self, index: int, ending: pb.Ending, text: str = "") -> None:
+        """A sample has its last token; `text` was held back until then."""
+        news = self._news.setdefault(index, _News())
+        news.ending = ending
+        if text:
+            news.texts.append(text)
         self._wake()
 
     def finish(self, usage: pb.Usage) -> None:

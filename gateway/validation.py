@@ -166,6 +166,16 @@ def _check_scheduling(scheduling: pb.Scheduling, max_queue_time: float, *, prior
     return min(max_queue_time, asked), scheduling.priority
 
 
+def _check_time_limit(scheduling: pb.Scheduling) -> float:
+    """Returns the time limit in seconds, 0 for none; raises InvalidRequestError."""
+    if not scheduling.HasField("time_limit"):
+        return 0.0
+    limit = scheduling.time_limit.ToNanoseconds() / 1e9
+    if limit <= 0:
+        raise _refuse("scheduling.time_limit", f"{limit} s", "more than 0")
+    return limit
+
+
 async def check_spec(
     spec: pb.GenerationSpec,
     model: ServedModel,
@@ -196,6 +206,7 @@ async def check_spec(
         found = f"{len(spec.caching.salt)} characters"
         raise _refuse("caching.salt", found, f"at most {MAX_SALT_CHARACTERS}")
     queue_time, priority = _check_scheduling(spec.scheduling, max_queue_time, priorities=priorities)
+    time_limit = _check_time_limit(spec.scheduling)
     prompt = await encode_prompt(spec, model)
     max_tokens = _check_lengths(prompt, spec.stopping, model, max_tokens_default)
     if spec.stopping.min_tokens > max_tokens:
@@ -215,5 +226,6 @@ async def check_spec(
         skip_cache_read=spec.caching.skip_read or not caching,
         skip_cache_write=spec.caching.skip_write or not caching,
         max_queue_time=queue_time,
+        time_limit=time_limit,
         priority=priority,
     )

@@ -60,6 +60,8 @@ class Options(TypedDict, total=False):
     """Go on after the model's end-of-sequence token."""
     max_queue_time: float
     """Seconds in the server's queue after which the request fails with QUEUE_TIMEOUT."""
+    time_limit: float
+    """Seconds from arrival after which the request ends with what it has; none if not given."""
     priority: int
     """Lower goes first, where the server goes by priorities; 0 if not given."""
     cache_salt: str
@@ -83,6 +85,8 @@ class FinishReason(enum.Enum):
     """The longest sequence that the model takes."""
     CANCELLED = "cancelled"
     """Another call cancelled the request."""
+    TIME_LIMIT = "time_limit"
+    """`time_limit` passed; what was generated until then is there."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +105,12 @@ class Usage:
     queue_seconds: float
     time_to_first_token_seconds: float
     total_seconds: float
+    stored_token_count: int = 0
+    """Tokens of the blocks that the samples filled and left in the prefix cache."""
+    shared_block_count: int = 0
+    """Blocks that the samples found in the cache, or shared with the first one, when they began."""
+    block_seconds: float = 0.0
+    """Blocks held times seconds, from admission to the last token."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -263,6 +273,8 @@ def specification(
         spec.stopping.stop_token_ids.extend(options.get("stop_token_ids", ()))
         if options.get("max_queue_time") is not None:
             spec.scheduling.max_queue_time.FromTimedelta(dt.timedelta(seconds=options["max_queue_time"]))
+        if options.get("time_limit") is not None:
+            spec.scheduling.time_limit.FromTimedelta(dt.timedelta(seconds=options["time_limit"]))
         _set(spec.scheduling, options, ("priority",))
         spec.caching.salt = options.get("cache_salt", "")
         spec.caching.skip_read = options.get("skip_cache_read", False)
@@ -312,6 +324,9 @@ def usage_from(wire: gateway_pb2.Usage) -> Usage:
         queue_seconds=_seconds(wire.queue_time),
         time_to_first_token_seconds=_seconds(wire.time_to_first_token),
         total_seconds=_seconds(wire.total_time),
+        stored_token_count=wire.stored_token_count,
+        shared_block_count=wire.shared_block_count,
+        block_seconds=wire.block_seconds,
     )
 
 

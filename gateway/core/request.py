@@ -40,6 +40,8 @@ class RequestSettings:
     skip_cache_write: bool = False
     max_queue_time: float = 0.0
     """Seconds."""
+    time_limit: float = 0.0
+    """Seconds from arrival after which it ends with what it has; 0 for none."""
     priority: int = 0
     """Lower goes first; see `gateway.core.precedence`."""
 
@@ -92,6 +94,22 @@ class Request:
     def preemption_count(self) -> int:
         """Preemptions of all samples."""
         return sum(sample.preemption_count for sample in self.samples)
+
+    @property
+    def shared_block_count(self) -> int:
+        """Blocks that the samples had from others when they began."""
+        return sum(sample.shared_block_count for sample in self.samples)
+
+    @property
+    def stored_token_count(self) -> int:
+        """Tokens of the blocks that the samples filled and left in the prefix cache."""
+        return 0 if self.settings.skip_cache_write else sum(sample.stored_token_count for sample in self.samples)
+
+    def block_seconds(self, now: float) -> float:
+        """Returns blocks held times seconds, of all samples, up to `now`."""
+        return sum(
+            sample.block_seconds + sample.held_block_count * (now - sample.counted_at) for sample in self.samples
+        )
 
     @property
     def ended(self) -> bool:

@@ -90,6 +90,8 @@ class Scheduler:
         self.pool = pool
         self.lease = GrowthLease(pool.spec.usable_block_count, pool.spec.block_size)
         self.stats = SchedulerStats()
+        self.now = 0.0
+        """Seconds at which what is called next happens; the caller's to set, and only for what blocks have cost."""
         self._block_size = pool.spec.block_size
         self._window = pool.spec.window
         self._max_num_seqs = max_num_seqs
@@ -178,7 +180,10 @@ class Scheduler:
         sequence.admission_no = self._admission_no
         sequence.state = SequenceState.RUNNING
         sequence.table, sequence.epoch = admission.table, admission.epoch
+        sequence.counted_at = self.now
         sequence.blocks = list(admission.block_ids)
+        if not sequence.preemption_count:
+            sequence.shared_block_count = admission.cached_token_count // self._block_size
         sequence.cached_token_count = admission.cached_token_count
         sequence.scheduled = sequence.computed = admission.cached_token_count
         sequence.reported = sequence.total = len(sequence.tokens)
@@ -237,6 +242,7 @@ class Scheduler:
         if self._tails.must_copy(sequence.table):
             self._copy_tail(sequence, block, draft)
             return True
+        sequence.count_blocks(self.now)
         draft.appended += (sequence.table, len(sequence.blocks), block)
         sequence.blocks.append(block)
         sequence.room += self._block_size
@@ -403,6 +409,10 @@ class Scheduler:
             sequence.computed = count
             if count >= sequence.report_at:
                 report(sequence, journal)
+                stored = (
+                    journal.written_counts[-1] // self._block_size - sequence.shared_block_count
+                ) * self._block_size
+                sequence.stored_token_count = max(sequence.stored_token_count, stored)
                 if self._window:
                     self._release(sequence, journal.written_counts[-1])
                 sequence.report_at = report_at(sequence, self._block_size, self._window)
@@ -416,6 +426,7 @@ class Scheduler:
         """Makes those entries null that the memory service will on reading the row with `written`."""
         outside = outside_block_count(written, self._window, self._block_size)
         if outside > sequence.released:
+            sequence.count_blocks(self.now)
             sequence.release(outside)
             self.lease.exhausted = False
 
@@ -452,6 +463,7 @@ class Scheduler:
         self.lease.exhausted = False
         if reason is not CloseReason.PREEMPTED:
             self._shortage.returned(len(sequence.blocks))
+        sequence.count_blocks(self.now)
         sequence.clear_table()
         if reason is CloseReason.PREEMPTED:
             sequence.state = SequenceState.WAITING
@@ -477,6 +489,7 @@ class Scheduler:
                 if closing is None:
                     sequence.preemption_count += 1
                 requeued.append(sequence)
+            sequence.count_blocks(self.now)
             sequence.clear_table()
         self._running.clear()
         self._closing.clear()

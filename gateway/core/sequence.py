@@ -45,13 +45,18 @@ class Sequence:
         released: leading entries of `blocks` that are null: blocks outside the sliding window.
         reported: tokens that the memory service has been told of.
         report_at: value of `computed` at which the memory service is to hear of it again.
+        block_seconds: blocks held times seconds, up to `counted_at`.
+        shared_block_count: blocks that it had from others when it was first admitted.
+        stored_token_count: tokens of blocks that it has filled itself.
     """
 
     __slots__ = (
         "admission_no",
+        "block_seconds",
         "blocks",
         "cached_token_count",
         "computed",
+        "counted_at",
         "ended",
         "epoch",
         "index",
@@ -64,7 +69,9 @@ class Sequence:
         "request",
         "room",
         "scheduled",
+        "shared_block_count",
         "state",
+        "stored_token_count",
         "table",
         "tokens",
         "total",
@@ -93,6 +100,10 @@ class Sequence:
         self.table = 0
         self.epoch = 0
         self.blocks: list[int] = []
+        self.block_seconds = 0.0
+        self.counted_at = 0.0
+        self.shared_block_count = 0
+        self.stored_token_count = 0
         self.clear_table()
 
     def clear_table(self) -> None:
@@ -125,6 +136,11 @@ class Sequence:
     def held_block_count(self) -> int:
         """Blocks that its table holds."""
         return len(self.blocks) - self.released
+
+    def count_blocks(self, now: float) -> None:
+        """Counts what its blocks have cost up to `now` seconds; called before their number changes."""
+        self.block_seconds += self.held_block_count * (now - self.counted_at)
+        self.counted_at = now
 
     def release(self, end: int) -> None:
         """Makes the entries before `end` null."""

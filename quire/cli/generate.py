@@ -30,6 +30,9 @@ MaxTokens: TypeAlias = Annotated[
     int | None, typer.Option(help="Tokens to generate at most. [default: as many as fit]", show_default=False)
 ]
 MinTokens: TypeAlias = Annotated[int | None, typer.Option(help="Tokens to generate at least.")]
+TimeLimit: TypeAlias = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="End with what there is after this time, the queue included.")
+]
 Priority: TypeAlias = Annotated[
     int | None, typer.Option(help="Lower goes first, where the server goes by priorities. [default: 0]")
 ]
@@ -70,6 +73,7 @@ def generate(
     max_tokens: MaxTokens = None,
     min_tokens: MinTokens = None,
     priority: Priority = None,
+    time_limit: TimeLimit = None,
     stop: Stop = None,
     model: ModelName = "",
     timeout: Timeout = DEFAULT_TIMEOUT,
@@ -95,6 +99,7 @@ def generate(
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
+        time_limit=time_limit,
         priority=priority,
         stop=stop,
         model=model,
@@ -143,6 +148,7 @@ def chat(
     max_tokens: MaxTokens = None,
     min_tokens: MinTokens = None,
     priority: Priority = None,
+    time_limit: TimeLimit = None,
     stop: Stop = None,
     model: ModelName = "",
     timeout: Timeout = DEFAULT_TIMEOUT,
@@ -168,6 +174,7 @@ def chat(
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
+        time_limit=time_limit,
         priority=priority,
         stop=stop,
         model=model,

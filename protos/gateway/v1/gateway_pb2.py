@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/gateway/v1/gateway.proto\x12\x10quire.gateway.v1\x1a\x1egoogle/protobuf/duration.proto\"G\n\x15GenerateStreamRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32 .quire.gateway.v1.GenerationSpec\"\xab\x01\n\x16GenerateStreamResponse\x12.\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x1a.quire.gateway.v1.AdmittedH\x00\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x17.quire.gateway.v1.DeltaH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.quire.gateway.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"A\n\x0fGenerateRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32 .quire.gateway.v1.GenerationSpec\"\x81\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x1c.quire.gateway.v1.Completion\x12&\n\x05usage\x18\x03 \x01(\x0b\x32\x17.quire.gateway.v1.Usage\"f\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x06\x65nding\x18\x04 \x01(\x0b\x32\x18.quire.gateway.v1.Ending\"\xe0\x02\n\x0eGenerationSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12/\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1a.quire.gateway.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.quire.gateway.v1.ChatH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.quire.gateway.v1.Sampling\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.quire.gateway.v1.Stopping\x12\x30\n\nscheduling\x18\x08 \x01(\x0b\x32\x1c.quire.gateway.v1.Scheduling\x12*\n\x07\x63\x61\x63hing\x18\t \x01(\x0b\x32\x19.quire.gateway.v1.CachingB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"7\n\x04\x43hat\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.quire.gateway.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc0\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0e\n\x01n\x18\x06 \x01(\rH\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_n\"\x94\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\x17\n\nmin_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"Q\n\nScheduling\x12\x31\n\x0emax_queue_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x02 \x01(\x11\">\n\x07\x43\x61\x63hing\x12\x0c\n\x04salt\x18\x01 \x01(\t\x12\x11\n\tskip_read\x18\x02 \x01(\x08\x12\x12\n\nskip_write\x18\x03 \x01(\x08\"\x85\x01\n\x08\x41\x64mitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x03 \x01(\r\x12-\n\nqueue_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"7\n\x05\x44\x65lta\x12.\n\x07samples\x18\x01 \x03(\x0b\x32\x1d.quire.gateway.v1.SampleDelta\"g\n\x0bSampleDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x06\x65nding\x18\x04 \x01(\x0b\x32\x18.quire.gateway.v1.Ending\"n\n\x06\x45nding\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x1e.quire.gateway.v1.FinishReason\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x42\t\n\x07matched\"2\n\x08\x46inished\x12&\n\x05usage\x18\x01 \x01(\x0b\x32\x17.quire.gateway.v1.Usage\"\xa9\x02\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x02 \x01(\r\x12\x1e\n\x16\x63ompletion_token_count\x18\x03 \x01(\r\x12\x18\n\x10preemption_count\x18\x04 \x01(\r\x12\x18\n\x10peak_block_count\x18\x05 \x01(\r\x12-\n\nqueue_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\",\n\x15\x43\x61ncelRequestsRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"T\n\x16\x43\x61ncelRequestsResponse\x12\x1d\n\x15\x63\x61ncelled_request_ids\x18\x01 \x03(\t\x12\x1b\n\x13unknown_request_ids\x18\x02 \x03(\t\"e\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.quire.gateway.v1.ChatH\x00\x42\x08\n\x06prompt\"=\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.quire.gateway.v1.Model\"l\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x14\n\x0c\x65xecutor_ids\x18\x05 \x03(\t*\xae\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x19\n\x15\x46INISH_REASON_CONTEXT\x10\x04\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x05\x32\xe7\x03\n\x11GenerationService\x12\x65\n\x0eGenerateStream\x12\'.quire.gateway.v1.GenerateStreamRequest\x1a(.quire.gateway.v1.GenerateStreamResponse0\x01\x12Q\n\x08Generate\x12!.quire.gateway.v1.GenerateRequest\x1a\".quire.gateway.v1.GenerateResponse\x12\x63\n\x0e\x43\x61ncelRequests\x12\'.quire.gateway.v1.CancelRequestsRequest\x1a(.quire.gateway.v1.CancelRequestsResponse\x12Z\n\x0b\x43ountTokens\x12$.quire.gateway.v1.CountTokensRequest\x1a%.quire.gateway.v1.CountTokensResponse\x12W\n\nListModels\x12#.quire.gateway.v1.ListModelsRequest\x1a$.quire.gateway.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/gateway/v1/gateway.proto\x12\x10quire.gateway.v1\x1a\x1egoogle/protobuf/duration.proto\"G\n\x15GenerateStreamRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32 .quire.gateway.v1.GenerationSpec\"\xab\x01\n\x16GenerateStreamResponse\x12.\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x1a.quire.gateway.v1.AdmittedH\x00\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x17.quire.gateway.v1.DeltaH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.quire.gateway.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"A\n\x0fGenerateRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32 .quire.gateway.v1.GenerationSpec\"\x81\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x1c.quire.gateway.v1.Completion\x12&\n\x05usage\x18\x03 \x01(\x0b\x32\x17.quire.gateway.v1.Usage\"f\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x06\x65nding\x18\x04 \x01(\x0b\x32\x18.quire.gateway.v1.Ending\"\xe0\x02\n\x0eGenerationSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12/\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1a.quire.gateway.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.quire.gateway.v1.ChatH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.quire.gateway.v1.Sampling\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.quire.gateway.v1.Stopping\x12\x30\n\nscheduling\x18\x08 \x01(\x0b\x32\x1c.quire.gateway.v1.Scheduling\x12*\n\x07\x63\x61\x63hing\x18\t \x01(\x0b\x32\x19.quire.gateway.v1.CachingB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"7\n\x04\x43hat\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.quire.gateway.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc0\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0e\n\x01n\x18\x06 \x01(\rH\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_n\"\x94\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\x17\n\nmin_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\x80\x01\n\nScheduling\x12\x31\n\x0emax_queue_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x02 \x01(\x11\x12-\n\ntime_limit\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x07\x43\x61\x63hing\x12\x0c\n\x04salt\x18\x01 \x01(\t\x12\x11\n\tskip_read\x18\x02 \x01(\x08\x12\x12\n\nskip_write\x18\x03 \x01(\x08\"\x85\x01\n\x08\x41\x64mitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x03 \x01(\r\x12-\n\nqueue_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"7\n\x05\x44\x65lta\x12.\n\x07samples\x18\x01 \x03(\x0b\x32\x1d.quire.gateway.v1.SampleDelta\"g\n\x0bSampleDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x06\x65nding\x18\x04 \x01(\x0b\x32\x18.quire.gateway.v1.Ending\"n\n\x06\x45nding\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x1e.quire.gateway.v1.FinishReason\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x42\t\n\x07matched\"2\n\x08\x46inished\x12&\n\x05usage\x18\x01 \x01(\x0b\x32\x17.quire.gateway.v1.Usage\"\xf8\x02\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x02 \x01(\r\x12\x1e\n\x16\x63ompletion_token_count\x18\x03 \x01(\r\x12\x18\n\x10preemption_count\x18\x04 \x01(\r\x12\x18\n\x10peak_block_count\x18\x05 \x01(\r\x12-\n\nqueue_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12stored_token_count\x18\t \x01(\r\x12\x1a\n\x12shared_block_count\x18\n \x01(\r\x12\x15\n\rblock_seconds\x18\x0b \x01(\x01\",\n\x15\x43\x61ncelRequestsRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"T\n\x16\x43\x61ncelRequestsResponse\x12\x1d\n\x15\x63\x61ncelled_request_ids\x18\x01 \x03(\t\x12\x1b\n\x13unknown_request_ids\x18\x02 \x03(\t\"e\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.quire.gateway.v1.ChatH\x00\x42\x08\n\x06prompt\"=\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.quire.gateway.v1.Model\"l\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x14\n\x0c\x65xecutor_ids\x18\x05 \x03(\t*\xcc\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x19\n\x15\x46INISH_REASON_CONTEXT\x10\x04\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x06\x32\xe7\x03\n\x11GenerationService\x12\x65\n\x0eGenerateStream\x12\'.quire.gateway.v1.GenerateStreamRequest\x1a(.quire.gateway.v1.GenerateStreamResponse0\x01\x12Q\n\x08Generate\x12!.quire.gateway.v1.GenerateRequest\x1a\".quire.gateway.v1.GenerateResponse\x12\x63\n\x0e\x43\x61ncelRequests\x12\'.quire.gateway.v1.CancelRequestsRequest\x1a(.quire.gateway.v1.CancelRequestsResponse\x12Z\n\x0b\x43ountTokens\x12$.quire.gateway.v1.CountTokensRequest\x1a%.quire.gateway.v1.CountTokensResponse\x12W\n\nListModels\x12#.quire.gateway.v1.ListModelsRequest\x1a$.quire.gateway.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.gateway.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2866
-  _globals['_FINISHREASON']._serialized_end=3040
+  _globals['_FINISHREASON']._serialized_start=2993
+  _globals['_FINISHREASON']._serialized_end=3197
   _globals['_GENERATESTREAMREQUEST']._serialized_start=85
   _globals['_GENERATESTREAMREQUEST']._serialized_end=156
   _globals['_GENERATESTREAMRESPONSE']._serialized_start=159
@@ -56,36 +56,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING']._serialized_end=1311
   _globals['_STOPPING']._serialized_start=1314
   _globals['_STOPPING']._serialized_end=1462
-  _globals['_SCHEDULING']._serialized_start=1464
-  _globals['_SCHEDULING']._serialized_end=1545
-  _globals['_CACHING']._serialized_start=1547
-  _globals['_CACHING']._serialized_end=1609
-  _globals['_ADMITTED']._serialized_start=1612
-  _globals['_ADMITTED']._serialized_end=1745
-  _globals['_DELTA']._serialized_start=1747
-  _globals['_DELTA']._serialized_end=1802
-  _globals['_SAMPLEDELTA']._serialized_start=1804
-  _globals['_SAMPLEDELTA']._serialized_end=1907
-  _globals['_ENDING']._serialized_start=1909
-  _globals['_ENDING']._serialized_end=2019
-  _globals['_FINISHED']._serialized_start=2021
-  _globals['_FINISHED']._serialized_end=2071
-  _globals['_USAGE']._serialized_start=2074
-  _globals['_USAGE']._serialized_end=2371
-  _globals['_CANCELREQUESTSREQUEST']._serialized_start=2373
-  _globals['_CANCELREQUESTSREQUEST']._serialized_end=2417
-  _globals['_CANCELREQUESTSRESPONSE']._serialized_start=2419
-  _globals['_CANCELREQUESTSRESPONSE']._serialized_end=2503
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2505
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2606
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2608
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2669
-  _globals['_LISTMODELSREQUEST']._serialized_start=2671
-  _globals['_LISTMODELSREQUEST']._serialized_end=2690
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2692
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2753
-  _globals['_MODEL']._serialized_start=2755
-  _globals['_MODEL']._serialized_end=2863
-  _globals['_GENERATIONSERVICE']._serialized_start=3043
-  _globals['_GENERATIONSERVICE']._serialized_end=3530
+  _globals['_SCHEDULING']._serialized_start=1465
+  _globals['_SCHEDULING']._serialized_end=1593
+  _globals['_CACHING']._serialized_start=1595
+  _globals['_CACHING']._serialized_end=1657
+  _globals['_ADMITTED']._serialized_start=1660
+  _globals['_ADMITTED']._serialized_end=1793
+  _globals['_DELTA']._serialized_start=1795
+  _globals['_DELTA']._serialized_end=1850
+  _globals['_SAMPLEDELTA']._serialized_start=1852
+  _globals['_SAMPLEDELTA']._serialized_end=1955
+  _globals['_ENDING']._serialized_start=1957
+  _globals['_ENDING']._serialized_end=2067
+  _globals['_FINISHED']._serialized_start=2069
+  _globals['_FINISHED']._serialized_end=2119
+  _globals['_USAGE']._serialized_start=2122
+  _globals['_USAGE']._serialized_end=2498
+  _globals['_CANCELREQUESTSREQUEST']._serialized_start=2500
+  _globals['_CANCELREQUESTSREQUEST']._serialized_end=2544
+  _globals['_CANCELREQUESTSRESPONSE']._serialized_start=2546
+  _globals['_CANCELREQUESTSRESPONSE']._serialized_end=2630
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=2632
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2733
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2735
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2796
+  _globals['_LISTMODELSREQUEST']._serialized_start=2798
+  _globals['_LISTMODELSREQUEST']._serialized_end=2817
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2819
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2880
+  _globals['_MODEL']._serialized_start=2882
+  _globals['_MODEL']._serialized_end=2990
+  _globals['_GENERATIONSERVICE']._serialized_start=3200
+  _globals['_GENERATIONSERVICE']._serialized_end=3687
 # @@protoc_insertion_point(module_scope)

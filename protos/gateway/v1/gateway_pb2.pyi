@@ -43,6 +43,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The model's max_model_len reached."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 5
     """CancelRequests named it."""
+    FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 6
+    """time_limit passed."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a sample ended."""
@@ -59,6 +61,8 @@ FINISH_REASON_CONTEXT: FinishReason.ValueType  # 4
 """The model's max_model_len reached."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 5
 """CancelRequests named it."""
+FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 6
+"""time_limit passed."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -469,6 +473,7 @@ class Scheduling(_message.Message):
 
     MAX_QUEUE_TIME_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TIME_LIMIT_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     """Lower goes first, in the queue and when memory is short; equal ones in order of arrival. Anything but 0, the default,
     is INVALID_ARGUMENT where the gateway serves in order of arrival (--scheduling-policy fcfs).
@@ -477,15 +482,22 @@ class Scheduling(_message.Message):
     def max_queue_time(self) -> _duration_pb2.Duration:
         """Leave the queue by then or fail with RESOURCE_EXHAUSTED (reason QUEUE_TIMEOUT). Default: the server's."""
 
+    @_builtins.property
+    def time_limit(self) -> _duration_pb2.Duration:
+        """Time from arrival, the queue included, after which the request ends with what it has (FINISH_REASON_TIME_LIMIT);
+        more than 0. Default: none. Unlike the deadline of the call this is no error.
+        """
+
     def __init__(
         self,
         *,
         max_queue_time: _duration_pb2.Duration | None = ...,
         priority: _builtins.int = ...,
+        time_limit: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["max_queue_time", b"max_queue_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_queue_time", b"max_queue_time", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_queue_time", b"max_queue_time", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_queue_time", b"max_queue_time", "priority", b"priority", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -677,6 +689,9 @@ class Usage(_message.Message):
     QUEUE_TIME_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     TOTAL_TIME_FIELD_NUMBER: _builtins.int
+    STORED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    SHARED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    BLOCK_SECONDS_FIELD_NUMBER: _builtins.int
     prompt_token_count: _builtins.int
     """Tokens of the prompt."""
     cached_token_count: _builtins.int
@@ -687,6 +702,12 @@ class Usage(_message.Message):
     """Times a sample lost its blocks and was computed again."""
     peak_block_count: _builtins.int
     """Most blocks that the request's tables named at one time, a shared block once for each table."""
+    stored_token_count: _builtins.int
+    """Tokens of the blocks that the samples filled and left in the prefix cache, where other requests may find them."""
+    shared_block_count: _builtins.int
+    """Blocks that the samples found in the cache, or shared with the first one, when they began."""
+    block_seconds: _builtins.float
+    """Blocks held times seconds, from admission to the last token; a shared block once for each table."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """Time from arrival to admission."""
@@ -710,10 +731,13 @@ class Usage(_message.Message):
         queue_time: _duration_pb2.Duration | None = ...,
         time_to_first_token: _duration_pb2.Duration | None = ...,
         total_time: _duration_pb2.Duration | None = ...,
+        stored_token_count: _builtins.int = ...,
+        shared_block_count: _builtins.int = ...,
+        block_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queue_time", b"queue_time", "time_to_first_token", b"time_to_first_token", "total_time", b"total_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count", "completion_token_count", b"completion_token_count", "peak_block_count", b"peak_block_count", "preemption_count", b"preemption_count", "prompt_token_count", b"prompt_token_count", "queue_time", b"queue_time", "time_to_first_token", b"time_to_first_token", "total_time", b"total_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_seconds", b"block_seconds", "cached_token_count", b"cached_token_count", "completion_token_count", b"completion_token_count", "peak_block_count", b"peak_block_count", "preemption_count", b"preemption_count", "prompt_token_count", b"prompt_token_count", "queue_time", b"queue_time", "shared_block_count", b"shared_block_count", "stored_token_count", b"stored_token_count", "time_to_first_token", b"time_to_first_token", "total_time", b"total_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
