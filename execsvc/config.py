@@ -25,6 +25,11 @@ class ExecsvcConfig(ServiceConfig):
     block_size: int = setting(16, "Tokens in a KV block: 16, 32 or 64.", minimum=16, maximum=64)
     kv_cache_bytes: str | None = setting(None, "Size of the KV cache, for example 512MiB; none: from the memory there.")
     kv_cache_tokens: int | None = setting(None, "Size of the KV cache in tokens; goes before the bytes.", minimum=1)
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Element type of the KV cache; auto is the one computed in, fp8_e4m3 holds twice the tokens (GPU only).",
+        choices=("auto", "fp8_e4m3"),
+    )
     gpu_memory_utilization: float = setting(
         0.9, "Share of the device's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
     )

@@ -34,8 +34,6 @@ class PendingStep:
     fenced: bytes
     errors: dict[int, QuireError]
     launched: LaunchedStep
-    positions: list[int]
-    """Of the tokens that are sampled."""
 
     @property
     def deferred(self) -> bool:
@@ -138,56 +136,64 @@ class Engine:
             self._steps.copy_blocks(step.copies.astype(np.int64))
         scheduled = self._schedule(step, owner, errors)
         if not scheduled:
-            return PendingStep(plan.step, plan.removed, errors, self._steps.mark(), [])
+            return PendingStep(plan.step, plan.removed, errors, self._steps.mark())
         launched = self._steps.launch(self._rows, scheduled, self.observe_logits)
-        return PendingStep(plan.step, plan.removed, errors, launched, self._note_launch(launched))
+        self._note_launch(launched)
+        return PendingStep(plan.step, plan.removed, errors, launched)
 
     def collect(self, pending: PendingStep) -> pb.StepResult:
         """Returns what a plan did; call after `pending.wait()`, once, in the order of the plans."""
         launched, errors = pending.launched, pending.errors
         result = pb.StepResult(step=pending.step, fenced=pending.fenced)
-        good: list[tuple[int, int]] = []
-        siblings: list[tuple[int, int]] = []
-        for place, tokens in launched.siblings.items():
-            table = launched.sequences[launched.sampled[place]].table
-            siblings += [(table, token) for token in tokens]
-        for index, position, token in zip(launched.sampled, pending.positions, launched.tokens(), strict=True):
-            sequence = launched.sequences[index]
-            if sequence.failed:
-                errors.setdefault(
-                    sequence.table, SequenceNotFoundError(f"table {sequence.table} failed in a step before")
-                )
-            elif token < 0:
-                message = f"the logits of table {sequence.table} are not finite"
-                self._fail_sequence(sequence, QuireError(message, reason="LOGITS_NOT_FINITE"), errors)
-            else:
-                self._rows.store_token(sequence, position, token)
-                good.append((sequence.table, token))
-        written = list(zip([sequence.table for sequence in launched.sequences], launched.lens, strict=True))
+        samplers = [launched.sequences[index] for index in launched.sampled]
+        tokens = launched.tokens()
+        rows = [sequence.row for sequence in samplers if sequence.open]
+        if len(rows) == len(samplers) and min(tokens, default=0) >= 0:
+            self._rows.last_token[rows] = tokens
+        else:
+            samplers, tokens = self._store_tokens(samplers, tokens, errors)
+        written = [sequence.table for sequence in launched.sequences]
+        lens = launched.lens
         if errors:
-            written = [pair for pair in written if pair[0] not in errors]
-        result.written_tables = columns.pack([table for table, _ in written])
-        result.written_counts = columns.pack([count for _, count in written])
-        result.sampled_tables = columns.pack([table for table, _ in good])
-        result.sampled_tokens = columns.pack([token for _, token in good])
-        if siblings:
-            siblings = [pair for pair in siblings if pair[0] not in errors]
-            result.sibling_tables = columns.pack([table for table, _ in siblings])
-            result.sibling_tokens = columns.pack([token for _, token in siblings])
+            lens = [length for table, length in zip(written, lens, strict=True) if table not in errors]
+            written = [table for table in written if table not in errors]
+        result.written_tables, result.written_counts = columns.pack(written), columns.pack(lens)
+        result.sampled_tables = columns.pack([sequence.table for sequence in samplers])
+        result.sampled_tokens = columns.pack(tokens)
+        if launched.siblings:
+            _add_siblings(result, launched, errors)
         result.model_ns, result.sample_ns = launched.durations()
         result.errors.extend(
             pb.SequenceError(table=table, reason=error.reason, message=error.message) for table, error in errors.items()
         )
         return result
 
-    def _note_launch(self, launched: LaunchedStep) -> list[int]:
-        """Brings the rows to where they are after the step; returns the positions of the tokens to come."""
+    def _store_tokens(
+        self, samplers: list[Sequence], tokens: list[int], errors: dict[int, QuireError]
+    ) -> tuple[list[Sequence], list[int]]:
+        """Keeps the last tokens of sequences of which some are dropped or fail now; returns those that count."""
+        good: list[tuple[Sequence, int]] = []
+        for sequence, token in zip(samplers, tokens, strict=True):
+            if sequence.failed:
+                message = f"table {sequence.table} failed in a step before"
+                errors.setdefault(sequence.table, SequenceNotFoundError(message))
+            elif token < 0:
+                message = f"the logits of table {sequence.table} are not finite"
+                self._fail_sequence(sequence, QuireError(message, reason="LOGITS_NOT_FINITE"), errors)
+            else:
+                if sequence.open:
+                    self._rows.last_token[sequence.row] = token
+                good.append((sequence, token))
+        return [sequence for sequence, _ in good], [token for _, token in good]
+
+    def _note_launch(self, launched: LaunchedStep) -> None:
+        """Brings the rows to where they are after the step, with tokens known that are still to come."""
         rows = self._rows
         row_ids = np.array([sequence.row for sequence in launched.sequences])
         rows.computed[row_ids] = launched.lens
         if self.window:
             rows.release_outside(row_ids, self.window)
-        return [rows.reserve_token(launched.sequences[index]) for index in launched.sampled]
+        rows.known[row_ids[launched.sampled]] += 1
 
     def _owned(self, table: int, owner: int) -> Sequence | None:
         """Returns the open sequence of `table` if `owner` added it."""
@@ -206,12 +212,12 @@ class Engine:
         sequence = self._rows.by_table.get(table)
         if sequence is not None:
             sequence.failed = True
-        self._rows.drop(table)
+            self._rows.drop(table)
         errors.setdefault(table, error)
 
     def _fail_sequence(self, sequence: Sequence, error: QuireError, errors: dict[int, QuireError]) -> None:
         """As `_fail`, for a sequence that may have been dropped since its step was launched."""
-        if self._rows.by_table.get(sequence.table) is sequence:
+        if sequence.open:
             self._fail(sequence.table, error, errors)
         else:
             sequence.failed = True
@@ -260,8 +266,12 @@ class Engine:
         """Sets table entries: table[index] = block. Tables that are not open are passed over: they failed before."""
         for table, index, block in triples.reshape(-1, 3).tolist():
             sequence = self._owned(table, owner)
-            if sequence is not None:
-                self._attempt(table, errors, functools.partial(self._set_entry, sequence, index, block))
+            if sequence is None:
+                continue
+            try:
+                self._set_entry(sequence, index, block)
+            except QuireError as error:
+                self._fail(table, error, errors)
 
     def _set_entry(self, sequence: Sequence, index: int, block: int) -> None:
         """Sets one entry of a block table; raises InvalidRequestError if it does not fit."""
@@ -279,24 +289,36 @@ class Engine:
 
     def _schedule(self, step: _Step, owner: int, errors: dict[int, QuireError]) -> list[tuple[Sequence, int]]:
         """Returns what is to be computed; what cannot be fails."""
-        rows, scheduled = self._rows, []
+        rows, by_table = self._rows, self._rows.by_table
+        scheduled: list[tuple[Sequence, int]] = []
         for table, count in zip(step.scheduled_tables, step.scheduled_counts, strict=True):
-            sequence = self._owned(table, owner)
-            if sequence is None:
-                message = f"scheduled_tables: table {table} is not open"
-                errors.setdefault(table, SequenceNotFoundError(message))
-                continue
-            end, known = int(rows.computed[sequence.row]) + count, int(rows.known[sequence.row])
-            slots = int(rows.block_counts[sequence.row]) * rows.block_size
-            if end > known or end > slots:
-                message = (
-                    f"scheduled_counts: {count} tokens bring table {table} to {end}; "
-                    f"{known} tokens are known and its blocks hold {slots}"
-                )
-                self._fail(table, InvalidRequestError(message), errors)
-                continue
-            scheduled.append((sequence, count))
-        return scheduled
+            sequence = by_table.get(table)
+            if sequence is None or sequence.owner != owner:
+                errors.setdefault(table, SequenceNotFoundError(f"scheduled_tables: table {table} is not open"))
+            else:
+                scheduled.append((sequence, count))
+        row_ids = np.array([sequence.row for sequence, _ in scheduled], dtype=np.int64)
+        ends = rows.computed[row_ids] + np.array([count for _, count in scheduled], dtype=np.int64)
+        known, slots = rows.known[row_ids], rows.block_counts[row_ids] * rows.block_size
+        beyond = np.flatnonzero(ends > np.minimum(known, slots)).tolist()
+        for index in beyond:
+            sequence, count = scheduled[index]
+            message = (
+                f"scheduled_counts: {count} tokens bring table {sequence.table} to {ends[index]}; "
+                f"{known[index]} tokens are known and its blocks hold {slots[index]}"
+            )
+            self._fail(sequence.table, InvalidRequestError(message), errors)
+        return [pair for pair in scheduled if pair[0].open] if beyond else scheduled
+
+
+def _add_siblings(result: pb.StepResult, launched: LaunchedStep, errors: dict[int, QuireError]) -> None:
+    """Adds the tokens drawn for siblings of sequences that have not failed."""
+    siblings: list[tuple[int, int]] = []
+    for place, tokens in launched.siblings.items():
+        table = launched.sequences[launched.sampled[place]].table
+        siblings += [(table, token) for token in tokens if table not in errors]
+    result.sibling_tables = columns.pack([table for table, _ in siblings])
+    result.sibling_tokens = columns.pack([token for _, token in siblings])
 
 
 class _Step:
@@ -321,7 +343,7 @@ class _Step:
         self._check_copies(block_count)
         if len(set(self.scheduled_tables)) != len(self.scheduled_tables):
             raise InvalidRequestError("scheduled_tables: a table is there twice", field="scheduled_tables")
-        if any(count == 0 for count in self.scheduled_counts):
+        if min(self.scheduled_counts, default=1) == 0:
             raise InvalidRequestError("scheduled_counts: a count is 0, at least 1 is needed", field="scheduled_counts")
         total = sum(self.scheduled_counts)
         if total > max_num_batched_tokens:

@@ -129,7 +129,7 @@ class Executor:
             block_size=loaded.budget.block_size,
             bytes_per_block=loaded.budget.bytes_per_block,
             model_id=loaded.name,
-            kv_dtype=loaded.dtype,
+            kv_dtype=loaded.kv_dtype,
             max_model_len=loaded.budget.max_model_len,
             sliding_window=loaded.engine.window,
         )

@@ -24,6 +24,7 @@ from quire.errors import ConfigError
 log = structlog.get_logger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FP8_CAPABILITY = (8, 9)
 _CPU_BATCHED_TOKENS, _CUDA_BATCHED_TOKENS = 512, 8192
 
 
@@ -40,6 +41,7 @@ class LoadedModel:
     vocab_size: int
     parameter_count: int
     dtype: str
+    kv_dtype: str
     device: str
     attention_backend: str
     batch_invariant: bool
@@ -77,6 +79,26 @@ def _choose_dtype(config: ExecsvcConfig, source: ModelSource, device: torch.devi
     if device.type == "cpu":
         return torch.float32
     return torch.float16 if source.config.dtype == "float16" else torch.bfloat16
+
+
+def _choose_kv_dtype(config: ExecsvcConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Returns the element type of the KV cache; raises ConfigError where there are no kernels for it."""
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    if device.type != "cuda" or config.attention_backend == "torch":
+        raise ConfigError(
+            f"kv_cache_dtype: {config.kv_cache_dtype} needs the Triton kernels on a CUDA device; this is {device} with "
+            f"--attention-backend {config.attention_backend}",
+            field="kv_cache_dtype",
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY:
+        raise ConfigError(
+            f"kv_cache_dtype: {config.kv_cache_dtype} needs compute capability 8.9, {device} has "
+            f"{capability[0]}.{capability[1]}",
+            field="kv_cache_dtype",
+        )
+    return torch.float8_e4m3fn
 
 
 def _dummy_dtype(config: ExecsvcConfig, device: torch.device) -> torch.dtype:
@@ -125,7 +147,8 @@ def _load_source(
     model = llama.load(source, dtype, device, max_model_len, progress)
     default_tokens = _CPU_BATCHED_TOKENS if device.type == "cpu" else _CUDA_BATCHED_TOKENS
     batched_tokens = config.max_num_batched_tokens or default_tokens
-    assembled = Assembly(config, model, device, dtype, max_model_len, batched_tokens).assemble()
+    kv_dtype = _choose_kv_dtype(config, dtype, device)
+    assembled = Assembly(config, model, device, kv_dtype, max_model_len, batched_tokens).assemble()
     engine, budget, backend_name = assembled.engine, assembled.budget, assembled.attention_backend
     invariant = measure_batch_invariance(engine, budget.block_count)
     log.info(events.BATCH_INVARIANCE_MEASURED, batch_invariant=invariant, attention_backend=backend_name)
@@ -138,6 +161,7 @@ def _load_source(
         vocab_size=model.config.vocab_size,
         parameter_count=model.parameter_count,
         dtype=_name_of(dtype),
+        kv_dtype=_name_of(kv_dtype),
         device="cpu" if device.type == "cpu" else str(device),
         attention_backend=backend_name,
         batch_invariant=invariant,

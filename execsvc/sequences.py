@@ -2,7 +2,7 @@
 
 State is columns by row, changed by deltas; a row is taken when a sequence is added and given back when it is dropped.
 
-    known     tokens whose ids are known: prompt, and what was sampled since
+    known     tokens whose ids are known, to the device at least: prompt, and what was sampled since
     computed  tokens whose keys and values are written; computed < known between steps, and the step that makes them
               equal samples the next known token
 """
@@ -30,7 +30,8 @@ class Sequence:
     """Its row in the columns."""
     sampling: SamplingSpec
     tokens: npt.NDArray[np.int64]
-    """Known tokens, with room to grow; the first `known[row]` count, save those of steps that are on their way."""
+    """Tokens that it was opened with. Of those sampled since, only the last is needed, and that is in the columns."""
+    open: bool = True
     failed: bool = False
     """It was dropped because of an error, maybe while a later step with it was on its way."""
     sibling_seeds: tuple[int, ...] = ()
@@ -101,9 +102,7 @@ class SequenceRows:
     ) -> Sequence:
         """Opens a sequence. The caller has checked every argument and that a row is left."""
         row = self._free_rows.pop()
-        room = np.empty(len(tokens) + max(64, len(tokens) // 4), dtype=np.int64)
-        room[: len(tokens)] = tokens
-        sequence = Sequence(table, owner, row, sampling, room, sibling_seeds=sibling_seeds)
+        sequence = Sequence(table, owner, row, sampling, tokens.astype(np.int64), sibling_seeds=sibling_seeds)
         self.block_tables[row, : len(blocks)] = blocks
         self.block_counts[row] = len(blocks)
         self.known[row], self.computed[row] = len(tokens), computed
@@ -144,6 +143,7 @@ class SequenceRows:
         """Closes a sequence, if there is one of this table."""
         sequence = self.by_table.pop(table, None)
         if sequence is not None:
+            sequence.open = False
             self.block_counts[sequence.row] = 0
             self._free_rows.append(sequence.row)
 
@@ -156,17 +156,3 @@ class SequenceRows:
         """Closes every sequence."""
         for table in list(self.by_table):
             self.drop(table)
-
-    def reserve_token(self, sequence: Sequence) -> int:
-        """Makes the token that a step samples the next known one, before it is there; returns its position."""
-        known = int(self.known[sequence.row])
-        if known == len(sequence.tokens):
-            sequence.tokens = np.concatenate([sequence.tokens, np.empty_like(sequence.tokens)])
-        self.known[sequence.row] = known + 1
-        return known
-
-    def store_token(self, sequence: Sequence, position: int, token: int) -> None:
-        """Fills in a reserved token. The sequence may have been dropped, and its row given away."""
-        sequence.tokens[position] = token
-        if self.by_table.get(sequence.table) is sequence:
-            self.last_token[sequence.row] = token

@@ -1,7 +1,7 @@
 """The host's part of a decode step: everything that `execsvc` does on a CPU, with nothing behind it.
 
-Launches do nothing here: graphs are not replayed, kernels are not called, copies go from main memory to main memory. What
-is left, from the bytes of a plan to the bytes of its result, is what a GPU must be kept busy for meanwhile.
+Launches do nothing here: graphs are not replayed, kernels are not called, copies go from main memory to main memory.
+What is left, from the bytes of a plan to the bytes of its result, is how long a GPU must be kept busy meanwhile.
 """
 
 from __future__ import annotations

@@ -187,11 +187,14 @@ class TritonOperations(TorchOperations):
     def __init__(self, cache: KVCache, rotary: Rotary, num_heads: int, window: int, max_num_seqs: int) -> None:
         """As TorchOperations; a step has at most `max_num_seqs` sequences."""
         super().__init__(cache, rotary, num_heads, window)
-        from kernels.kv_write import write  # noqa: PLC0415 - triton is imported only where it is used
+        from kernels.kv_write import rotate_write  # noqa: PLC0415 - triton is imported only where it is used
         from kernels.paged_attention import decode, options, prefill, workspace  # noqa: PLC0415 - the same
+        from kernels.rms_norm import norm  # noqa: PLC0415 - the same
+        from kernels.silu_mul import gate  # noqa: PLC0415 - the same
         from kernels.step_state import state  # noqa: PLC0415 - the same
 
-        self._write, self._decode, self._prefill = write, decode, prefill
+        self._write, self._decode, self._prefill = rotate_write, decode, prefill
+        self._norm, self._gate = norm, gate
         layout = cache.layout
         shape = options.HeadShape(num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size)
         self._options = options.AttentionOptions(self._scale, window=window)
@@ -201,15 +204,26 @@ class TritonOperations(TorchOperations):
         self.stage_decode = state.stage_decode
         self.advance = state.advance
 
+    def norm(self, rows: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Operations."""
+        return self._norm.rms_norm(rows, norm.weight, norm.eps)
+
+    def add_norm(self, rows: torch.Tensor, stream: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Operations."""
+        return self._norm.add_rms_norm(rows, stream, norm.weight, norm.eps)
+
+    def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See Operations."""
+        return self._gate.silu_mul(gate_up)
+
     def rotate_and_write(
         self, layer: int, heads: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """See Operations."""
-        keys_end = self._num_heads + self._cache.layout.num_kv_heads
-        rotated = rotate(heads[:, :keys_end], *self._rotary.at(positions))
         keys, values = self._views[layer]
-        self._write.kv_write(rotated[:, self._num_heads :], heads[:, keys_end:], keys, values, slots)
-        return rotated[:, : self._num_heads]
+        return self._write.rotate_and_write(
+            heads, self._rotary.cosines, self._rotary.sines, positions, keys, values, slots
+        )
 
     def attend_last(self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
         """See Operations."""

@@ -108,3 +108,21 @@ def test_an_engine_on_the_kernels_gives_the_tokens_of_the_torch_engine(kernels: 
     for table, logits in drivers[0].logits.items():
         for mine, theirs in zip(logits, drivers[1].logits[table], strict=True):
             assert (mine - theirs).abs().max() < 1e-4
+
+
+def test_a_float8_cache_gives_logits_near_those_of_a_wide_one(kernels: Any) -> None:
+    """Twice the tokens in the same memory are worth nothing if the answers are off."""
+    config = dataclasses.replace(tiny.CONFIG, num_layers=1)
+    found = []
+    for kv_dtype in (torch.float32, torch.float8_e4m3fn):
+        engine = tiny.gpu_engine_of(
+            config, operations="triton", sizes=[1], max_num_seqs=1, blocks=4, max_model_len=64, kv_dtype=kv_dtype
+        )
+        driver = Driver(engine)
+        driver.run({1: 18}, added=[start(1, [(7 * i) % 311 for i in range(18)], [1, 3])])
+        driver.run({1: 1})
+        engine.reset(4)
+        assert not engine._cache.data.float().any()
+        found.append(torch.stack(driver.logits[1]))
+    error = (found[0] - found[1]).norm() / found[0].norm()
+    assert 0 < error < 0.1

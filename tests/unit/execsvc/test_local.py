@@ -61,6 +61,7 @@ async def test_a_gateway_in_the_same_process_needs_no_socket(tmp_path: Path) -> 
         ({"kv_cache_tokens": 100}, "max_model_len to"),
         ({"device": "cuda"}, "no CUDA device"),
         ({"attention_backend": "triton"}, "triton needs a GPU"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "needs the Triton kernels on a CUDA device"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:

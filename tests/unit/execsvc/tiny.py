@@ -239,6 +239,7 @@ def gpu_engine_of(
     operations: str = "torch",
     runtime: Runtime | None = None,
     sizes: list[int] | None = None,
+    kv_dtype: torch.dtype = torch.float32,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 256,
     max_model_len: int = 256,
@@ -248,7 +249,7 @@ def gpu_engine_of(
     if isinstance(model, ModelConfig):
         model = llama.load(RandomSource(model), torch.float32, runtime.device, max_model_len)
     config = model.config
-    layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, torch.float32)
+    layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, kv_dtype)
     cache = KVCache(layout, runtime.device)
     common = (cache, model.rotary, config.num_heads, config.sliding_window)
     chosen = TorchOperations(*common) if operations == "torch" else TritonOperations(*common, max_num_seqs)
