@@ -86,15 +86,17 @@ class Assembly:
     def _build(self, budget: MemoryBudget) -> Assembled:
         """Allocates what a budget says."""
         cache = KVCache(self.layout(budget.block_count), self.device)
-        engine, backend_name = self._engine(cache, None)
+        swap_slot_count = self.config.swap_byte_count // budget.bytes_per_block
+        engine, backend_name = self._engine(cache, None, swap_slot_count)
         return Assembled(engine, cache, backend_name, budget)
 
-    def _engine(self, cache: KVCache, sizes: list[int] | None) -> tuple[Engine, str]:
+    def _engine(self, cache: KVCache, sizes: list[int] | None, swap_slot_count: int = 0) -> tuple[Engine, str]:
         """Returns an engine, and the name of what computes attention: Triton's kernels on CUDA, torch elsewhere.
 
         Args:
             cache: its KV cache.
             sizes: batch sizes to capture on a GPU; None for all.
+            swap_slot_count: blocks that host memory is set aside for.
         """
         limits = {
             "max_num_seqs": self.config.max_num_seqs,
@@ -104,14 +106,15 @@ class Assembly:
         if self.on_gpu:
             from execsvc.gpu.steps import gpu_steps  # noqa: PLC0415 - imports triton's kernels
 
-            steps = gpu_steps(self.model, cache, **limits)
+            gpu = gpu_steps(self.model, cache, **limits)
             started = time.monotonic()
-            steps.capture([] if self.config.enforce_eager else sizes)
+            gpu.capture([] if self.config.enforce_eager else sizes)
             seconds = round(time.monotonic() - started, 1)
-            log.info(events.GRAPHS_CAPTURED, size_count=len(steps.sizes), seconds=seconds)
-            return Engine(steps, cache, **limits), "triton"
+            log.info(events.GRAPHS_CAPTURED, size_count=len(gpu.sizes), seconds=seconds)
+            return Engine(gpu, cache, swap_slot_count=swap_slot_count, **limits), "triton"
         backend = attention.create(self.config.attention_backend, cache, self.model.config.sliding_window)
-        return Engine(Runner(self.model, backend, cache), cache, **limits), backend.name
+        steps = Runner(self.model, backend, cache)
+        return Engine(steps, cache, swap_slot_count=swap_slot_count, **limits), backend.name
 
     def _measure(self, memory: DeviceMemory) -> tuple[int, int]:
         """Returns (peak of the largest step, what graphs and state take), on a cache that holds just that step.

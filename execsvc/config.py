@@ -30,6 +30,9 @@ class ExecsvcConfig(ServiceConfig):
         "Element type of the KV cache; auto is the one computed in, fp8_e4m3 holds twice the tokens (GPU only).",
         choices=("auto", "fp8_e4m3"),
     )
+    swap_space: str | None = setting(
+        None, "Host memory for blocks that are swapped out, for example 8GiB; none for no swap."
+    )
     gpu_memory_utilization: float = setting(
         0.9, "Share of the device's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
     )
@@ -52,3 +55,8 @@ class ExecsvcConfig(ServiceConfig):
     def kv_cache_byte_count(self) -> int | None:
         """The KV cache's size in bytes, if it was set; raises ConfigError if it is no size."""
         return None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes)
+
+    @property
+    def swap_byte_count(self) -> int:
+        """The host memory for swapping in bytes; raises ConfigError if it is no size."""
+        return 0 if self.swap_space is None else parse_bytes(self.swap_space)

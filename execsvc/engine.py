@@ -11,11 +11,13 @@ import dataclasses
 import functools
 
 import numpy as np
+import numpy.typing as npt
 
 from execsvc.kv_cache import KVCache
 from execsvc.sampler import SamplingSpec
 from execsvc.sequences import Sequence, SequenceRows
 from execsvc.steps import LaunchedStep, Observe, Steps
+from execsvc.swap import SwapSpace
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import InvalidRequestError, QuireError, SequenceExistsError, SequenceNotFoundError, StaleEpochError
@@ -57,10 +59,18 @@ class Engine:
         max_num_seqs: most sequences open at once.
         max_num_batched_tokens: most tokens of one step.
         max_model_len: longest sequence in tokens.
+        swap_slot_count: blocks that host memory is set aside for.
     """
 
     def __init__(
-        self, steps: Steps, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self,
+        steps: Steps,
+        cache: KVCache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        swap_slot_count: int = 0,
     ) -> None:
         self._steps = steps
         self._cache = cache
@@ -71,6 +81,7 @@ class Engine:
         self.block_count = cache.layout.block_count
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._swap = SwapSpace(cache, swap_slot_count)
         self.epoch = 0
         self.observe_logits: Observe | None = None
         """Called with (tables, logits) before sampling: for tests that compare logits."""
@@ -85,10 +96,17 @@ class Engine:
         if epoch > self.epoch:
             self.epoch = epoch
             self._rows.drop_all()
+            self._swap.forget()
 
     def drop_owner(self, owner: int) -> None:
         """Drops the sequences of one stream."""
         self._rows.drop_owner(owner)
+        self._swap.forget(owner)
+
+    @property
+    def swap_slot_count(self) -> int:
+        """Blocks that can be swapped out at once."""
+        return self._swap.slot_count
 
     def drop_all(self) -> None:
         """Drops every sequence."""
@@ -125,6 +143,8 @@ class Engine:
         if plan.epoch != self.epoch:
             raise StaleEpochError(f"epoch: the plan is of epoch {plan.epoch}, the executor is in {self.epoch}")
         step = _Step(plan, self.block_count, self.max_num_batched_tokens)
+        if step.moves:
+            self._swap.check(step.swap_out, step.swap_in, step.copies, owner)
         errors: dict[int, QuireError] = {}
         for table in step.removed:
             if self._owned(table, owner) is not None:
@@ -132,8 +152,12 @@ class Engine:
         for start in plan.added:
             self._attempt(start.table, errors, functools.partial(self._add, start, owner))
         self._append(step.appended, owner, errors)
+        if step.moves:
+            self._swap.move_out(step.swap_out, owner)
         if step.copies.size:
-            self._steps.copy_blocks(step.copies.astype(np.int64))
+            self._steps.copy_blocks(step.copies)
+        if step.moves:
+            self._swap.move_in(step.swap_in)
         scheduled = self._schedule(step, owner, errors)
         if not scheduled:
             return PendingStep(plan.step, plan.removed, errors, self._steps.mark())
@@ -331,7 +355,11 @@ class _Step:
     def __init__(self, plan: pb.StepPlan, block_count: int, max_num_batched_tokens: int) -> None:
         self.removed = columns.unpack_list(plan.removed, "removed")
         self.appended = columns.unpack(plan.appended, "appended", row_length=3)
-        self.copies = columns.unpack(plan.copies, "copies", row_length=2).reshape(-1, 2)
+        self.copies = _pairs(plan.copies, "copies")
+        self.moves = bool(plan.swap_out or plan.swap_in)
+        """Whether there is anything in the next two."""
+        if self.moves:
+            self.swap_out, self.swap_in = _pairs(plan.swap_out, "swap_out"), _pairs(plan.swap_in, "swap_in")
         self.scheduled_tables = columns.unpack_list(plan.scheduled_tables, "scheduled_tables")
         self.scheduled_counts = columns.unpack_list(
             plan.scheduled_counts, "scheduled_counts", row_count=len(self.scheduled_tables)
@@ -361,6 +389,11 @@ class _Step:
         sources, destinations = set(self.copies[:, 0].tolist()), self.copies[:, 1].tolist()
         if len(set(destinations)) != len(destinations) or sources & set(destinations):
             raise InvalidRequestError("copies: a block is the destination of two copies, or of one and source of one")
+
+
+def _pairs(data: bytes, field: str) -> npt.NDArray[np.int64]:
+    """Returns the pairs of a column; raises InvalidRequestError."""
+    return columns.unpack(data, field, row_length=2).reshape(-1, 2).astype(np.int64)
 
 
 def _sampling(message: pb.SamplingParams, vocab_size: int) -> SamplingSpec:

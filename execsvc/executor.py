@@ -119,6 +119,7 @@ class Executor:
             response.batch_invariant = loaded.batch_invariant
             response.max_num_batched_tokens = loaded.max_num_batched_tokens
             response.max_num_seqs = loaded.max_num_seqs
+            response.swap_slot_count = loaded.engine.swap_slot_count
         return response
 
     def pool_spec(self) -> memsvc_pb2.PoolSpec:

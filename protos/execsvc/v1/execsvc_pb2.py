@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.memsvc.v1 import memsvc_pb2 as protos_dot_memsvc_dot_v1_dot_memsvc__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/execsvc/v1/execsvc.proto\x12\x10quire.execsvc.v1\x1a\x1dprotos/memsvc/v1/memsvc.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xc9\x02\n\x10\x44\x65scribeResponse\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x1c\n\x14\x65xecutor_incarnation\x18\x02 \x01(\x06\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x15\n\rload_progress\x18\x04 \x01(\x02\x12*\n\x05model\x18\x05 \x01(\x0b\x32\x1b.quire.execsvc.v1.ModelInfo\x12\'\n\x04pool\x18\x06 \x01(\x0b\x32\x19.quire.memsvc.v1.PoolSpec\x12\r\n\x05\x65poch\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\t \x01(\t\x12\x17\n\x0f\x62\x61tch_invariant\x18\n \x01(\x08\x12\x1e\n\x16max_num_batched_tokens\x18\x0b \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0c \x01(\r\"\xdc\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x0c\x62os_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x15\n\radd_bos_token\x18\x07 \x01(\x08\x12\x17\n\x0fparameter_count\x18\x08 \x01(\x04\x12\r\n\x05\x64type\x18\t \x01(\tB\x0f\n\r_bos_token_id\"\x15\n\x13GetTokenizerRequest\"r\n\x14GetTokenizerResponse\x12\x15\n\rchat_template\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12\x11\n\tbos_token\x18\x04 \x01(\t\x12\x11\n\teos_token\x18\x05 \x01(\t\"k\n\nRunRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.quire.execsvc.v1.OpenH\x00\x12*\n\x04plan\x18\x02 \x01(\x0b\x32\x1a.quire.execsvc.v1.StepPlanH\x00\x42\t\n\x07message\"t\n\x0bRunResponse\x12*\n\x06opened\x18\x01 \x01(\x0b\x32\x18.quire.execsvc.v1.OpenedH\x00\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.quire.execsvc.v1.StepResultH\x00\x42\t\n\x07message\"d\n\x04Open\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x1b\n\x13gateway_incarnation\x18\x02 \x01(\x06\x12\x1c\n\x14\x65xecutor_incarnation\x18\x03 \x01(\x06\x12\r\n\x05\x65poch\x18\x04 \x01(\r\"\x17\n\x06Opened\x12\r\n\x05\x65poch\x18\x01 \x01(\r\"\xbe\x01\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\x12.\n\x05\x61\x64\x64\x65\x64\x18\x04 \x03(\x0b\x32\x1f.quire.execsvc.v1.SequenceStart\x12\x10\n\x08\x61ppended\x18\x05 \x01(\x0c\x12\x0e\n\x06\x63opies\x18\x06 \x01(\x0c\x12\x18\n\x10scheduled_tables\x18\x07 \x01(\x0c\x12\x18\n\x10scheduled_counts\x18\x08 \x01(\x0c\"\xad\x01\n\rSequenceStart\x12\r\n\x05table\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x11\n\tblock_ids\x18\x03 \x01(\x0c\x12\x1c\n\x14\x63omputed_token_count\x18\x04 \x01(\r\x12\x32\n\x08sampling\x18\x05 \x01(\x0b\x32 .quire.execsvc.v1.SamplingParams\x12\x15\n\rsibling_seeds\x18\x06 \x03(\x06\"\x91\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x17\n\x0fwithheld_tokens\x18\x06 \x01(\x0c\x12\x16\n\x0ewithheld_until\x18\x07 \x01(\r\"\x90\x02\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x16\n\x0ewritten_tables\x18\x02 \x01(\x0c\x12\x16\n\x0ewritten_counts\x18\x03 \x01(\x0c\x12\x16\n\x0esampled_tables\x18\x04 \x01(\x0c\x12\x16\n\x0esampled_tokens\x18\x05 \x01(\x0c\x12\x0e\n\x06\x66\x65nced\x18\x06 \x01(\x0c\x12/\n\x06\x65rrors\x18\x07 \x03(\x0b\x32\x1f.quire.execsvc.v1.SequenceError\x12\x10\n\x08model_ns\x18\x08 \x01(\x04\x12\x11\n\tsample_ns\x18\t \x01(\x04\x12\x16\n\x0esibling_tables\x18\n \x01(\x0c\x12\x16\n\x0esibling_tokens\x18\x0b \x01(\x0c\"?\n\rSequenceError\x12\r\n\x05table\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"A\n\x0c\x46\x65nceRequest\x12\x13\n\x0b\x65poch_floor\x18\x01 \x01(\r\x12\x1c\n\x14gateway_incarnations\x18\x02 \x03(\x06\"3\n\rFenceResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x13\n\x0bopen_tables\x18\x02 \x01(\x0c\x32\xd7\x02\n\x0f\x45xecutorService\x12Q\n\x08\x44\x65scribe\x12!.quire.execsvc.v1.DescribeRequest\x1a\".quire.execsvc.v1.DescribeResponse\x12_\n\x0cGetTokenizer\x12%.quire.execsvc.v1.GetTokenizerRequest\x1a&.quire.execsvc.v1.GetTokenizerResponse0\x01\x12\x46\n\x03Run\x12\x1c.quire.execsvc.v1.RunRequest\x1a\x1d.quire.execsvc.v1.RunResponse(\x01\x30\x01\x12H\n\x05\x46\x65nce\x12\x1e.quire.execsvc.v1.FenceRequest\x1a\x1f.quire.execsvc.v1.FenceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/execsvc/v1/execsvc.proto\x12\x10quire.execsvc.v1\x1a\x1dprotos/memsvc/v1/memsvc.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xe2\x02\n\x10\x44\x65scribeResponse\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x1c\n\x14\x65xecutor_incarnation\x18\x02 \x01(\x06\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x15\n\rload_progress\x18\x04 \x01(\x02\x12*\n\x05model\x18\x05 \x01(\x0b\x32\x1b.quire.execsvc.v1.ModelInfo\x12\'\n\x04pool\x18\x06 \x01(\x0b\x32\x19.quire.memsvc.v1.PoolSpec\x12\r\n\x05\x65poch\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\t \x01(\t\x12\x17\n\x0f\x62\x61tch_invariant\x18\n \x01(\x08\x12\x1e\n\x16max_num_batched_tokens\x18\x0b \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0c \x01(\r\x12\x17\n\x0fswap_slot_count\x18\r \x01(\r\"\xdc\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x0c\x62os_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x15\n\radd_bos_token\x18\x07 \x01(\x08\x12\x17\n\x0fparameter_count\x18\x08 \x01(\x04\x12\r\n\x05\x64type\x18\t \x01(\tB\x0f\n\r_bos_token_id\"\x15\n\x13GetTokenizerRequest\"r\n\x14GetTokenizerResponse\x12\x15\n\rchat_template\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12\x11\n\tbos_token\x18\x04 \x01(\t\x12\x11\n\teos_token\x18\x05 \x01(\t\"k\n\nRunRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.quire.execsvc.v1.OpenH\x00\x12*\n\x04plan\x18\x02 \x01(\x0b\x32\x1a.quire.execsvc.v1.StepPlanH\x00\x42\t\n\x07message\"t\n\x0bRunResponse\x12*\n\x06opened\x18\x01 \x01(\x0b\x32\x18.quire.execsvc.v1.OpenedH\x00\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.quire.execsvc.v1.StepResultH\x00\x42\t\n\x07message\"d\n\x04Open\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x1b\n\x13gateway_incarnation\x18\x02 \x01(\x06\x12\x1c\n\x14\x65xecutor_incarnation\x18\x03 \x01(\x06\x12\r\n\x05\x65poch\x18\x04 \x01(\r\"\x17\n\x06Opened\x12\r\n\x05\x65poch\x18\x01 \x01(\r\"\xe1\x01\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\x12.\n\x05\x61\x64\x64\x65\x64\x18\x04 \x03(\x0b\x32\x1f.quire.execsvc.v1.SequenceStart\x12\x10\n\x08\x61ppended\x18\x05 \x01(\x0c\x12\x0e\n\x06\x63opies\x18\x06 \x01(\x0c\x12\x18\n\x10scheduled_tables\x18\x07 \x01(\x0c\x12\x18\n\x10scheduled_counts\x18\x08 \x01(\x0c\x12\x10\n\x08swap_out\x18\t \x01(\x0c\x12\x0f\n\x07swap_in\x18\n \x01(\x0c\"\xad\x01\n\rSequenceStart\x12\r\n\x05table\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x11\n\tblock_ids\x18\x03 \x01(\x0c\x12\x1c\n\x14\x63omputed_token_count\x18\x04 \x01(\r\x12\x32\n\x08sampling\x18\x05 \x01(\x0b\x32 .quire.execsvc.v1.SamplingParams\x12\x15\n\rsibling_seeds\x18\x06 \x03(\x06\"\x91\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x17\n\x0fwithheld_tokens\x18\x06 \x01(\x0c\x12\x16\n\x0ewithheld_until\x18\x07 \x01(\r\"\x90\x02\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x16\n\x0ewritten_tables\x18\x02 \x01(\x0c\x12\x16\n\x0ewritten_counts\x18\x03 \x01(\x0c\x12\x16\n\x0esampled_tables\x18\x04 \x01(\x0c\x12\x16\n\x0esampled_tokens\x18\x05 \x01(\x0c\x12\x0e\n\x06\x66\x65nced\x18\x06 \x01(\x0c\x12/\n\x06\x65rrors\x18\x07 \x03(\x0b\x32\x1f.quire.execsvc.v1.SequenceError\x12\x10\n\x08model_ns\x18\x08 \x01(\x04\x12\x11\n\tsample_ns\x18\t \x01(\x04\x12\x16\n\x0esibling_tables\x18\n \x01(\x0c\x12\x16\n\x0esibling_tokens\x18\x0b \x01(\x0c\"?\n\rSequenceError\x12\r\n\x05table\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"A\n\x0c\x46\x65nceRequest\x12\x13\n\x0b\x65poch_floor\x18\x01 \x01(\r\x12\x1c\n\x14gateway_incarnations\x18\x02 \x03(\x06\"3\n\rFenceResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x13\n\x0bopen_tables\x18\x02 \x01(\x0c\x32\xd7\x02\n\x0f\x45xecutorService\x12Q\n\x08\x44\x65scribe\x12!.quire.execsvc.v1.DescribeRequest\x1a\".quire.execsvc.v1.DescribeResponse\x12_\n\x0cGetTokenizer\x12%.quire.execsvc.v1.GetTokenizerRequest\x1a&.quire.execsvc.v1.GetTokenizerResponse0\x01\x12\x46\n\x03Run\x12\x1c.quire.execsvc.v1.RunRequest\x1a\x1d.quire.execsvc.v1.RunResponse(\x01\x30\x01\x12H\n\x05\x46\x65nce\x12\x1e.quire.execsvc.v1.FenceRequest\x1a\x1f.quire.execsvc.v1.FenceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,35 +35,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=84
   _globals['_DESCRIBEREQUEST']._serialized_end=101
   _globals['_DESCRIBERESPONSE']._serialized_start=104
-  _globals['_DESCRIBERESPONSE']._serialized_end=433
-  _globals['_MODELINFO']._serialized_start=436
-  _globals['_MODELINFO']._serialized_end=656
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=658
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=679
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=681
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=795
-  _globals['_RUNREQUEST']._serialized_start=797
-  _globals['_RUNREQUEST']._serialized_end=904
-  _globals['_RUNRESPONSE']._serialized_start=906
-  _globals['_RUNRESPONSE']._serialized_end=1022
-  _globals['_OPEN']._serialized_start=1024
-  _globals['_OPEN']._serialized_end=1124
-  _globals['_OPENED']._serialized_start=1126
-  _globals['_OPENED']._serialized_end=1149
-  _globals['_STEPPLAN']._serialized_start=1152
-  _globals['_STEPPLAN']._serialized_end=1342
-  _globals['_SEQUENCESTART']._serialized_start=1345
-  _globals['_SEQUENCESTART']._serialized_end=1518
-  _globals['_SAMPLINGPARAMS']._serialized_start=1521
-  _globals['_SAMPLINGPARAMS']._serialized_end=1666
-  _globals['_STEPRESULT']._serialized_start=1669
-  _globals['_STEPRESULT']._serialized_end=1941
-  _globals['_SEQUENCEERROR']._serialized_start=1943
-  _globals['_SEQUENCEERROR']._serialized_end=2006
-  _globals['_FENCEREQUEST']._serialized_start=2008
-  _globals['_FENCEREQUEST']._serialized_end=2073
-  _globals['_FENCERESPONSE']._serialized_start=2075
-  _globals['_FENCERESPONSE']._serialized_end=2126
-  _globals['_EXECUTORSERVICE']._serialized_start=2129
-  _globals['_EXECUTORSERVICE']._serialized_end=2472
+  _globals['_DESCRIBERESPONSE']._serialized_end=458
+  _globals['_MODELINFO']._serialized_start=461
+  _globals['_MODELINFO']._serialized_end=681
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=683
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=704
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=706
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=820
+  _globals['_RUNREQUEST']._serialized_start=822
+  _globals['_RUNREQUEST']._serialized_end=929
+  _globals['_RUNRESPONSE']._serialized_start=931
+  _globals['_RUNRESPONSE']._serialized_end=1047
+  _globals['_OPEN']._serialized_start=1049
+  _globals['_OPEN']._serialized_end=1149
+  _globals['_OPENED']._serialized_start=1151
+  _globals['_OPENED']._serialized_end=1174
+  _globals['_STEPPLAN']._serialized_start=1177
+  _globals['_STEPPLAN']._serialized_end=1402
+  _globals['_SEQUENCESTART']._serialized_start=1405
+  _globals['_SEQUENCESTART']._serialized_end=1578
+  _globals['_SAMPLINGPARAMS']._serialized_start=1581
+  _globals['_SAMPLINGPARAMS']._serialized_end=1726
+  _globals['_STEPRESULT']._serialized_start=1729
+  _globals['_STEPRESULT']._serialized_end=2001
+  _globals['_SEQUENCEERROR']._serialized_start=2003
+  _globals['_SEQUENCEERROR']._serialized_end=2066
+  _globals['_FENCEREQUEST']._serialized_start=2068
+  _globals['_FENCEREQUEST']._serialized_end=2133
+  _globals['_FENCERESPONSE']._serialized_start=2135
+  _globals['_FENCERESPONSE']._serialized_end=2186
+  _globals['_EXECUTORSERVICE']._serialized_start=2189
+  _globals['_EXECUTORSERVICE']._serialized_end=2532
 # @@protoc_insertion_point(module_scope)

@@ -54,6 +54,7 @@ class DescribeResponse(_message.Message):
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    SWAP_SLOT_COUNT_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Name of the executor, stable over restarts."""
     executor_incarnation: _builtins.int
@@ -74,6 +75,8 @@ class DescribeResponse(_message.Message):
     """Most tokens that one step may compute."""
     max_num_seqs: _builtins.int
     """Most sequences that may be open at once."""
+    swap_slot_count: _builtins.int
+    """Slots of host memory that blocks can be swapped out to, numbered from 0; 0 for none."""
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The model. Not set while loading."""
@@ -97,10 +100,11 @@ class DescribeResponse(_message.Message):
         batch_invariant: _builtins.bool = ...,
         max_num_batched_tokens: _builtins.int = ...,
         max_num_seqs: _builtins.int = ...,
+        swap_slot_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "device", b"device", "epoch", b"epoch", "executor_id", b"executor_id", "executor_incarnation", b"executor_incarnation", "load_progress", b"load_progress", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "pool", b"pool", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "device", b"device", "epoch", b"epoch", "executor_id", b"executor_id", "executor_incarnation", b"executor_incarnation", "load_progress", b"load_progress", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "pool", b"pool", "ready", b"ready", "swap_slot_count", b"swap_slot_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,7 +337,9 @@ Global___Opened: _TypeAlias = Opened  # noqa: Y015
 
 @_typing.final
 class StepPlan(_message.Message):
-    """One step: only what changed since the last one. Applied in this order: removed, added, appended, copies, scheduled."""
+    """One step: only what changed since the last one. Applied in this order: removed, added, appended, swap_out, copies,
+    swap_in, scheduled.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -345,6 +351,8 @@ class StepPlan(_message.Message):
     COPIES_FIELD_NUMBER: _builtins.int
     SCHEDULED_TABLES_FIELD_NUMBER: _builtins.int
     SCHEDULED_COUNTS_FIELD_NUMBER: _builtins.int
+    SWAP_OUT_FIELD_NUMBER: _builtins.int
+    SWAP_IN_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """1, 2, 3, ... within the stream. A plan out of order ends the stream with ABORTED."""
     epoch: _builtins.int
@@ -363,6 +371,14 @@ class StepPlan(_message.Message):
     """u32 column beside scheduled_tables: how many tokens each computes, from where it stands. A sequence whose known
     tokens are all computed by this yields one sampled token, which is then its next known token.
     """
+    swap_out: _builtins.bytes
+    """u32 column of pairs (block, slot): blocks whose content goes to slots of host memory, all layers. Comes after
+    appended and before copies, so a block may be written anew in this step. See DescribeResponse.swap_slot_count.
+    """
+    swap_in: _builtins.bytes
+    """u32 column of pairs (slot, block): blocks that get back what a plan of this stream before put into the slot. Comes
+    after copies. The slot keeps its content until it is written again, the stream ends or the epoch does.
+    """
     @_builtins.property
     def added(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceStart]:
         """Sequences that start, or start again after a preemption."""
@@ -378,10 +394,12 @@ class StepPlan(_message.Message):
         copies: _builtins.bytes = ...,
         scheduled_tables: _builtins.bytes = ...,
         scheduled_counts: _builtins.bytes = ...,
+        swap_out: _builtins.bytes = ...,
+        swap_in: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended", b"appended", "copies", b"copies", "epoch", b"epoch", "removed", b"removed", "scheduled_counts", b"scheduled_counts", "scheduled_tables", b"scheduled_tables", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended", b"appended", "copies", b"copies", "epoch", b"epoch", "removed", b"removed", "scheduled_counts", b"scheduled_counts", "scheduled_tables", b"scheduled_tables", "step", b"step", "swap_in", b"swap_in", "swap_out", b"swap_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -144,6 +144,7 @@ def engine_of(
     max_num_seqs: int = 32,
     max_num_batched_tokens: int = 4096,
     max_model_len: int = 1024,
+    swap_slots: int = 0,
 ) -> Engine:
     """Returns an engine in epoch 1."""
     cpu = torch.device("cpu")
@@ -159,6 +160,7 @@ def engine_of(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        swap_slot_count=swap_slots,
     )
     engine.begin_epoch(1)
     return engine
@@ -188,6 +190,8 @@ class Driver:
         removed: Sequence[int] = (),
         appended: Sequence[int] = (),
         copies: Sequence[int] = (),
+        swap_out: Sequence[int] = (),
+        swap_in: Sequence[int] = (),
         owner: int = 0,
         epoch: int = 1,
     ) -> pb.StepResult:
@@ -201,6 +205,8 @@ class Driver:
             removed=columns.pack(removed),
             appended=columns.pack(appended),
             copies=columns.pack(copies),
+            swap_out=columns.pack(swap_out),
+            swap_in=columns.pack(swap_in),
             scheduled_tables=columns.pack(scheduled.keys()),
             scheduled_counts=columns.pack(scheduled.values()),
         )
@@ -240,6 +246,7 @@ def gpu_engine_of(
     runtime: Runtime | None = None,
     sizes: list[int] | None = None,
     kv_dtype: torch.dtype = torch.float32,
+    swap_slots: int = 0,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 256,
     max_model_len: int = 256,
@@ -260,6 +267,6 @@ def gpu_engine_of(
     }
     steps = GpuSteps(Decoder(model, chosen), cache, TorchSampler(), runtime, **limits)
     steps.capture(sizes)
-    engine = Engine(steps, cache, **limits)
+    engine = Engine(steps, cache, swap_slot_count=swap_slots, **limits)
     engine.begin_epoch(1)
     return engine
