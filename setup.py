@@ -1,17 +1,27 @@
-"""Builds the accelerator of the memory core; all else that there is to say is in pyproject.toml.
+"""Builds what is not Python: the accelerator of the memory core (C) and the step on CPUs (C++). The rest is pyproject.toml.
 
-Without a C compiler, or with QUIRE_NATIVE=off, there is none and the package is plain Python: see `quire.native`.
+Both are optional. Without a compiler, or with QUIRE_NATIVE=off, there is neither and the package is plain Python: see
+`quire.native` and `kernels.cpu.library`.
 """
 
 import os
 from pathlib import Path
+import platform
 import shlex
 import shutil
 import sysconfig
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-_FOLDER = Path("quire", "native")
+_MEMORY, _CPU = Path("quire", "native"), Path("kernels", "cpu", "native")
+_AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
+# Each instruction set has a file of its own, and only that file is compiled for it: the rest runs on any processor.
+_VARIANT_FLAGS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": _AVX512,
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+}
 
 
 def has_compiler() -> bool:
@@ -20,12 +30,50 @@ def has_compiler() -> bool:
     return shutil.which(shlex.split(command)[0]) is not None
 
 
+class BuildWithVariants(build_ext):
+    """Compiles the files of an extension one by one, each with the flags of its instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Builds one extension."""
+        if ext is not cpu_step:
+            super().build_extension(ext)
+            return
+        objects = []
+        x86 = platform.machine().lower() in {"x86_64", "amd64"}
+        for source in ext.sources:
+            flags = _VARIANT_FLAGS.get(Path(source).stem, []) if x86 else []
+            objects += self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                extra_postargs=[*ext.extra_compile_args, *flags],
+                depends=ext.depends,
+            )
+        path = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(objects, path, extra_postargs=["-pthread"], target_lang="c++")
+
+
 accelerator = Extension(
     "quire.native._accelerator",
-    sources=sorted(path.as_posix() for path in _FOLDER.glob("*.c")),
-    depends=sorted(path.as_posix() for path in _FOLDER.glob("*.h")),
+    sources=sorted(path.as_posix() for path in _MEMORY.glob("*.c")),
+    depends=sorted(path.as_posix() for path in _MEMORY.glob("*.h")),
     extra_compile_args=["-O3", "-std=c11", "-Wall", "-Wextra"],
     # One that fails to build is left out.
     optional=True,
 )
-setup(ext_modules=[accelerator] if os.environ.get("QUIRE_NATIVE") != "off" and has_compiler() else [])
+# A shared library without a module's entry point: Python calls it through ctypes, which lets go of the interpreter.
+cpu_step = Extension(
+    "kernels.cpu._step",
+    sources=sorted(path.as_posix() for path in _CPU.glob("*.cpp")),
+    depends=sorted(path.as_posix() for path in _CPU.glob("*.h")),
+    # No contraction: where a product and a sum round once and where twice is said in the code, not by the compiler.
+    extra_compile_args=[
+        *("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"),
+        *("-Wall", "-Wextra", "-Wno-psabi"),
+    ],
+    language="c++",
+    optional=True,
+)
+setup(
+    ext_modules=[accelerator, cpu_step] if os.environ.get("QUIRE_NATIVE") != "off" and has_compiler() else [],
+    cmdclass={"build_ext": BuildWithVariants},
+)

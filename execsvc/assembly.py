@@ -17,7 +17,8 @@ from execsvc.gpu.ladder import ladder
 from execsvc.kv_cache import KVCache
 from execsvc.memory_profile import MemoryBudget
 from execsvc.model.llama import Llama
-from execsvc.runner import Runner
+from execsvc.model.native import NativeModel
+from execsvc.runner import NativeRunner, Runner
 from execsvc.warmup import run_step
 from kernels.layout import KVLayout
 
@@ -42,7 +43,7 @@ class Assembly:
     """Everything that an engine is built from but the size of its cache."""
 
     config: ExecsvcConfig
-    model: Llama
+    model: Llama | NativeModel
     device: torch.device
     kv_dtype: torch.dtype
     max_model_len: int
@@ -91,7 +92,7 @@ class Assembly:
         return Assembled(engine, cache, backend_name, budget)
 
     def _engine(self, cache: KVCache, sizes: list[int] | None, swap_slot_count: int = 0) -> tuple[Engine, str]:
-        """Returns an engine, and the name of what computes attention: Triton's kernels on CUDA, torch elsewhere.
+        """Returns an engine, and the name of what computes attention.
 
         Args:
             cache: its KV cache.
@@ -103,6 +104,9 @@ class Assembly:
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "max_model_len": self.max_model_len,
         }
+        if isinstance(self.model, NativeModel):
+            name = f"{attention.NATIVE} ({self.model.decoder.variant.name})"
+            return Engine(NativeRunner(self.model, cache), cache, swap_slot_count=swap_slot_count, **limits), name
         if self.on_gpu:
             from execsvc.gpu.steps import gpu_steps  # noqa: PLC0415 - imports triton's kernels
 

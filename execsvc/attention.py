@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _SEQUENCES = 64
 """Fewest sequences that there is scratch for."""
+NATIVE = "native"
+"""Name of the backend that is part of the compiled CPU step, which is no AttentionBackend of its own."""
 
 
 class AttentionBackend(Protocol):

@@ -19,7 +19,8 @@ class ExecsvcConfig(ServiceConfig):
     device: str = setting("auto", "Where to compute; auto is CUDA where there is one.", choices=("auto", "cpu", "cuda"))
     dtype: str = setting(
         "auto",
-        "Element type to compute in; auto is float32 on CPU, the model's own on CUDA.",
+        "Element type to compute in; auto is bfloat16 on a CPU where the compiled step is fast (AVX2, NEON or better), "
+        "else float32 there, and the model's own on CUDA.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     block_size: int = setting(16, "Tokens in a KV block: 16, 32 or 64.", minimum=16, maximum=64)
@@ -46,7 +47,9 @@ class ExecsvcConfig(ServiceConfig):
         None, "Most tokens of one step; none: 512 on CPU, 8192 on CUDA.", minimum=1, maximum=1048576
     )
     attention_backend: str = setting(
-        "auto", "What computes attention; auto is triton on CUDA, else torch.", choices=("auto", "torch", "triton")
+        "auto",
+        "What computes attention; auto is triton on CUDA, on a CPU native (the compiled step, bfloat16) or else torch.",
+        choices=("auto", "native", "torch", "triton"),
     )
     enforce_eager: bool = setting(False, "Launch decode steps piece by piece on CUDA, without captured graphs.")
     num_threads: int | None = setting(None, "CPU threads of the model; none: one less than there are cores.", minimum=1)

@@ -9,16 +9,18 @@ import os
 import structlog
 import torch
 
-from execsvc import events
+from execsvc import attention, events
 from execsvc.assembly import Assembly
 from execsvc.config import ExecsvcConfig
 from execsvc.engine import Engine
 from execsvc.invariance import measure_batch_invariance
 from execsvc.memory_profile import MemoryBudget
-from execsvc.model import llama
+from execsvc.model import llama, native
 from execsvc.model.dummy import open_dummy
+from execsvc.model.native import NativeModel
 from execsvc.model.source import ModelSource, open_model
 from execsvc.model.tokenizer import TokenizerFiles
+from kernels.cpu.library import SLOW, Variant
 from quire.errors import ConfigError
 
 log = structlog.get_logger(__name__)
@@ -72,8 +74,34 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _choose_dtype(config: ExecsvcConfig, source: ModelSource, device: torch.device) -> torch.dtype:
+def _choose_variant(config: ExecsvcConfig, source: ModelSource, device: torch.device) -> Variant | None:
+    """Returns the variant of the compiled CPU step to use, or None if torch computes; says on a CPU which it is.
+
+    Raises:
+        ConfigError: the compiled step was asked for by name and cannot compute this.
+    """
+    wanted = config.attention_backend == attention.NATIVE
+    if device.type != "cpu" or config.attention_backend not in {"auto", attention.NATIVE}:
+        variant, reason = None, f"device {device.type}, attention_backend {config.attention_backend}"
+    elif config.dtype not in {"auto", "bfloat16"}:
+        variant, reason = None, f"it computes in bfloat16, not in {config.dtype}"
+    else:
+        variant, reason = native.choose_variant(source.config, config.block_size)
+    if wanted and variant is None:
+        raise ConfigError(f"attention_backend: native cannot be used: {reason}", field="attention_backend")
+    if variant is not None and variant.name in SLOW and config.dtype == "auto" and not wanted:
+        reason, variant = f"only its variant {variant.name} runs here, torch in float32 is faster", None
+    if device.type == "cpu":
+        log.info(events.CPU_STEP_CHOSEN, step=variant.name if variant else "torch", reason=reason)
+    return variant
+
+
+def _choose_dtype(
+    config: ExecsvcConfig, source: ModelSource, device: torch.device, variant: Variant | None
+) -> torch.dtype:
     """Returns the element type to compute in."""
+    if variant is not None:
+        return torch.bfloat16
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     if device.type == "cpu":
@@ -138,13 +166,19 @@ def _load_source(
     config: ExecsvcConfig, source: ModelSource, device: torch.device, progress: Callable[[float], None]
 ) -> LoadedModel:
     """Loads an open model."""
-    dtype = _choose_dtype(config, source, device)
+    variant = _choose_variant(config, source, device)
+    dtype = _choose_dtype(config, source, device, variant)
     longest = source.config.max_position_embeddings
     max_model_len = config.max_model_len or longest
     if max_model_len > longest:
         raise ConfigError(f"max_model_len: {max_model_len} is more than the model's {longest}", field="max_model_len")
     log.info(events.MODEL_LOADING, path=str(source.path), device=str(device), dtype=_name_of(dtype))
-    model = llama.load(source, dtype, device, max_model_len, progress)
+    model: llama.Llama | NativeModel
+    if variant is None:
+        model = llama.load(source, dtype, device, max_model_len, progress)
+    else:
+        threads = torch.get_num_threads()
+        model = native.load(source, config.block_size, max_model_len, variant, threads, progress)
     default_tokens = _CPU_BATCHED_TOKENS if device.type == "cpu" else _CUDA_BATCHED_TOKENS
     batched_tokens = config.max_num_batched_tokens or default_tokens
     kv_dtype = _choose_kv_dtype(config, dtype, device)

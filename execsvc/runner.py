@@ -1,5 +1,6 @@
 """Steps that are computed in the thread that asks for them."""
 
+import abc
 import time
 
 import numpy as np
@@ -10,38 +11,33 @@ from execsvc import batch as batches
 from execsvc.attention import AttentionBackend
 from execsvc.batch import Batch
 from execsvc.kv_cache import KVCache
+from execsvc.model.config import ModelConfig
 from execsvc.model.llama import Llama
+from execsvc.model.native import NativeModel
 from execsvc.sampler import sample
 from execsvc.sequences import Sequence, SequenceRows
 from execsvc.siblings import sample_siblings
 from execsvc.steps import FinishedStep, Observe
 
 
-class Runner:
-    """A model and the attention it uses. Implements `execsvc.steps.Steps`."""
+class HostSteps(abc.ABC):
+    """Steps that are done when they are launched. Implements `execsvc.steps.Steps`."""
 
     row_observer = None
 
-    def __init__(self, model: Llama, attention: AttentionBackend, cache: KVCache) -> None:
-        """Computes `model` with `attention` on `cache`."""
-        self.model = model
-        self.config = model.config
-        self.attention = attention
+    def __init__(self, config: ModelConfig, cache: KVCache) -> None:
+        """Computes a model of `config` on `cache`."""
+        self.config = config
         self._cache = cache
 
-    @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
+    @abc.abstractmethod
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[int] | None]:
         """Computes the batch: writes keys and values of its tokens.
 
         Returns:
-            `[sampled, vocabulary]` logits, a row for each sequence of `batch.sampled`.
+            `[sampled, vocabulary]` logits, a row for each sequence of `batch.sampled`; and the most likely token of
+            each, -1 where logits are not finite, or None if the sampler has to look for it.
         """
-        self.attention.begin(batch)
-        stream = self.model.hidden(batch.tokens, batch.positions, self.attention.attend)
-        rows = stream.index_select(0, batch.sampled_rows)
-        if not len(rows):
-            return rows.new_empty(0, self.model.config.vocab_size)
-        return self.model.logits(rows)[: len(batch.sampled)]
 
     def launch(
         self, rows: SequenceRows, scheduled: list[tuple[Sequence, int]], observe: Observe | None
@@ -49,13 +45,14 @@ class Runner:
         """Computes a step; see Steps."""
         batch = batches.build(rows, scheduled, self._cache.device)
         started = time.perf_counter_ns()
-        logits = self.forward(batch)
+        logits, best = self.forward(batch)
         computed = time.perf_counter_ns()
         samplers = [batch.sequences[index] for index in batch.sampled]
         if observe is not None:
             observe([sequence.table for sequence in samplers], logits)
         positions = [int(rows.known[sequence.row]) for sequence in samplers]
-        tokens = sample(logits, [sequence.sampling for sequence in samplers], positions) if samplers else []
+        specs = [sequence.sampling for sequence in samplers]
+        tokens = sample(logits, specs, positions, best) if samplers else []
         siblings = sample_siblings(logits, samplers, positions)
         return FinishedStep(
             batch.sequences,
@@ -79,3 +76,46 @@ class Runner:
         """Waits for the device, if there is one."""
         if self._cache.device.type == "cuda":
             torch.cuda.synchronize(self._cache.device)
+
+
+class Runner(HostSteps):
+    """A model in torch and the attention it uses."""
+
+    def __init__(self, model: Llama, attention: AttentionBackend, cache: KVCache) -> None:
+        """Computes `model` with `attention` on `cache`."""
+        super().__init__(model.config, cache)
+        self.model = model
+        self.attention = attention
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, None]:
+        """See HostSteps."""
+        self.attention.begin(batch)
+        stream = self.model.hidden(batch.tokens, batch.positions, self.attention.attend)
+        rows = stream.index_select(0, batch.sampled_rows)
+        if not len(rows):
+            return rows.new_empty(0, self.config.vocab_size), None
+        return self.model.logits(rows)[: len(batch.sampled)], None
+
+
+class NativeRunner(HostSteps):
+    """A model on the compiled CPU step. Its cache holds keys and values as panels, see `kernels.cpu.panels`."""
+
+    def __init__(self, model: NativeModel, cache: KVCache) -> None:
+        """Computes `model` on `cache`, whose element type is bfloat16."""
+        super().__init__(model.config, cache)
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+        """See HostSteps; the logits are float32."""
+        logits, best = self.model.decoder.step(
+            self._cache.data,
+            batch.tokens,
+            batch.positions,
+            batch.slots,
+            batch.block_tables,
+            batch.context_lens,
+            batch.query_starts,
+            batch.sampled_rows[: len(batch.sampled)],
+        )
+        return logits, best.tolist()

@@ -66,18 +66,29 @@ class SamplingSpec:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
-def sample(logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int]) -> list[int]:
+def sample(
+    logits: torch.Tensor,
+    specs: Sequence[SamplingSpec],
+    positions: Sequence[int],
+    best: Sequence[int] | None = None,
+) -> list[int]:
     """Returns one token a row, or -1 for a row with logits that are not finite.
 
     Args:
         logits: `[row, vocabulary]`, any float type.
         specs: how to choose, a row each.
         positions: index in its sequence of the token drawn, a row each.
+        best: the most likely token of each row, -1 for logits that are not finite, if who computed them knows.
     """
-    logits = _without_withheld(logits, specs, positions)
-    best_values, best = logits.max(-1)
-    tokens: list[int] = best.tolist()
-    finite = torch.isfinite(best_values).tolist()
+    allowed = _without_withheld(logits, specs, positions)
+    if best is None or allowed is not logits:
+        values, indexes = allowed.max(-1)
+        tokens: list[int] = indexes.tolist()
+        finite = torch.isfinite(values).tolist()
+    else:
+        tokens = list(best)
+        finite = [token >= 0 for token in tokens]
+    logits = allowed
     drawn = [row for row, spec in enumerate(specs) if not spec.greedy and finite[row]]
     if drawn:
         draws = uniform(

@@ -119,54 +119,65 @@ def load(
     """
     config = source.config
 
-    def fetch(name: str, *shape: int) -> torch.Tensor:
-        tensor = source.load(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelFormatError(
-                f"{source.path}: tensor {name!r} has shape {list(tensor.shape)}, the configuration says {list(shape)}"
-            )
-        return tensor.to(device=device, dtype=dtype)
+    def get(name: str, *shape: int) -> torch.Tensor:
+        return fetch(source, name, shape).to(device=device, dtype=dtype)
 
-    embeddings = fetch("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    embeddings = get("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = []
     for index in range(config.num_layers):
         progress((index + 1) / (config.num_layers + 2))
-        layers.append(_load_layer(config, fetch, f"model.layers.{index}."))
+        layers.append(load_layer(config, get, f"model.layers.{index}."))
     if config.tie_word_embeddings:
         head = project(embeddings)
     else:
-        head = project(fetch("lm_head.weight", config.vocab_size, config.hidden_size))
-    final_norm = RMSNorm(fetch("model.norm.weight", config.hidden_size), config.rms_norm_eps)
+        head = project(get("lm_head.weight", config.vocab_size, config.hidden_size))
+    final_norm = RMSNorm(get("model.norm.weight", config.hidden_size), config.rms_norm_eps)
     frequencies = inverse_frequencies(config.rope, config.head_dim, source.rope_factors())
     rotary = Rotary.build(frequencies, max_model_len, device)
     progress(1.0)
     return Llama(config, embeddings, tuple(layers), final_norm, head, rotary)
 
 
-def _load_layer(config: ModelConfig, fetch: Callable[..., torch.Tensor], prefix: str) -> Layer:
-    """Returns one layer's weights, the stacked projections put together."""
+def fetch(source: ModelSource, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns a tensor of `source`; raises ModelFormatError if it is missing or has another shape."""
+    tensor = source.load(name)
+    if tuple(tensor.shape) != shape:
+        raise ModelFormatError(
+            f"{source.path}: tensor {name!r} has shape {list(tensor.shape)}, the configuration says {list(shape)}"
+        )
+    return tensor
+
+
+def load_layer(config: ModelConfig, get: Callable[..., torch.Tensor], prefix: str) -> Layer:
+    """Returns one layer's weights, the stacked projections put together.
+
+    Args:
+        config: geometry.
+        get: returns a tensor by name and shape.
+        prefix: of the layer's names.
+    """
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     projections = (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size))
     hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
 
     def norm(name: str, size: int) -> RMSNorm:
-        return RMSNorm(fetch(f"{prefix}{name}.weight", size), eps)
+        return RMSNorm(get(f"{prefix}{name}.weight", size), eps)
 
-    qkv = torch.cat([fetch(f"{prefix}self_attn.{name}.weight", size, hidden) for name, size in projections])
+    qkv = torch.cat([get(f"{prefix}self_attn.{name}.weight", size, hidden) for name, size in projections])
     qkv_bias = (
-        torch.cat([fetch(f"{prefix}self_attn.{name}.bias", size) for name, size in projections])
+        torch.cat([get(f"{prefix}self_attn.{name}.bias", size) for name, size in projections])
         if config.qkv_bias
         else None
     )
-    output_bias = fetch(f"{prefix}self_attn.o_proj.bias", hidden) if config.output_bias else None
-    gate_up = torch.cat([fetch(f"{prefix}mlp.{name}.weight", inner, hidden) for name in ("gate_proj", "up_proj")])
+    output_bias = get(f"{prefix}self_attn.o_proj.bias", hidden) if config.output_bias else None
+    gate_up = torch.cat([get(f"{prefix}mlp.{name}.weight", inner, hidden) for name in ("gate_proj", "up_proj")])
     return Layer(
         input_norm=norm("input_layernorm", hidden),
         qkv=project(qkv, qkv_bias),
         q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
-        output=project(fetch(f"{prefix}self_attn.o_proj.weight", hidden, q_size), output_bias),
+        output=project(get(f"{prefix}self_attn.o_proj.weight", hidden, q_size), output_bias),
         mlp_norm=norm("post_attention_layernorm", hidden),
         gate_up=project(gate_up),
-        down=project(fetch(f"{prefix}mlp.down_proj.weight", hidden, inner)),
+        down=project(get(f"{prefix}mlp.down_proj.weight", hidden, inner)),
     )

@@ -15,10 +15,12 @@ from execsvc.engine_thread import EngineThread
 from execsvc.loading import load
 from execsvc.local import LocalExecutor
 from execsvc.warmup import run_step
+from kernels.cpu.library import SLOW
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import ConfigError, ExecutorUnavailableError, NotReadyError, StaleEpochError
 from tests.unit.execsvc import tiny
+from tests.unit.execsvc.compiled import runnable_variants
 from tests.unit.execsvc.tiny import start
 
 
@@ -160,3 +162,23 @@ async def test_a_device_that_fails_in_the_middle_of_a_step_is_told_to_the_owner(
         await thread.call(lambda: "fenced")
     assert defects == [broken.error]
     await thread.close()
+
+
+def test_the_compiled_step_is_chosen_by_what_the_machine_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler or the instructions a user must get the same model from torch, and be told by Describe."""
+    directory = str(tiny.write_directory(tmp_path))
+    fast = any(name not in SLOW for name in runnable_variants())
+    if fast:
+        loaded = load(ExecsvcConfig(model=directory, kv_cache_tokens=2048))
+        assert (loaded.dtype, loaded.batch_invariant) == ("bfloat16", True)
+        assert loaded.attention_backend.startswith("native (")
+    monkeypatch.setenv("QUIRE_CPU_ISA", "off")
+    loaded = load(ExecsvcConfig(model=directory, kv_cache_tokens=2048))
+    assert (loaded.dtype, loaded.attention_backend) == ("float32", "torch")
+    with pytest.raises(ConfigError, match="native cannot be used: QUIRE_CPU_ISA=off"):
+        load(ExecsvcConfig(model=directory, kv_cache_tokens=2048, attention_backend="native"))
+    monkeypatch.setenv("QUIRE_CPU_ISA", "vax")
+    assert load(ExecsvcConfig(model=directory, kv_cache_tokens=2048)).attention_backend == "torch"
+    monkeypatch.delenv("QUIRE_CPU_ISA")
+    with pytest.raises(ConfigError, match="not in float32"):
+        load(ExecsvcConfig(model=directory, kv_cache_tokens=2048, dtype="float32", attention_backend="native"))

@@ -1,0 +1,208 @@
+"""A decoder of the Llama family on the compiled step."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from typing import Final
+import weakref
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.checks import check_dtype, check_shape
+from kernels.cpu import library, panels
+from kernels.cpu.library import BatchArguments, LayerArguments, ModelArguments, Variant
+from kernels.cpu.memory import advise_huge_pages
+
+HEAD_LIMIT: Final = 512
+"""Largest head, in elements."""
+GROUP_LIMIT: Final = 256
+"""Most query heads of a key/value head."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of a decoder."""
+
+    hidden: int
+    inner: int
+    """Elements between gate/up and down."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    block_size: int
+    window: int
+    """Positions that a query sees, its own included; 0 for all."""
+    eps: float
+    """Of the root mean square norms."""
+
+    @property
+    def misfit(self) -> str:
+        """Why the step cannot compute this; empty if it can."""
+        sizes = (("hidden_size", self.hidden), ("intermediate_size", self.inner), ("head_dim", self.head_dim))
+        for name, size in (*sizes, ("block_size", self.block_size)):
+            if size % panels.LANE:
+                return f"{name}: {size} is not a multiple of {panels.LANE}"
+        if self.head_dim > HEAD_LIMIT:
+            return f"head_dim: {self.head_dim} is more than {HEAD_LIMIT}"
+        if self.heads // self.kv_heads > GROUP_LIMIT:
+            return f"num_heads: {self.heads} is more than {GROUP_LIMIT} for each of {self.kv_heads}"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer, packed. Matrices are bfloat16 panels, vectors float32."""
+
+    qkv: torch.Tensor
+    output: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    input_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    qkv_bias: torch.Tensor | None = None
+    output_bias: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns those that are there."""
+        found = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [tensor for tensor in found if tensor is not None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """A whole decoder, packed."""
+
+    embeddings: torch.Tensor
+    """`[vocab, hidden]` bfloat16."""
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor
+    head: torch.Tensor
+    """Panels, of the embeddings where they are tied."""
+    cosines: torch.Tensor
+    """`[position, head_dim / 2]` float32."""
+    sines: torch.Tensor
+    """Like `cosines`."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns all of them."""
+        own = [self.embeddings, self.final_norm, self.head, self.cosines, self.sines]
+        return own + [tensor for layer in self.layers for tensor in layer.tensors()]
+
+
+class Decoder:
+    """A decoder, its threads and its scratch memory. Any number can live in one process.
+
+    Args:
+        geometry: sizes; `misfit` must be empty.
+        weights: kept, not copied.
+        variant: from `library.choose`.
+        thread_count: threads that compute, the caller's included.
+
+    Raises:
+        ValueError: the geometry does not fit the step.
+        MemoryError: no memory, or no threads.
+    """
+
+    def __init__(self, geometry: Geometry, weights: DecoderWeights, variant: Variant, thread_count: int) -> None:
+        if geometry.misfit:
+            raise ValueError(geometry.misfit)
+        loaded, _ = library.load()
+        assert loaded is not None, "a variant comes from a library"
+        self.geometry = geometry
+        self.weights = weights
+        self.variant = variant
+        self.thread_count = thread_count
+        for tensor in weights.tensors():
+            assert tensor.is_contiguous(), "the step reads plain memory"
+            advise_huge_pages(tensor)
+        arguments = _model_arguments(geometry, weights)
+        self._step = loaded.step
+        self._runner = loaded.open(ctypes.byref(arguments), variant.index, thread_count)
+        if not self._runner:
+            message = f"the CPU step found no memory or no threads ({thread_count} were asked for)"
+            raise MemoryError(message)
+        self.close = weakref.finalize(self, loaded.close, self._runner)
+        """Ends the threads and gives the memory back; nothing may be computed afterwards."""
+        self._stride = -(-geometry.vocab // panels.PAIR) * panels.PAIR
+
+    def step(
+        self,
+        cache: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        block_tables: npt.NDArray[np.int32],
+        context_lens: npt.NDArray[np.int64],
+        query_starts: npt.NDArray[np.int64],
+        sampled_rows: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes one batch. Writes `cache`.
+
+        Args:
+            cache: `[block, layer, 2, kv_head, block_size, head_dim]` bfloat16; each head of a block as panels.
+            tokens: `[token or more]` int64, below the vocabulary.
+            positions: like `tokens`, below the rows of the cosines.
+            slots: `[token]` int64, block * block_size + offset.
+            block_tables: `[sequence, block_max]`; entries past a sequence's last block are unread.
+            context_lens: `[sequence]`, computed tokens after this step.
+            query_starts: `[sequence + 1]`, where each sequence's rows begin.
+            sampled_rows: `[sampled]` int64, rows whose logits are wanted.
+
+        Returns:
+            `[sampled, vocab]` float32 logits, and `[sampled]` int64 their largest's index, the first if there are
+            several, -1 where logits are not finite.
+
+        Raises:
+            ValueError: a shape or a dtype does not fit.
+            MemoryError: no memory for the step.
+        """
+        geometry, sampled, sequences = self.geometry, len(sampled_rows), len(context_lens)
+        count = len(slots)
+        shape = (None, len(self.weights.layers), 2, geometry.kv_heads, geometry.block_size, geometry.head_dim)
+        check_shape("cache", cache, shape)
+        check_dtype("cache", cache, (torch.bfloat16,))
+        for name, tensor in (("tokens", tokens), ("positions", positions), ("slots", slots), ("rows", sampled_rows)):
+            check_dtype(name, tensor, (torch.int64,))
+        tables = np.ascontiguousarray(block_tables)
+        lens, starts = np.ascontiguousarray(context_lens), np.ascontiguousarray(query_starts)
+        if min(len(tokens), len(positions)) < count or len(starts) != sequences + 1 or len(tables) != sequences:
+            message = f"tokens: {len(tokens)} and {len(positions)} for {count} slots of {sequences} sequences"
+            raise ValueError(message)
+        logits = torch.empty(sampled, self._stride, dtype=torch.float32)
+        best = torch.empty(sampled, dtype=torch.int64)
+        arguments = BatchArguments(
+            *(count, sequences, sampled, tables.shape[1]),
+            *(tokens.data_ptr(), positions.data_ptr(), slots.data_ptr()),
+            *(tables.ctypes.data, lens.ctypes.data, starts.ctypes.data),
+            *(sampled_rows.data_ptr(), cache.data_ptr(), logits.data_ptr(), best.data_ptr()),
+        )
+        if self._step(self._runner, ctypes.byref(arguments)):
+            message = f"no memory for a step of {count} tokens"
+            raise MemoryError(message)
+        return logits[:, : geometry.vocab], best
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _model_arguments(geometry: Geometry, weights: DecoderWeights) -> ModelArguments:
+    """Returns the structure for `quire_cpu_open`, which copies it."""
+    layers = (LayerArguments * len(weights.layers))(
+        *(
+            LayerArguments(*(_address(getattr(layer, field.name)) for field in dataclasses.fields(layer)))
+            for layer in weights.layers
+        )
+    )
+    return ModelArguments(
+        *(geometry.hidden, geometry.inner, geometry.heads, geometry.kv_heads, geometry.head_dim),
+        *(len(weights.layers), geometry.vocab, geometry.block_size, geometry.window, geometry.eps, layers),
+        *(_address(weights.embeddings), _address(weights.head), _address(weights.final_norm)),
+        *(_address(weights.cosines), _address(weights.sines)),
+    )

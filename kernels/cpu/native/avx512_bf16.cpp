@@ -1,0 +1,40 @@
+// AVX-512 with BF16: activations are bf16 as well, and one instruction multiplies pairs.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <utility>
+
+#include "variant.h"
+
+namespace quire {
+namespace {
+
+#include "avx512.h"
+
+struct Lanes : Avx512 {
+    using Operand = __m512bh;
+    using Activation = uint16_t;
+    static constexpr int kHalves = 1, kRowsOfOne = 10, kRowsOfTwo = 10;
+
+    static void narrow(uint16_t *p, Vector v) { narrow_bf16(p, v); }
+    static void narrow_bf16(uint16_t *p, Vector v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+    static Operand weights(const uint16_t *p, int) { return (__m512bh)_mm512_loadu_si512(p); }
+    static Operand input(const uint16_t *p, int) {
+        int pair;
+        __builtin_memcpy(&pair, p, sizeof pair);
+        return (__m512bh)_mm512_set1_epi32(pair);
+    }
+    static Vector dot(Vector sum, Operand a, Operand b) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+
+#include "kernels.h"
+
+}  // namespace
+
+extern const Variant kAvx512Bf16;
+const Variant kAvx512Bf16 = variant_of<Lanes>("avx512_bf16");
+
+}  // namespace quire
+#endif

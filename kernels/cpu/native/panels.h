@@ -1,0 +1,139 @@
+// Products with packed matrices. Included by each variant, with its `Lanes`, inside an anonymous namespace: code that
+// was compiled for one instruction set must never be merged with that of another.
+//
+// A matrix [output][input] of bf16 lies in panels of 16 outputs:
+//
+//     [output / 16][input / 2][16][2]        one row of a panel = 64 bytes = 16 outputs x 2 neighbouring inputs
+//
+//     row 0   o0 i0 | o0 i1 | o1 i0 | o1 i1 | ... | o15 i0 | o15 i1
+//     row 1   o0 i2 | o0 i3 | o1 i2 | o1 i3 | ...
+//
+// which is what a dot product of bf16 pairs takes, and from which float is a shift (even inputs) or a mask (odd ones).
+// Keys and values of the cache are panels too, so one routine multiplies all three:
+//
+//     what      outputs          inputs
+//     weights   features         features
+//     keys      16 positions     elements of a head
+//     values    16 elements      16 positions
+//
+// Every output is summed over its inputs one after the other, from zero, in one accumulator, whatever the number of rows
+// or outputs beside it: that is why a result never depends on company.
+
+template <class L, int Rows, int Panels>
+void multiply(const uint16_t *const *panels, int segments, int pairs, const typename L::Activation *rows,
+              int row_stride, float *out, int out_stride) {
+    constexpr int kVectors = kLane / L::kCount;
+    typename L::Vector sums[Rows][Panels * kVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < Panels * kVectors; ++v) sums[r][v] = L::set(0.0f);
+    const ptrdiff_t stride = row_stride;
+    for (int segment = 0; segment < segments; ++segment) {
+        const uint16_t *panel[Panels];
+#pragma GCC unroll 2
+        for (int p = 0; p < Panels; ++p) panel[p] = panels[segment * Panels + p];
+        for (const auto *end = rows + 2 * pairs; rows != end; rows += 2) {
+#pragma GCC unroll 2
+            for (int half = 0; half < L::kHalves; ++half) {
+                typename L::Operand weights[Panels * kVectors];
+#pragma GCC unroll 16
+                for (int v = 0; v < Panels * kVectors; ++v)
+                    weights[v] = L::weights(panel[v / kVectors] + v % kVectors * L::kCount * 2, half);
+#pragma GCC unroll 16
+                for (int r = 0; r < Rows; ++r) {
+                    const typename L::Operand input = L::input(rows + r * stride, half);
+#pragma GCC unroll 16
+                    for (int v = 0; v < Panels * kVectors; ++v)
+                        sums[r][v] = L::dot(sums[r][v], weights[v], input);
+                    // Nothing is loaded ahead of its use: it would push sums out of the registers.
+                    asm volatile("" ::: "memory");
+                }
+            }
+#pragma GCC unroll 2
+            for (int p = 0; p < Panels; ++p) panel[p] += 2 * kLane;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < Panels * kVectors; ++v) L::store(out + r * out_stride + v * L::kCount, sums[r][v]);
+}
+
+template <class L>
+using Multiply = void (*)(const uint16_t *const *, int, int, const typename L::Activation *, int, float *, int);
+
+// Routines for 1, 2, ... rows.
+template <class L, int Panels, int... Index>
+Multiply<L> routine(int rows, std::integer_sequence<int, Index...>) {
+    static constexpr Multiply<L> kRoutines[] = {&multiply<L, Index + 1, Panels>...};
+    return kRoutines[rows - 1];
+}
+
+// Any number of rows, cut as evenly as the registers allow. `panels` holds, for each segment, `panel_count` (1 or 2).
+template <class L>
+void multiply_rows(const uint16_t *const *panels, int panel_count, int segments, int pairs,
+                   const typename L::Activation *rows, int row_stride, int row_count, float *out, int out_stride) {
+    const int limit = panel_count == 2 ? L::kRowsOfTwo : L::kRowsOfOne;
+    const int blocks = (row_count + limit - 1) / limit;
+    for (int block = 0, first = 0; block < blocks; ++block) {
+        const int count = (row_count - first) / (blocks - block);
+        const auto run = panel_count == 2
+                             ? routine<L, 2>(count, std::make_integer_sequence<int, L::kRowsOfTwo>{})
+                             : routine<L, 1>(count, std::make_integer_sequence<int, L::kRowsOfOne>{});
+        run(panels, segments, pairs, rows + static_cast<ptrdiff_t>(first) * row_stride, row_stride,
+            out + static_cast<ptrdiff_t>(first) * out_stride, out_stride);
+        first += count;
+    }
+}
+
+// Outputs of two neighbouring panels: together while rows are few and latency counts, else one after the other, which
+// leaves more registers for rows.
+template <class L>
+void multiply_two(const uint16_t *const panels[2], int pairs, const typename L::Activation *rows, int row_stride,
+                  int row_count, float *out, int out_stride) {
+    if (row_count <= L::kRowsOfTwo || L::kRowsOfTwo >= L::kRowsOfOne) {
+        multiply_rows<L>(panels, 2, 1, pairs, rows, row_stride, row_count, out, out_stride);
+        return;
+    }
+    for (int p = 0; p < 2; ++p)
+        multiply_rows<L>(panels + p, 1, 1, pairs, rows, row_stride, row_count, out + p * kLane, out_stride);
+}
+
+template <class L>
+void finish(const Product &job, const float *tile, int first_row, int row_count, int pair) {
+    using V = typename L::Vector;
+    const int first = pair * kPair;
+    for (int r = 0; r < row_count; ++r, tile += kPair) {
+        const ptrdiff_t row = static_cast<ptrdiff_t>(first_row + r) * job.out_stride;
+        if (job.epilogue == Epilogue::kSwiGLU) {
+            auto *out = static_cast<typename L::Activation *>(job.activations) + row + pair * kLane;
+            for (int i = 0; i < kLane; i += L::kCount) {
+                const V gate = L::load(tile + i), up = L::load(tile + kLane + i);
+                L::narrow(out + i, gate / (L::set(1.0f) + exponential<L>(L::set(0.0f) - gate)) * up);
+            }
+            continue;
+        }
+        float *out = job.out + row + first;
+        for (int i = 0; i < kPair; i += L::kCount) {
+            V value = L::load(tile + i);
+            if (job.bias) value = value + L::load(job.bias + first + i);
+            if (job.epilogue == Epilogue::kAdd) value = L::load(out + i) + value;
+            L::store(out + i, value);
+        }
+    }
+}
+
+template <class L>
+void product(const Product &job, int first_row, int end_row, int first_pair, int end_pair) {
+    alignas(64) float tile[kRowTile * kPair];
+    const auto *rows = static_cast<const typename L::Activation *>(job.rows) +
+                       static_cast<ptrdiff_t>(first_row) * job.row_stride;
+    const size_t panel_size = static_cast<size_t>(job.pairs) * kLane * 2;
+    for (int pair = first_pair; pair < end_pair; ++pair) {
+        const uint16_t *const panels[2] = {job.panels + 2 * pair * panel_size,
+                                           job.panels + (2 * pair + 1) * panel_size};
+        multiply_two<L>(panels, job.pairs, rows, job.row_stride, end_row - first_row, tile, kPair);
+        finish<L>(job, tile, first_row, end_row - first_row, pair);
+    }
+}

@@ -1,0 +1,211 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+namespace quire {
+namespace {
+
+constexpr int kTileBytes = 192 * 1024;  // of a product's rows: they stay in the second-level cache
+constexpr int kRunsPerThread = 6;       // runs of panels: what a slower thread leaves is done by the others
+constexpr int kChunkRows = 8;           // rows of a phase that works row by row
+
+int up_to(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+int parts(int value, int size) { return (value + size - 1) / size; }
+
+}  // namespace
+
+Scratch::~Scratch() { std::free(memory_); }
+
+void Scratch::reserve(size_t bytes) {
+    if (bytes <= size_) return;
+    std::free(memory_);
+    size_ = 0;
+    memory_ = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!memory_) throw std::bad_alloc();
+    size_ = bytes;
+}
+
+Runner::Runner(const QuireModel &model, const Variant &variant, int thread_count)
+    : model_(model),
+      layers_(model.layers, model.layers + model.layer_count),
+      variant_(variant),
+      hidden_stride_(up_to(model.hidden, kPair)),
+      qkv_stride_(up_to((model.heads + 2 * model.kv_heads) * model.head_dim, kPair)),
+      vocab_stride_(up_to(model.vocab, kPair)),
+      query_size_(model.heads * model.head_dim),
+      group_(model.heads / model.kv_heads),
+      span_rows_(std::max(kQueryRows, group_)),
+      head_size_(static_cast<size_t>(model.block_size) * model.head_dim),
+      layer_size_(2 * model.kv_heads * head_size_),
+      scratch_size_(variant.attention_scratch(span_rows_, model.head_dim)),
+      phases_(thread_count) {
+    attention_.reserve(scratch_size_ * thread_count);
+}
+
+void Runner::step(const QuireBatch &batch) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    batch_ = &batch;
+    plan();
+    phases_.run(
+        chunk_counts_,
+        [](void *self, int phase, int chunk, int thread) { static_cast<Runner *>(self)->work(phase, chunk, thread); },
+        this);
+}
+
+void Runner::plan() {
+    const int rows = batch_->token_count, sampled = batch_->sampled_count;
+    const size_t count = std::max(rows, sampled), item = variant_.activation_bytes;
+    stream_.reserve(count * hidden_stride_ * sizeof(float));
+    normed_.reserve(count * model_.hidden * item);
+    qkv_.reserve(count * qkv_stride_ * sizeof(float));
+    queries_.reserve(count * query_size_ * item);
+    mixed_.reserve(count * query_size_ * item);
+    inner_.reserve(count * model_.inner * item);
+    plan_spans();
+    qkv_cut_ = cut(rows, model_.hidden, qkv_stride_ / kPair);
+    output_cut_ = cut(rows, query_size_, hidden_stride_ / kPair);
+    gate_up_cut_ = cut(rows, model_.hidden, model_.inner / kLane);
+    down_cut_ = cut(rows, model_.inner, hidden_stride_ / kPair);
+    head_cut_ = cut(sampled, model_.hidden, vocab_stride_ / kPair);
+    row_run_ = std::clamp(parts(rows, phases_.thread_count()), 1, kChunkRows);
+
+    chunk_counts_.clear();
+    stages_.clear();
+    const int row_chunks = parts(rows, row_run_);
+    const auto chunks = [](const Cut &cut) { return cut.tile_count * cut.run_count; };
+    add(kEmbed, 0, row_chunks);
+    for (int layer = 0; layer < model_.layer_count; ++layer) {
+        add(kInputNorm, layer, row_chunks);
+        add(kQkv, layer, chunks(qkv_cut_));
+        add(kRotate, layer, row_chunks);
+        add(kAttend, layer, static_cast<int>(spans_.size()) * model_.kv_heads);
+        add(kOutput, layer, chunks(output_cut_));
+        add(kMlpNorm, layer, row_chunks);
+        add(kGateUp, layer, chunks(gate_up_cut_));
+        add(kDown, layer, chunks(down_cut_));
+    }
+    if (sampled == 0) return;
+    add(kFinalNorm, 0, sampled);
+    add(kHead, 0, chunks(head_cut_));
+    add(kBest, 0, sampled);
+}
+
+void Runner::add(Stage stage, int layer, int chunks) {
+    stages_.emplace_back(stage, layer);
+    chunk_counts_.push_back(chunks);
+}
+
+void Runner::plan_spans() {
+    spans_.clear();
+    const int most = std::max(1, span_rows_ / group_);
+    for (int sequence = 0; sequence < batch_->sequence_count; ++sequence) {
+        const int first = static_cast<int>(batch_->query_starts[sequence]);
+        const int end = static_cast<int>(batch_->query_starts[sequence + 1]);
+        const int context = static_cast<int>(batch_->context_lens[sequence]);
+        const int32_t *table = batch_->tables + static_cast<ptrdiff_t>(sequence) * batch_->table_stride;
+        for (int row = first; row < end; row += most) {
+            const int count = std::min(most, end - row);
+            spans_.push_back({table, row, count, context - (end - row - count)});
+        }
+    }
+    // The longest first: what is left at the end of a phase is short.
+    std::stable_sort(spans_.begin(), spans_.end(), [](const Span &a, const Span &b) { return a.context > b.context; });
+}
+
+Runner::Cut Runner::cut(int rows, int inputs, int pairs) const {
+    const int fitting = std::clamp(kTileBytes / (inputs * variant_.activation_bytes), 12, kRowTile);
+    Cut cut{};
+    cut.rows = rows;
+    cut.tile_count = parts(rows, fitting);
+    cut.tile_rows = cut.tile_count ? parts(rows, cut.tile_count) : 0;
+    cut.pairs = pairs;
+    const int threads = phases_.thread_count();
+    const int runs = threads == 1 ? 1 : std::max(1, threads * kRunsPerThread / std::max(1, cut.tile_count));
+    cut.run_pairs = parts(pairs, std::min(runs, pairs));
+    cut.run_count = parts(pairs, cut.run_pairs);
+    return cut;
+}
+
+uint16_t *Runner::layer_cache(int layer) const { return batch_->cache + layer * layer_size_; }
+
+char *Runner::row(const Scratch &rows, ptrdiff_t index, int stride) const {
+    return rows.as<char>() + index * stride * variant_.activation_bytes;
+}
+
+void Runner::work(int phase, int chunk, int thread) {
+    const auto [stage, index] = stages_[phase];
+    const QuireLayer *layer = &layers_[index];
+    const int hidden = model_.hidden, inner = model_.inner;
+    switch (stage) {
+        case kQkv:
+            return multiply(qkv_cut_, {layer->qkv, hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore,
+                                       layer->qkv_bias, qkv_.as<float>(), nullptr, qkv_stride_}, chunk);
+        case kOutput:
+            return multiply(output_cut_, {layer->output, query_size_ / 2, mixed_.as<void>(), query_size_, Epilogue::kAdd,
+                                          layer->output_bias, stream_.as<float>(), nullptr, hidden_stride_}, chunk);
+        case kGateUp:
+            return multiply(gate_up_cut_, {layer->gate_up, hidden / 2, normed_.as<void>(), hidden, Epilogue::kSwiGLU,
+                                           nullptr, nullptr, inner_.as<void>(), inner}, chunk);
+        case kDown:
+            return multiply(down_cut_, {layer->down, inner / 2, inner_.as<void>(), inner, Epilogue::kAdd, nullptr,
+                                        stream_.as<float>(), nullptr, hidden_stride_}, chunk);
+        case kHead:
+            return multiply(head_cut_, {model_.head, hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore, nullptr,
+                                        batch_->logits, nullptr, vocab_stride_}, chunk);
+        case kAttend:
+            return attend(index, chunk, thread);
+        case kRotate:
+            return rotate(index, chunk * row_run_, std::min((chunk + 1) * row_run_, batch_->token_count));
+        default:
+            return work_rows(stage, layer, chunk);
+    }
+}
+
+void Runner::work_rows(Stage stage, const QuireLayer *layer, int chunk) {
+    const int hidden = model_.hidden;
+    const auto stream = [&](ptrdiff_t index) { return stream_.as<float>() + index * hidden_stride_; };
+    if (stage == kBest) {
+        batch_->best[chunk] =
+            variant_.best(batch_->logits + static_cast<ptrdiff_t>(chunk) * vocab_stride_, model_.vocab);
+        return;
+    }
+    if (stage == kFinalNorm) {
+        variant_.norm(stream(batch_->sampled_rows[chunk]), model_.final_norm, model_.eps, hidden,
+                      row(normed_, chunk, hidden));
+        return;
+    }
+    const int end = std::min((chunk + 1) * row_run_, batch_->token_count);
+    for (int index = chunk * row_run_; index < end; ++index)
+        if (stage == kEmbed)
+            variant_.embed(model_.embeddings + batch_->tokens[index] * hidden, hidden, stream(index));
+        else
+            variant_.norm(stream(index), stage == kInputNorm ? layer->input_norm : layer->mlp_norm, model_.eps, hidden,
+                          row(normed_, index, hidden));
+}
+
+void Runner::multiply(const Cut &cut, const Product &job, int chunk) const {
+    // Tiles change fastest: the same weights are then still near.
+    const int tile = chunk % cut.tile_count, run = chunk / cut.tile_count;
+    variant_.product(job, tile * cut.tile_rows, std::min((tile + 1) * cut.tile_rows, cut.rows), run * cut.run_pairs,
+                     std::min((run + 1) * cut.run_pairs, cut.pairs));
+}
+
+void Runner::attend(int layer, int chunk, int thread) {
+    const Attention job{queries_.as<void>(), mixed_.as<void>(), layer_cache(layer), layer_size_ * model_.layer_count,
+                        model_.heads, model_.kv_heads, model_.head_dim, model_.block_size, model_.window};
+    variant_.attend(job, spans_[chunk / model_.kv_heads], chunk % model_.kv_heads,
+                    attention_.as<char>() + thread * scratch_size_);
+}
+
+void Runner::rotate(int layer, int first, int end) {
+    const Rotation job{qkv_.as<float>(), qkv_stride_, queries_.as<void>(), batch_->positions, batch_->slots,
+                       model_.cosines, model_.sines, layers_[layer].q_norm, layers_[layer].k_norm, layer_cache(layer),
+                       layer_size_ * model_.layer_count, model_.heads, model_.kv_heads, model_.head_dim,
+                       model_.block_size, model_.eps, 1.0f / std::sqrt(static_cast<float>(model_.head_dim))};
+    variant_.rotate(job, first, end);
+}
+
+}  // namespace quire

@@ -1,0 +1,78 @@
+// One forward pass over a batch: a list of phases on a variant's kernels.
+#pragma once
+#include <mutex>
+#include <vector>
+
+#include "abi.h"
+#include "phases.h"
+#include "variant.h"
+
+namespace quire {
+
+// Memory that grows and is never given back before the end; contents are not kept when it grows.
+class Scratch {
+   public:
+    ~Scratch();
+    void reserve(size_t bytes);
+    template <class T>
+    T *as() const {
+        return static_cast<T *>(memory_);
+    }
+
+   private:
+    void *memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+// A model on a number of threads. Any number of them live side by side; steps of one run one after the other.
+class Runner {
+   public:
+    Runner(const QuireModel &model, const Variant &variant, int thread_count);
+    void step(const QuireBatch &batch);
+
+   private:
+    enum Stage { kEmbed, kInputNorm, kQkv, kRotate, kAttend, kOutput, kMlpNorm, kGateUp, kDown, kFinalNorm, kHead, kBest, kStageCount };
+
+    // How a product is cut: tiles of rows, and for each of them runs of panel pairs.
+    struct Cut {
+        int rows, tile_rows, tile_count, pairs, run_pairs, run_count;
+    };
+
+    void plan();
+    void plan_spans();
+    Cut cut(int rows, int inputs, int pairs) const;
+    void add(Stage stage, int layer, int chunks);
+    void work(int phase, int chunk, int thread);
+    void work_rows(Stage stage, const QuireLayer *layer, int chunk);
+    void multiply(const Cut &cut, const Product &job, int chunk) const;
+    void attend(int layer, int chunk, int thread);
+    void rotate(int layer, int first, int end);
+    uint16_t *layer_cache(int layer) const;
+    char *row(const Scratch &rows, ptrdiff_t index, int stride) const;
+
+    const QuireModel model_;
+    const std::vector<QuireLayer> layers_;
+    const Variant &variant_;
+    const int hidden_stride_, qkv_stride_, vocab_stride_, query_size_, group_, span_rows_;
+    const size_t head_size_, layer_size_;
+    size_t scratch_size_;
+
+    std::mutex mutex_;
+    const QuireBatch *batch_ = nullptr;
+    std::vector<Span> spans_;
+    std::vector<int> chunk_counts_;
+    std::vector<std::pair<Stage, int>> stages_;
+    int row_run_ = 1;
+    Cut qkv_cut_{}, output_cut_{}, gate_up_cut_{}, down_cut_{}, head_cut_{};
+
+    Scratch stream_;   // [row][hidden_stride] float: the residual stream
+    Scratch normed_;   // [row][hidden] activations
+    Scratch qkv_;      // [row][qkv_stride] float
+    Scratch queries_;  // [row][query_size] activations
+    Scratch mixed_;    // [row][query_size] activations
+    Scratch inner_;    // [row][inner] activations
+    Scratch attention_;
+    Phases phases_;  // last: its threads end before what they work on
+};
+
+}  // namespace quire

@@ -1,0 +1,73 @@
+// The kernels of one instruction set, as a table: what the step calls without knowing which set it is.
+//
+// "Rows" of activations are in the variant's own element type: float, or bf16 where the processor multiplies that.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace quire {
+
+constexpr int kLane = 16;       // outputs of a panel
+constexpr int kPair = 32;       // outputs of two panels: what a product is divided into
+constexpr int kTile = 256;      // positions that share a maximum in the softmax; a fixed grid from position 0
+constexpr int kQueryRows = 24;  // rows (queries x heads of a group) that attend together, unless a group is larger
+constexpr int kRowTile = 96;    // most rows of a product in one go
+
+enum class Epilogue { kStore, kAdd, kSwiGLU };
+
+// rows [row][2 * pairs] times the transpose of a weight in panels.
+struct Product {
+    const uint16_t *panels;
+    int pairs;
+    const void *rows;
+    int row_stride;
+    Epilogue epilogue;
+    const float *bias;  // [output], or null
+    float *out;         // kStore: written; kAdd: added to
+    void *activations;  // kSwiGLU: silu(even panel) * odd panel, as rows
+    int out_stride;
+};
+
+// Normalises heads, rotates them, and writes keys and values into the cache.
+struct Rotation {
+    const float *qkv;  // [row][q heads, k heads, v heads]
+    int qkv_stride;
+    void *queries;  // written: [row][heads * head_dim], multiplied by `scale`
+    const int64_t *positions, *slots;
+    const float *cosines, *sines, *q_norm, *k_norm;
+    uint16_t *layer_cache;  // the layer's part of block 0
+    size_t block_stride;    // elements
+    int heads, kv_heads, head_dim, block_size;
+    float eps, scale;
+};
+
+struct Attention {
+    const void *queries;  // [row][heads * head_dim]
+    void *out;            // written, like queries
+    const uint16_t *layer_cache;
+    size_t block_stride;
+    int heads, kv_heads, head_dim, block_size, window;
+};
+
+// Consecutive queries of one sequence.
+struct Span {
+    const int32_t *table;
+    int first_row, count;
+    int context;  // positions up to the last query, itself included
+};
+
+struct Variant {
+    const char *name;
+    int activation_bytes;
+    // out [row][size] = rows of `in`, normalised to root mean square 1, times weight.
+    void (*norm)(const float *in, const float *weight, float eps, int size, void *out);
+    void (*embed)(const uint16_t *row, int size, float *out);
+    void (*product)(const Product &, int first_row, int end_row, int first_pair, int end_pair);
+    void (*rotate)(const Rotation &, int first_row, int end_row);
+    size_t (*attention_scratch)(int rows, int head_dim);
+    void (*attend)(const Attention &, const Span &, int kv_head, void *scratch);
+    // Index of the largest of `size` values, the first if there are several; -1 if one is not finite.
+    int64_t (*best)(const float *values, int size);
+};
+
+}  // namespace quire
