@@ -22,11 +22,11 @@ WORKDIR /srv/quire
 COPY pyproject.toml constraints.txt scripts/install_in_image.py .cache/build-ca*.crt ./
 RUN python install_in_image.py
 
-# The project as a wheel: with the memory core's accelerator if there is a C compiler, and without, for images with
+# The project as a wheel: with the C and C++ that there are compilers for, and without, for images with
 # another Python. This stage is thrown away.
 FROM base AS wheel
 ARG EXTRA_PIP_OPTIONS=
-# Packages to install before building; "gcc libc6-dev" brings the compiler.
+# Packages to install before building; "g++ libc6-dev" brings the compilers.
 ARG COMPILER=
 # hadolint ignore=DL3008,SC2086
 RUN if [ -n "$COMPILER" ]; then \

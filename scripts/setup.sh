@@ -61,7 +61,7 @@ must_run() {
 # Prints what the environment depends on, as one digest.
 wanted_stamp() {
     "$1" -c 'import hashlib, pathlib, sys
-names = ["pyproject.toml", "constraints.txt", "scripts/setup.sh", "setup.py", *sorted(pathlib.Path("quire", "native").glob("*.[ch]"))]
+names = ["pyproject.toml", "constraints.txt", "scripts/setup.sh", "setup.py", *sorted(pathlib.Path("quire", "native").glob("*.[ch]")), *sorted(pathlib.Path("kernels", "cpu", "native").glob("*.*"))]
 parts = [pathlib.Path(name).read_bytes() for name in names]
 print(hashlib.sha256(b"\0".join([*parts, str(pathlib.Path.cwd()).encode(), sys.argv[1].encode()])).hexdigest())' "$demo_model"
 }
