@@ -16,6 +16,9 @@ pytestmark = [
     pytest.mark.skipif(not oracle_available(), reason="no .venv-oracle: run `make oracle-setup`"),
 ]
 
+GAP = 0.1
+"""The executor computes in bfloat16 where the machine is fast at that: see tests/conformance/test_oracle_bf16.py."""
+
 
 async def _answer(client: AsyncClient, name: str) -> tuple[int, int]:
     """Checks the answer to one prompt; returns its cached tokens and its preemptions."""
@@ -23,7 +26,7 @@ async def _answer(client: AsyncClient, name: str) -> tuple[int, int]:
     result = await client.generate(reference.prompt_ids, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     tokens = list(result.completions[0].token_ids)
     assert len(tokens) == NEW_TOKENS
-    assert reference.first_difference(tokens) is None, name
+    assert reference.first_difference(tokens, GAP) is None, name
     return result.usage.cached_token_count, result.usage.preemption_count
 
 

@@ -57,11 +57,16 @@ class Answer:
     logits: list[tuple[int, float]]
     """The 8 best (token, logit) of the first new token."""
 
-    def first_difference(self, tokens: list[int]) -> int | None:
-        """Returns the index of the first different token if it counts; after one that does not nothing is compared."""
+    def first_difference(self, tokens: list[int], gap: float = GAP) -> int | None:
+        """Returns the index of the first different token if it counts; after one that does not nothing is compared.
+
+        Args:
+            tokens: what to compare.
+            gap: a difference counts only where the two best logits of the reference are further apart than this.
+        """
         for index, (mine, theirs) in enumerate(zip(tokens, self.tokens, strict=False)):
             if mine != theirs:
-                return index if self.gaps[index] > GAP else None
+                return index if self.gaps[index] > gap else None
         return None
 
 
