@@ -5,7 +5,7 @@
 namespace quire {
 namespace {
 
-constexpr int kSpins = 400;
+constexpr int kSpins = 2000;  // about as long as a chunk takes
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
