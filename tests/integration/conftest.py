@@ -23,5 +23,8 @@ def small_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     flags = ("--kv-cache-tokens", "1024", "--max-model-len", "1024")
     # Who looks ahead preempts hardly anybody: here preemptions are what is tested.
     careless = ("--no-admission-forecast", "--residency-every", "1")
-    with running_stack(tmp_path_factory.mktemp("small"), execsvc=flags, memsvc=careless) as running:
+    # What waits for its turn here must not fail because the machine is busy.
+    patient = ("--max-queue-time", "480")
+    directory = tmp_path_factory.mktemp("small")
+    with running_stack(directory, execsvc=flags, memsvc=careless, gateway=patient) as running:
         yield running

@@ -158,9 +158,14 @@ async def test_a_service_that_keeps_dying_ends_it_all(tmp_path: Path) -> None:
 async def test_a_start_that_takes_too_long_says_who_is_late(tmp_path: Path) -> None:
     """Waiting for ever in silence is the worst answer."""
     stage = Stage(tmp_path, {"gateway": "never-healthy"})
-    with pytest.raises(DeadlineError, match=r"within 3 s: gateway is waiting for an executor"):
-        await stage.supervisor(timeout=3).run(nothing)
-    assert not stage.left_processes()
+    # On a busy machine the others may be late as well: then they get more time.
+    for timeout in (3, 40):
+        with pytest.raises(DeadlineError, match=rf"within {timeout} s: .*gateway is ") as late:
+            await stage.supervisor(timeout=timeout).run(nothing)
+        assert not stage.left_processes()
+        if "execsvc" not in str(late.value):
+            break
+    assert f"within {timeout} s: gateway is waiting for an executor" in str(late.value)
 
 
 async def test_a_stop_during_the_start_leaves_nothing(tmp_path: Path) -> None:
