@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from google.protobuf import duration_pb2
 import grpc
 
 from memsvc import translate, translate_history
@@ -11,11 +12,13 @@ from memsvc.admin_prefixes import PrefixCommands
 from memsvc.admin_tenants import TenantCommands
 from memsvc.core import views
 from memsvc.core.pool import BlockState
+from memsvc.core.validation import check_simulation
 from memsvc.history import Historian, Question
 from memsvc.keeper import Keeper
 from memsvc.paging import LIST_DEFAULT, LIST_MAXIMUM, page_size, read_number, read_page_token, write_page_token
 from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
 
+_SIMULATED_EIGHTHS = (1, 2, 4, 8, 16, 32, 64)
 _TABLE_PAGE_DEFAULT, _TABLE_PAGE_MAXIMUM = 1000, 10_000
 
 
@@ -120,7 +123,31 @@ class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceS
         return admin_pb2.HistoryResponse(
             records=[translate_history.from_record(record, now) for record in told.records],
             next_page_token=write_page_token("history", str(told.cursor)) if told.cursor >= 0 else "",
-            log_age=translate.to_duration(now - told.begins_at) if told.begins_at is not None else None,
+            log_age=_age(now, told.begins_at),
+        )
+
+    async def Simulate(
+        self, request: admin_pb2.SimulateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.SimulateResponse:
+        """Says what the recent traffic would have found in pools of other sizes."""
+        spec = self._keeper.core.pool(request.pool_id).registration.spec
+        block_size = request.block_size or spec.block_size
+        check_simulation(block_size, request.block_counts)
+        usable = spec.usable_block_count * spec.block_size // block_size
+        block_counts = list(request.block_counts) or [max(1, usable * times // 8) for times in _SIMULATED_EIGHTHS]
+        told = await self._historian.simulate(request.pool_id, block_size, block_counts)
+        return admin_pb2.SimulateResponse(
+            request_count=told.traffic.trace.request_count,
+            query_token_count=told.traffic.asked_token_count,
+            hit_token_count=told.traffic.found_token_count,
+            sizes=[
+                admin_pb2.SimulatedSize(block_count=count, hit_token_count=hit)
+                for count, hit in zip(block_counts, told.found_token_counts, strict=True)
+            ],
+            endless_hit_token_count=told.endless_token_count,
+            block_size=block_size,
+            sampled_share=told.traffic.trace.sampled_share,
+            log_age=_age(self._keeper.now, told.traffic.begins_at),
         )
 
     async def ResetCache(
@@ -169,6 +196,11 @@ class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceS
             block_count=len(record.blocks) - record.blocks.count(0),
             age=translate.to_duration(self._keeper.now - record.opened_at),
         )
+
+
+def _age(now: float, then: float | None) -> duration_pb2.Duration | None:
+    """Returns how long ago something was."""
+    return translate.to_duration(now - then) if then is not None else None
 
 
 def _pool(view: views.PoolView) -> admin_pb2.Pool:

@@ -1,4 +1,4 @@
-"""Answers what happened, from the command log, beside the event loop: a replay may take a second."""
+"""Answers from the command log, beside the event loop: a replay may take a second."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import threading
 import time
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
-from memsvc.core.commands import COMMANDS
-from memsvc.core.history import Everything, HistoryRecord, Watch, history
+from memsvc.core.history import Everything, HistoryRecord, Watch, begins_at, history
 from memsvc.core.history_watches import watch_block, watch_sequence
 from memsvc.core.log import CommandLog, Segment
 from memsvc.core.memory import MemoryCore
+from memsvc.core.traffic import Traffic, read_traffic
 from quire.errors import InvalidRequestError, RequestCancelledError, UnsupportedError
 
 _INDEX_BITS: Final = 20
+
+T = TypeVar("T")
 
 
 class LogKeeper(Protocol):
@@ -60,6 +62,21 @@ class Told:
     begins_at: float | None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Simulated:
+    """What the traffic of a pool would have found elsewhere.
+
+    Attributes:
+        traffic: what was asked for, and found.
+        found_token_counts: tokens that pools of the sizes asked about would have found.
+        endless_token_count: tokens that a pool without an end would have found.
+    """
+
+    traffic: Traffic
+    found_token_counts: list[int]
+    endless_token_count: int
+
+
 class Historian:
     """Answers questions one at a time.
 
@@ -79,43 +96,76 @@ class Historian:
                 be, or is not known.
             UnsupportedError: no log is kept.
         """
-        log = self._keeper.log
         if question.sequence_id and (question.pool_id or question.block_id):
             raise InvalidRequestError("sequence_id: not together with pool_id or block_id", field="sequence_id")
         if question.block_id and not question.pool_id:
             raise InvalidRequestError("pool_id: is empty, but block_id is not", field="pool_id")
         if question.pool_id and not question.block_id:
             self._keeper.core.pool(question.pool_id)
+        log = self._log()
+        block = watch_block(self._keeper.core, question.pool_id, question.block_id) if question.block_id else None
+        return await self._over(log, lambda segments, breathe: _tell(segments, question, block, breathe))
+
+    async def simulate(self, pool_id: str, block_size: int, block_counts: Sequence[int]) -> Simulated:
+        """Returns what the traffic of a pool would have found in others, as far back as the log goes.
+
+        Args:
+            pool_id: the pool.
+            block_size: tokens in a block of the others.
+            block_counts: blocks of each of the others.
+
+        Raises:
+            PoolNotFoundError: no such pool.
+            UnsupportedError: no log is kept, or the pool's model attends over a sliding window.
+        """
+        if self._keeper.core.pool(pool_id).registration.spec.window:
+            message = f"pool {pool_id!r} keeps the windows of its sequences: what it finds is not one run of blocks"
+            raise UnsupportedError(message, reason="SLIDING_WINDOW")
+
+        def simulate(segments: Sequence[Segment], breathe: Callable[[], None]) -> Simulated:
+            traffic = read_traffic(segments, pool_id, block_size, breathe)
+            shares, endless = traffic.trace.found(block_counts)
+            asked = traffic.trace.asked_block_count * block_size
+            return Simulated(traffic, [round(share * asked) for share in shares], round(endless * asked))
+
+        return await self._over(self._log(), simulate)
+
+    def _log(self) -> CommandLog:
+        """Returns the log; raises UnsupportedError if none is kept."""
+        log = self._keeper.log
         if log is None or log.ended:
             message = "no command log is kept: --command-log-mib is 0, or too small for the pools"
             raise UnsupportedError(message, reason="NO_COMMAND_LOG")
-        block = watch_block(self._keeper.core, question.pool_id, question.block_id) if question.block_id else None
+        return log
+
+    async def _over(self, log: CommandLog, work: Callable[[Sequence[Segment], Callable[[], None]], T]) -> T:
+        """Returns what `work` makes of a log, in a thread; it is to call the function that it is given often."""
         stopped = threading.Event()
+
+        def breathe() -> None:
+            # The event loop has the interpreter whenever it wants it.
+            time.sleep(0)
+            if stopped.is_set():
+                raise RequestCancelledError("nobody waits for this answer any more")
+
         async with self._one:
             reader, segments = log.read()
 
-            def tell() -> Told:
+            def run() -> T:
                 try:
-                    return _tell(segments, question, block, stopped.is_set)
+                    return work(segments, breathe)
                 finally:
                     log.done(reader, segments)
 
             try:
-                return await asyncio.to_thread(tell)
+                return await asyncio.to_thread(run)
             finally:
                 # Who asked may be gone; the thread is told to stop.
                 stopped.set()
 
 
-def _tell(segments: Sequence[Segment], question: Question, block: Watch | None, is_stopped: Callable[[], bool]) -> Told:
+def _tell(segments: Sequence[Segment], question: Question, block: Watch | None, breathe: Callable[[], None]) -> Told:
     """Replays the log; runs in a thread, on copies."""
-
-    def breathe() -> None:
-        # The event loop has the interpreter whenever it wants it.
-        time.sleep(0)
-        if is_stopped():
-            raise RequestCancelledError("nobody waits for this history any more")
-
     watch: Watch = Everything()
     if block is not None:
         watch = block
@@ -130,18 +180,7 @@ def _tell(segments: Sequence[Segment], question: Question, block: Watch | None, 
         if at <= question.after or (question.pool_id and block is None and record.pool_id != question.pool_id):
             continue
         if len(records) == question.limit:
-            return Told(records, cursor, _begins_at(segments))
+            return Told(records, cursor, begins_at(segments))
         records.append(record)
         cursor = at
-    return Told(records, -1, _begins_at(segments))
-
-
-def _begins_at(segments: Sequence[Segment]) -> float | None:
-    """Returns the time of the first command that has one."""
-    for segment in segments:
-        for entry in segment.entries(stop=len(segment.lines)):
-            spec = COMMANDS.get(entry.command)
-            at: float | None = spec.argument("now", entry.args, entry.kwargs) if spec is not None else None
-            if at is not None:
-                return at
-    return None
+    return Told(records, -1, begins_at(segments))

@@ -125,6 +125,17 @@ def history(
         yield HistoryRecord(first, at or 0.0, last, "", "", refused=False, change=change)
 
 
+def begins_at(segments: Sequence[Segment]) -> float | None:
+    """Returns the time of the first command that has one, None if there is none."""
+    for segment in segments:
+        for entry in segment.entries(stop=len(segment.lines)):
+            spec = COMMANDS.get(entry.command)
+            at: float | None = spec.argument("now", entry.args, entry.kwargs) if spec is not None else None
+            if at is not None:
+                return at
+    return None
+
+
 def _about(core: MemoryCore, entry: Entry) -> tuple[float | None, str, str]:
     """Returns when an entry's command ran, which pool it names, and which gateway; before it runs."""
     spec = COMMANDS[entry.command]

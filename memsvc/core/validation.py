@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 from memsvc.core import retention
@@ -18,6 +18,7 @@ KV_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3")
 NAME_LENGTH_MAXIMUM = 128
 TEXT_LENGTH_MAXIMUM = 512
 EPOCH_MAXIMUM = 2**32 - 1
+SIMULATED_SIZES_MAXIMUM = 64
 _TOKEN_BYTES = 4
 
 
@@ -157,6 +158,17 @@ def check_selector(selector: PrefixSelector, spec: PoolSpec) -> None:
         if length > TEXT_LENGTH_MAXIMUM:
             message = f"{field}: {length} characters, allowed are at most {TEXT_LENGTH_MAXIMUM}"
             raise InvalidRequestError(message, field=field)
+
+
+def check_simulation(block_size: int, block_counts: Sequence[int]) -> None:
+    """Raises InvalidRequestError if pools cannot have such blocks, or sizes."""
+    if block_size not in BLOCK_SIZES:
+        raise InvalidRequestError(f"block_size: found {block_size}, allowed are 16, 32 and 64", field="block_size")
+    if len(block_counts) > SIMULATED_SIZES_MAXIMUM:
+        message = f"block_counts: {len(block_counts)} sizes, allowed are at most {SIMULATED_SIZES_MAXIMUM}"
+        raise InvalidRequestError(message, field="block_counts")
+    if any(count < 1 for count in block_counts):
+        raise InvalidRequestError("block_counts: found 0, a pool has at least 1 block", field="block_counts")
 
 
 def check_identity(identity: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Self, TypeVar
 
 import grpc
@@ -12,6 +12,8 @@ from quire.client import as_quire_error
 from quire.rpc import CHANNEL_OPTIONS
 
 _TIMEOUT_SECONDS: Final = 10.0
+# The whole command log is replayed, beside all else that the service does.
+_REPLAY_TIMEOUT_SECONDS: Final = 120.0
 _PAGE: Final = 1000
 
 _Answer = TypeVar("_Answer")
@@ -157,6 +159,11 @@ class AdminClient:
         """Forgets a prefix and all that continues it, but for what is used or pinned."""
         return self._call(self._stub.EvictPrefix, admin_pb2.EvictPrefixRequest(pool_id=pool_id, prefix=prefix))
 
+    def simulate(self, pool_id: str, block_counts: Sequence[int], block_size: int) -> admin_pb2.SimulateResponse:
+        """Says what the recent traffic of a pool would have found in pools of other sizes."""
+        request = admin_pb2.SimulateRequest(pool_id=pool_id, block_counts=block_counts, block_size=block_size)
+        return self._call(self._stub.Simulate, request, timeout=_REPLAY_TIMEOUT_SECONDS)
+
     def leaks(self, pool_id: str, seconds: float) -> list[admin_pb2.Holding]:
         """Returns what gateways hold for at least so long, the oldest first."""
         found: list[admin_pb2.Holding] = []
@@ -169,10 +176,10 @@ class AdminClient:
                 return found
             request.page_token = token
 
-    def _call(self, method: Callable[..., _Answer], request: object) -> _Answer:
+    def _call(self, method: Callable[..., _Answer], request: object, *, timeout: float = _TIMEOUT_SECONDS) -> _Answer:
         """Calls a method with a deadline; raises QuireError."""
         try:
-            return method(request, timeout=_TIMEOUT_SECONDS)
+            return method(request, timeout=timeout)
         except grpc.RpcError as error:
             raise as_quire_error(error, self.address) from None
 

@@ -27,6 +27,7 @@ from quire.cli import (
     residencies,
     serve,
     simulate,
+    sizes,
 )
 from quire.cli.output import print_error
 from quire.errors import ConfigError, QuireError
@@ -105,6 +106,7 @@ app.command()(replay.replay)
 app.command()(quota.quota)
 app.command()(residencies.residencies)
 app.command()(simulate.simulate)
+app.command()(sizes.sizes)
 app.add_typer(bench.app)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from google.protobuf import duration_pb2
@@ -9,7 +10,8 @@ import pytest
 
 from protos.memsvc.v1 import admin_pb2
 from quire.errors import InvalidRequestError, PinQuotaError, PoolNotFoundError, PrefixNotFoundError
-from tests.conformance.memory_connections import POOL_ID, pack, prompt
+from tests.conformance.conftest import OpenRig
+from tests.conformance.memory_connections import POOL_ID, pack, prompt, spec
 from tests.conformance.memory_rig import Rig
 
 
@@ -259,6 +261,35 @@ async def test_evicting_a_text_leaves_what_others_begin_with(rig: Rig) -> None:
     assert await evict(rig, selector([*system, *other])) == (0, 3)
     assert await evict(rig, selector(prompt(5))) == (4, 0)
     assert (await rig.pool()).cached_block_count == 0
+
+
+async def test_in_a_pool_with_a_window_what_a_hit_needs_is_pinned(open_rig: OpenRig) -> None:
+    """Otherwise nothing can be pinned there, or more than the window is, or what is pinned cannot be matched."""
+    async with open_rig(dataclasses.replace(spec(), sliding_window=40)) as rig:
+        await allow(rig, "", pinned=3)
+        sequence = await rig.admit([*prompt(96), 1])
+        for end in range(16, 112, 16):
+            while len(sequence.blocks) * 16 < end:
+                (block,) = await rig.grow(rig.gateway, 1)
+                await rig.journal(appended=[sequence.table, len(sequence.blocks), block])
+                sequence.blocks.append(block)
+            await sequence.write(end)
+        await sequence.close()
+        assert (await explain(rig, prompt(96))).cached_token_count == 96
+        assert await pin(rig, prompt(96)) == 3
+        assert len(await rig.lease(32)) == 29
+        assert (await explain(rig, prompt(96))).cached_token_count == 96
+        assert (await explain(rig, prompt(80))).cached_token_count < 80
+        identity = next(one.identity for one in (await listed_pins(rig)) if one.identity)
+        assert await evict(rig, admin_pb2.PrefixSelector(identity=identity)) == (0, 3)
+        assert await release(rig, prompt(96)) == 3
+        assert await evict(rig, selector(prompt(96))) == (3, 0)
+
+
+async def listed_pins(rig: Rig) -> list[Any]:
+    """Returns the pinned blocks."""
+    blocks = (await rig.admin.ListBlocks(admin_pb2.ListBlocksRequest(pool_id=POOL_ID))).blocks
+    return [one for one in blocks if one.pinned]
 
 
 async def test_what_gateways_hold_is_listed_with_its_age_the_oldest_first(rig: Rig) -> None:

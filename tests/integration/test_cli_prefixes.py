@@ -1,4 +1,4 @@
-"""`quire explain`, `prefixes`, `pin`, `release`, `evict` and `leaks` against the real services."""
+"""`quire explain`, `prefixes`, `pin`, `release`, `evict`, `sizes` and `leaks` against the real services."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def test_a_prefix_is_explained_pinned_released_and_evicted(
         assert shared["ref_count"] == 2
         assert main.run(["prefixes", POOL_ID]) == 0
         assert shared["identity"] in capsys.readouterr().out
+        assert main.run(["sizes", POOL_ID, "--blocks", "8", "--blocks", "100000", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        small, large = (int(size["hit_token_count"]) for size in told["sizes"])
+        assert small < large == int(told["endless_hit_token_count"])
+        assert main.run(["sizes", POOL_ID]) == 0
+        assert "of these tokens were cached" in capsys.readouterr().out
         assert main.run(["leaks", "--older-than", "0", "--json"]) == 0
         assert any(one["sequence_id"] for one in json.loads(capsys.readouterr().out))
         for stream in streams:

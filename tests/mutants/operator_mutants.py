@@ -296,4 +296,17 @@ FORGOTTEN: Final = tuple(
     )
 )
 
-MUTANTS: Final = RESET + QUOTAS + RETENTION + RESIDENCY + PINS + FORGOTTEN
+_REUSE: Final = "memsvc.core.reuse:ReuseTrace"
+_TRAFFIC: Final = "memsvc.core.traffic:_Reader"
+
+SIZES: Final = tuple(
+    Mutant(name, target, old, new, "other_sizes_find_what_they_would_have")
+    for name, target, old, new in (
+        ("a block counts twice on the way", f"{_REUSE}._needed", " - earlier_greater(before)", ""),
+        ("what was cached before a reset is found", f"{_REUSE}.forget", "self._generation + 1", "self._generation"),
+        ("completions are left out", f"{_TRAFFIC}.read", "self._closed(memory, one)", "pass"),
+        ("the head is let go of before the tail", f"{_TRAFFIC}._closed", "[::-1]", ""),
+    )
+)
+
+MUTANTS: Final = RESET + QUOTAS + RETENTION + RESIDENCY + PINS + FORGOTTEN + SIZES

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from memsvc.core.lease import PoolChanged
+from memsvc.core.log import CommandLog
 from memsvc.core.pool import BlockState
 from memsvc.core.prefix_views import MissReason, PrefixSelector
 from memsvc.core.residency import ACCESS_LIMIT
 from memsvc.core.tenancy import TenantQuota
+from memsvc.core.traffic import read_traffic
 from quire.columns import pack
 from quire.errors import (
     BlockPoolExhaustedError,
@@ -203,6 +205,34 @@ def what_must_go_goes_and_nothing_else() -> None:
     assert world.core.evict_prefix(POOL, PrefixSelector(pack(system[:5])), world.now) == (2, 0)
 
 
+def other_sizes_find_what_they_would_have() -> None:
+    """Shared beginnings, what others left behind, a run of blocks up to the first that is gone, and nothing older."""
+    world = World(usable=64)
+    log = CommandLog(world.core, 1 << 27)
+    system, mine, yours = prompt(2 * SIZE), prompt(2 * SIZE, 1), prompt(3 * SIZE, 2)
+    world.run([*prompt(SIZE, 9), 1])
+    world.core.reset_cache(POOL, world.now)
+    world.run([*prompt(SIZE, 9), 1])
+    for text in (mine, yours, mine):
+        world.run([*system, *text, 1])
+    turn = world.admit([*system, 3])
+    world.extend(turn, prompt(SIZE, 4))
+    world.close(turn)
+    world.run([*turn.tokens, 1])
+    failed = world.admit(prompt(SIZE, 5))
+    world.write(failed)
+    world.close(failed, CloseReason.FAILED)
+    world.run([*prompt(SIZE, 5), 1])
+    traffic = read_traffic(log.segments, POOL, SIZE)
+    asked = traffic.trace.asked_block_count
+    assert asked == 21, "blocks asked for"
+    shares, endless = traffic.trace.found([2, 3, 6, 7])
+    # The system prompt four times and what failed, the block that a completion filled, and the two of `mine`.
+    assert [round(share * asked) for share in shares] == [9, 10, 11, 12]
+    assert round(endless * asked) == 12
+    assert (traffic.asked_token_count, traffic.found_token_count) == (361, 12 * SIZE + 1)
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -214,5 +244,6 @@ SCENARIOS = {
         lives_are_followed_to_their_end,
         a_pin_holds,
         what_must_go_goes_and_nothing_else,
+        other_sizes_find_what_they_would_have,
     )
 }

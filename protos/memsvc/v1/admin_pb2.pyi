@@ -1195,6 +1195,116 @@ class Pool(_message.Message):
 Global___Pool: _TypeAlias = Pool  # noqa: Y015
 
 @_typing.final
+class SimulateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    BLOCK_COUNTS_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Pool whose traffic it is."""
+    block_size: _builtins.int
+    """Tokens in a block: 16, 32 or 64; 0 for those of the pool."""
+    @_builtins.property
+    def block_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sizes in blocks of that many tokens, at least 1 each, at most 64 of them; empty for an eighth of the pool to eight
+        times as much.
+        """
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        block_size: _builtins.int = ...,
+        block_counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_counts", b"block_counts", "block_size", b"block_size", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulateRequest: _TypeAlias = SimulateRequest  # noqa: Y015
+
+@_typing.final
+class SimulateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    QUERY_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    HIT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    ENDLESS_HIT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    SAMPLED_SHARE_FIELD_NUMBER: _builtins.int
+    LOG_AGE_FIELD_NUMBER: _builtins.int
+    request_count: _builtins.int
+    """Requests that read and write the cache, each counted once."""
+    query_token_count: _builtins.int
+    """Tokens of their prompts."""
+    hit_token_count: _builtins.int
+    """Those that the pool had cached."""
+    endless_hit_token_count: _builtins.int
+    """What a pool without an end would have had."""
+    block_size: _builtins.int
+    """Tokens in a block of the above."""
+    sampled_share: _builtins.float
+    """Share of the blocks that were looked at, 1 for all; where it is less, figures are estimates."""
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SimulatedSize]:
+        """What pools of other sizes would have had."""
+
+    @_builtins.property
+    def log_age(self) -> _duration_pb2.Duration:
+        """How far back the log goes; absent when it is empty."""
+
+    def __init__(
+        self,
+        *,
+        request_count: _builtins.int = ...,
+        query_token_count: _builtins.int = ...,
+        hit_token_count: _builtins.int = ...,
+        sizes: _abc.Iterable[Global___SimulatedSize] | None = ...,
+        endless_hit_token_count: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+        sampled_share: _builtins.float = ...,
+        log_age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["log_age", b"log_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "endless_hit_token_count", b"endless_hit_token_count", "hit_token_count", b"hit_token_count", "log_age", b"log_age", "query_token_count", b"query_token_count", "request_count", b"request_count", "sampled_share", b"sampled_share", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulateResponse: _TypeAlias = SimulateResponse  # noqa: Y015
+
+@_typing.final
+class SimulatedSize(_message.Message):
+    """A pool of another size, and what it would have had."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    HIT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    block_count: _builtins.int
+    """Its blocks."""
+    hit_token_count: _builtins.int
+    """Tokens of the prompts that it would have had cached, in whole blocks."""
+    def __init__(
+        self,
+        *,
+        block_count: _builtins.int = ...,
+        hit_token_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "hit_token_count", b"hit_token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulatedSize: _TypeAlias = SimulatedSize  # noqa: Y015
+
+@_typing.final
 class ListResidenciesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

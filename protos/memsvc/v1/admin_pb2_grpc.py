@@ -66,6 +66,11 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryRequest.SerializeToString,
                 response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryResponse.FromString,
                 _registered_method=True)
+        self.Simulate = channel.unary_unary(
+                '/quire.memsvc.v1.AdminService/Simulate',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.SimulateRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.SimulateResponse.FromString,
+                _registered_method=True)
         self.ResetCache = channel.unary_unary(
                 '/quire.memsvc.v1.AdminService/ResetCache',
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ResetCacheRequest.SerializeToString,
@@ -172,6 +177,16 @@ class AdminServiceServicer(object):
         """Tells what happened to a block, to a sequence, or to everything, oldest first, as far back as the command log goes.
         NOT_FOUND: no such pool, or the log does not tell of the sequence. OUT_OF_RANGE: no such block. INVALID_ARGUMENT:
         the beginning of several requests, or fields that do not go together. UNIMPLEMENTED: no log is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Simulate(self, request, context):
+        """Says what the recent traffic would have found in pools of other sizes, as far back as the command log goes. A model: the
+        least recently used block is evicted first, floors, retention and pins count for nothing, and no room is set aside for
+        what runs. NOT_FOUND: no such pool. INVALID_ARGUMENT: no such block size, or too many sizes. UNIMPLEMENTED: no log is
+        kept, or the model attends over a sliding window.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -301,6 +316,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.History,
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryRequest.FromString,
                     response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryResponse.SerializeToString,
+            ),
+            'Simulate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Simulate,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.SimulateRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.SimulateResponse.SerializeToString,
             ),
             'ResetCache': grpc.unary_unary_rpc_method_handler(
                     servicer.ResetCache,
@@ -527,6 +547,33 @@ class AdminService(object):
             '/quire.memsvc.v1.AdminService/History',
             protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryRequest.SerializeToString,
             protos_dot_memsvc_dot_v1_dot_admin__pb2.HistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Simulate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/Simulate',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.SimulateRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.SimulateResponse.FromString,
             options,
             channel_credentials,
             insecure,

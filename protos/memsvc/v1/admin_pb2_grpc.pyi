@@ -50,6 +50,12 @@ class AdminServiceStub:
     NOT_FOUND: no such pool, or the log does not tell of the sequence. OUT_OF_RANGE: no such block. INVALID_ARGUMENT:
     the beginning of several requests, or fields that do not go together. UNIMPLEMENTED: no log is kept.
     """
+    Simulate: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SimulateRequest, _admin_pb2.SimulateResponse]
+    """Says what the recent traffic would have found in pools of other sizes, as far back as the command log goes. A model: the
+    least recently used block is evicted first, floors, retention and pins count for nothing, and no room is set aside for
+    what runs. NOT_FOUND: no such pool. INVALID_ARGUMENT: no such block size, or too many sizes. UNIMPLEMENTED: no log is
+    kept, or the model attends over a sliding window.
+    """
     ResetCache: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ResetCacheRequest, _admin_pb2.ResetCacheResponse]
     """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
     blocks, and `force` is not set.
@@ -109,6 +115,12 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Tells what happened to a block, to a sequence, or to everything, oldest first, as far back as the command log goes.
     NOT_FOUND: no such pool, or the log does not tell of the sequence. OUT_OF_RANGE: no such block. INVALID_ARGUMENT:
     the beginning of several requests, or fields that do not go together. UNIMPLEMENTED: no log is kept.
+    """
+    Simulate: _aio.UnaryUnaryMultiCallable[_admin_pb2.SimulateRequest, _admin_pb2.SimulateResponse]  # type: ignore[assignment]
+    """Says what the recent traffic would have found in pools of other sizes, as far back as the command log goes. A model: the
+    least recently used block is evicted first, floors, retention and pins count for nothing, and no room is set aside for
+    what runs. NOT_FOUND: no such pool. INVALID_ARGUMENT: no such block size, or too many sizes. UNIMPLEMENTED: no log is
+    kept, or the model attends over a sliding window.
     """
     ResetCache: _aio.UnaryUnaryMultiCallable[_admin_pb2.ResetCacheRequest, _admin_pb2.ResetCacheResponse]  # type: ignore[assignment]
     """Forgets everything that prompts can match in a pool. NOT_FOUND: no such pool. FAILED_PRECONDITION: sequences hold
@@ -202,6 +214,18 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Tells what happened to a block, to a sequence, or to everything, oldest first, as far back as the command log goes.
         NOT_FOUND: no such pool, or the log does not tell of the sequence. OUT_OF_RANGE: no such block. INVALID_ARGUMENT:
         the beginning of several requests, or fields that do not go together. UNIMPLEMENTED: no log is kept.
+        """
+
+    @_abc_1.abstractmethod
+    def Simulate(
+        self,
+        request: _admin_pb2.SimulateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SimulateResponse, _abc.Awaitable[_admin_pb2.SimulateResponse]]:
+        """Says what the recent traffic would have found in pools of other sizes, as far back as the command log goes. A model: the
+        least recently used block is evicted first, floors, retention and pins count for nothing, and no room is set aside for
+        what runs. NOT_FOUND: no such pool. INVALID_ARGUMENT: no such block size, or too many sizes. UNIMPLEMENTED: no log is
+        kept, or the model attends over a sliding window.
         """
 
     @_abc_1.abstractmethod
