@@ -435,6 +435,7 @@ class Engine:
             stored_token_count=request.stored_token_count,
             shared_block_count=request.shared_block_count,
             block_seconds=request.block_seconds(now),
+            recomputed_token_count=request.recomputed_token_count,
         )
         usage.queue_time.FromNanoseconds(int(((request.admitted_at or now) - request.arrived_at) * 1e9))
         if request.first_token_at is not None:

@@ -111,6 +111,8 @@ class Usage:
     """Blocks that the samples found in the cache, or shared with the first one, when they began."""
     block_seconds: float = 0.0
     """Blocks held times seconds, from admission to the last token."""
+    recomputed_token_count: int = 0
+    """Tokens computed again because a sample had lost its blocks."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -327,6 +329,7 @@ def usage_from(wire: gateway_pb2.Usage) -> Usage:
         stored_token_count=wire.stored_token_count,
         shared_block_count=wire.shared_block_count,
         block_seconds=wire.block_seconds,
+        recomputed_token_count=wire.recomputed_token_count,
     )
 
 

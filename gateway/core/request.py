@@ -105,6 +105,11 @@ class Request:
         """Tokens of the blocks that the samples filled and left in the prefix cache."""
         return 0 if self.settings.skip_cache_write else sum(sample.stored_token_count for sample in self.samples)
 
+    @property
+    def recomputed_token_count(self) -> int:
+        """Tokens that the samples computed again."""
+        return sum(sample.recomputed_token_count for sample in self.samples)
+
     def block_seconds(self, now: float) -> float:
         """Returns blocks held times seconds, of all samples, up to `now`."""
         return sum(

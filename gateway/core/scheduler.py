@@ -184,6 +184,7 @@ class Scheduler:
         sequence.blocks = list(admission.block_ids)
         if not sequence.preemption_count:
             sequence.shared_block_count = admission.cached_token_count // self._block_size
+        sequence.recomputed_token_count += max(0, sequence.lost_token_count - admission.cached_token_count)
         sequence.cached_token_count = admission.cached_token_count
         sequence.scheduled = sequence.computed = admission.cached_token_count
         sequence.reported = sequence.total = len(sequence.tokens)

@@ -47,6 +47,8 @@ class Sequence:
         report_at: value of `computed` at which the memory service is to hear of it again.
         block_seconds: blocks held times seconds, up to `counted_at`.
         shared_block_count: blocks that it had from others when it was first admitted.
+        lost_token_count: tokens that were computed when it lost its last table.
+        recomputed_token_count: tokens that it has computed, or is to compute, again.
         stored_token_count: tokens of blocks that it has filled itself.
     """
 
@@ -61,8 +63,10 @@ class Sequence:
         "epoch",
         "index",
         "length_limit",
+        "lost_token_count",
         "preemption_count",
         "prompt_length",
+        "recomputed_token_count",
         "released",
         "report_at",
         "reported",
@@ -104,6 +108,8 @@ class Sequence:
         self.counted_at = 0.0
         self.shared_block_count = 0
         self.stored_token_count = 0
+        self.recomputed_token_count = 0
+        self.computed = 0
         self.clear_table()
 
     def clear_table(self) -> None:
@@ -114,6 +120,7 @@ class Sequence:
         self.room = 0
         self.released = 0
         self.scheduled = 0
+        self.lost_token_count = self.computed
         self.computed = 0
         self.total = len(self.tokens)
         self.reported = 0

@@ -129,3 +129,24 @@ async def test_cancels_at_any_moment_leave_nothing(seed: int) -> None:
         await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) <= before
         assert not world.engine._live
+
+
+async def test_usage_says_how_many_tokens_were_computed_twice() -> None:
+    """Preemptions are told as a count, which says nothing of their price."""
+    async with running(World(24)) as world:
+        streams = [
+            await world.submit(
+                token_ids=ids([number + 1] * 30),
+                sampling=pb.Sampling(seed=number),
+                stopping=pb.Stopping(max_tokens=200, ignore_eos=True),
+            )
+            for number in range(8)
+        ]
+        usages = [usage for _, usage in await asyncio.gather(*(world.collect(stream) for stream in streams))]
+        twice = sum(usage.recomputed_token_count for usage in usages)
+        assert twice > 0
+        assert all(usage.preemption_count for usage in usages if usage.recomputed_token_count)
+        # A step that is under way when its sequence ends computes one token for nothing.
+        once = sum(30 + 200 - 1 - usage.cached_token_count for usage in usages)
+        assert once + twice <= world.executor.computed_token_count <= once + twice + 2 * len(usages)
+        await world.settle()
