@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import os
 import time
 from typing import Any
 
-from gateway.bench.memsvc_process import MemsvcProcess
 from gateway.bench.null_executor import VOCAB_SIZE
-from gateway.bench.service_process import ServiceProcess
-from memsvc.bench import core
+from gateway.bench.null_stack import NullStack
 from protos.gateway.v1 import gateway_pb2 as pb
 from protos.gateway.v1 import gateway_pb2_grpc
 from quire.errors import QuireError
@@ -21,9 +18,7 @@ from quire.rpc import open_channel
 
 _PROMPT_BLOCKS = 4
 _MAX_TOKENS = 100_000
-_READY_SECONDS = 30.0
 _START_SECONDS = 60.0
-_POLL_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,10 +62,10 @@ class Front:
 
     def __init__(self, running: int, step_seconds: float, block_size: int = 16) -> None:
         self._running = running
-        self._step_seconds = step_seconds
         self._block_size = block_size
-        self._services: dict[str, ServiceProcess] = {}
+        self._services = NullStack(running, step_seconds, block_size)
         self._stack = contextlib.AsyncExitStack()
+        self._stack.push_async_callback(self._services.close)
         self._clients: list[asyncio.Task[None]] = []
         self._message_count = 0
         self._token_count = 0
@@ -83,20 +78,9 @@ class Front:
         Raises:
             QuireError: a service did not start, or a stream ended.
         """
-        memsvc = MemsvcProcess()
-        await self._run("memsvc", memsvc)
-        flags = ("--step-seconds", str(self._step_seconds), "--max-num-seqs", str(self._running))
-        executor = ServiceProcess(
-            "gateway.bench.null_executor", flags, event="service_listening", own_settings="QUIRE_NULL_EXECUTOR_"
-        )
-        await self._run("execsvc", executor)
-        await memsvc.register_pool(core.POOL_ID, core.pool_spec(self._block_size), executor.address)
-        flags = ("--memsvc", memsvc.address, "--max-num-seqs", str(self._running))
-        gateway = ServiceProcess("gateway", flags, event="service_listening", own_settings="QUIRE_GATEWAY_")
-        await self._run("gateway", gateway)
-        channel = await self._stack.enter_async_context(open_channel(gateway.address))
+        await self._services.start()
+        channel = await self._stack.enter_async_context(open_channel(self._services.address))
         stub = gateway_pb2_grpc.GenerationServiceStub(channel)
-        await self._wait_for_model(stub)
         self._clients = [
             asyncio.create_task(self._client(stub, index), name=f"client-{index}") for index in range(self._running)
         ]
@@ -108,19 +92,6 @@ class Front:
             waiting.cancel()
             reasons = {str(task.exception()) for task in done}
             raise QuireError(f"{len(self._begun)} of {self._running} streams began: {reasons or 'no answer'}")
-
-    @staticmethod
-    async def _wait_for_model(stub: Any) -> None:
-        async with asyncio.timeout(_READY_SECONDS):
-            for _ in itertools.count():
-                if (await stub.ListModels(pb.ListModelsRequest())).models:
-                    return
-                await asyncio.sleep(_POLL_SECONDS)
-
-    async def _run(self, name: str, service: ServiceProcess) -> None:
-        self._stack.push_async_callback(service.close)
-        await service.start()
-        self._services[name] = service
 
     async def _client(self, stub: Any, index: int) -> None:
         length = _PROMPT_BLOCKS * self._block_size + index % self._block_size
@@ -148,18 +119,15 @@ class Front:
             UnsupportedError: the processor time of processes cannot be read here.
         """
         messages, tokens = self._message_count, self._token_count
-        cpu, own, begun = self._cpu(), time.process_time(), time.perf_counter()
+        cpu, own, begun = self._services.cpu_seconds(), time.process_time(), time.perf_counter()
         await asyncio.sleep(seconds)
         elapsed = time.perf_counter() - begun
-        spent = {name: now - cpu[name] for name, now in self._cpu().items()}
+        spent = {name: now - cpu[name] for name, now in self._services.cpu_seconds().items()}
         spent["clients"] = time.process_time() - own
         for client in self._clients:
             if client.done():
                 raise QuireError(f"a stream ended while it was measured: {client.exception()}")
         return Window(elapsed, self._message_count - messages, self._token_count - tokens, spent)
-
-    def _cpu(self) -> dict[str, float]:
-        return {name: service.cpu_seconds() for name, service in self._services.items()}
 
     async def close(self) -> None:
         """Ends the streams and stops everything."""

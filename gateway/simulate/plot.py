@@ -30,7 +30,7 @@ def check(path: str) -> None:
         raise ConfigError(f"--plot: found {path!r}, a name that ends in .png or .svg is expected", field="plot")
     if not Path(path).parent.is_dir():
         raise ConfigError(f"--plot: there is no directory {str(Path(path).parent)!r}", field="plot")
-    _pyplot()
+    pyplot_module()
 
 
 def draw(results: list[PolicyResult], title: str, path: str) -> None:
@@ -44,7 +44,7 @@ def draw(results: list[PolicyResult], title: str, path: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     figure, panels = pyplot.subplots(
         len(results),
         1,
@@ -87,7 +87,7 @@ def thinned(columns: npt.NDArray[np.int64], slot_count: int) -> tuple[npt.NDArra
     return (bounds[:-1] + bounds[1:]) / 2, np.diff(sums[:, bounds], axis=1) / widths / slot_count
 
 
-def _pyplot() -> Any:
+def pyplot_module() -> Any:
     """Returns matplotlib's pyplot, which draws into files only; raises ConfigError if it is not installed."""
     try:
         import matplotlib as mpl  # noqa: PLC0415 - seconds to import, and needed for pictures alone

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from quire.cli import bench_serve
 from quire.cli.options import Json
 from quire.cli.output import console, notices, print_json, print_table
 from quire.errors import ConfigError, QuireError
@@ -28,6 +29,9 @@ app = typer.Typer(
 @app.callback()
 def _group() -> None:
     """Measure what Quire costs on this machine."""
+
+
+app.command()(bench_serve.serve)
 
 
 @app.command()
