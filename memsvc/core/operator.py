@@ -138,16 +138,16 @@ class OperatorCommands(abc.ABC):
         path = self._path(pool_id, selector)
         if not len(path.blocks):
             raise _not_found(pool_id)
-        tenancy, released = memory.tenancy, []
+        tenancy = memory.tenancy
         if tenancy is None:
             return 0
-        for block in path.blocks[::-1].tolist():
-            behind = list(prefix_views.children(memory, memory.prefix.identity(block)))
-            if (tenancy.retention[behind] == retention.PINNED).any():
-                break
-            if tenancy.retention[block] == retention.PINNED:
-                released.append(block)
-                tenancy.let_go(np.array([block]))
+        pinned = tenancy.retention == retention.PINNED
+        others = pinned.copy()
+        others[path.blocks] = False
+        needed = prefix_views.with_beginnings(others, prefix_views.parents_of(memory))
+        # The tail first: it is evicted first, too.
+        released = path.blocks[(pinned & ~needed)[path.blocks]][::-1]
+        tenancy.let_go(released)
         return len(released)
 
     @command()
@@ -165,20 +165,15 @@ class OperatorCommands(abc.ABC):
         """
         memory = self.pool(pool_id).memory
         path = self._path(pool_id, selector)
-        behind = prefix_views.continuations(memory, path)
-        if not len(path.blocks) and not len(behind):
+        parents = prefix_views.parents_of(memory)
+        concerned = prefix_views.continuations(memory, path, parents)
+        concerned[path.blocks] = True
+        if not concerned.any():
             raise _not_found(pool_id)
-        count = 0
-        for block in [*behind.tolist(), *path.blocks[::-1].tolist()]:
-            identity = memory.prefix.identity(block)
-            is_pinned = memory.tenancy is not None and memory.tenancy.retention[block] == retention.PINNED
-            is_needed = identity and any(prefix_views.children(memory, identity))
-            if memory.pool.state[block] == BlockState.CACHED and not is_pinned and not is_needed:
-                gone = np.array([block])
-                memory.forget_evicted(gone, now)
-                memory.pool.discard_cached(gone, now)
-                count += 1
-        return count, len(path.blocks) + len(behind) - count
+        gone = prefix_views.evictable(memory, concerned, parents)
+        memory.forget_evicted(gone, now)
+        memory.pool.discard_cached(gone, now)
+        return len(gone), int(np.count_nonzero(concerned)) - len(gone)
 
     def explain_prefix(self, pool_id: str, selector: PrefixSelector) -> Explanation:
         """Returns how much of a prompt is cached, and why not more; changes nothing.

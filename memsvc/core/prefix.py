@@ -51,7 +51,7 @@ class PrefixIndex:
         token_words: the same memory, flat: writing a few tokens through a view costs a fraction.
         published: `[block]` a Publication.
         identities, parents: `[block, 2]` the identity of each published block (0 if PARTIAL), and of the one before.
-        by_parent: published blocks by the identity of their parent, and some that are so no more.
+        partial_length: `[block]` tokens of a PARTIAL block that can be matched.
         index: `[block]` position of the block in the sequence that filled it.
         collision_count: times that equal identities had different tokens.
         events: what was published and forgotten, oldest first; None while nobody wants to know.
@@ -61,23 +61,23 @@ class PrefixIndex:
     __slots__ = (
         "_block_size",
         "_by_identity",
+        "_by_parent",
         "_chain",
         "_has_extra",
         "_hint",
         "_identity",
         "_linked",
         "_parent",
-        "_partial_length",
         "_published",
         "_tenants",
         "_token_bytes",
-        "by_parent",
         "collision_count",
         "events",
         "identities",
         "index",
         "native",
         "parents",
+        "partial_length",
         "published",
         "token_words",
         "tokens",
@@ -106,21 +106,20 @@ class PrefixIndex:
         self._identity = self.identities.data.cast("B")
         self._parent = self.parents.data.cast("B")
         self._linked = bytearray(block_count)
-        # Tokens of a PARTIAL block that can be matched.
-        self._partial_length = bytearray(block_count)
+        self.partial_length = bytearray(block_count)
         # Whether a block's identity covers more than its tokens, for example a picture.
         self._has_extra: npt.NDArray[np.bool_] = np.zeros(block_count, np.bool_)
         self.index = np.zeros(block_count, np.int32)
         self.events: list[CacheEvent] | None = None
         self._hint = np.zeros(block_count, np.int32).data
         self._by_identity = DigestChains(block_count)
-        self.by_parent = DigestChains(block_count, self._by_identity.scratch)
+        self._by_parent = DigestChains(block_count, self._by_identity.scratch)
         self.native: native.Index | None = None
         if native.accelerator is not None and chain is hashing.chain:
             self.native = self._hold(native.accelerator, block_count)
 
     def _hold(self, accelerator: native.Accelerator, block_count: int) -> native.Index:
-        (heads, following), (parent_heads, parent_following) = self._by_identity.columns, self.by_parent.columns
+        (heads, following), (parent_heads, parent_following) = self._by_identity.columns, self._by_parent.columns
         index: native.Index = accelerator.Index(
             *(block_count, self._block_size, len(heads)),
             *(self.tokens, self.published, self.identities, self.parents, self._linked, self._has_extra),
@@ -136,16 +135,16 @@ class PrefixIndex:
         """Returns the identity of the block before one that was published, or the root digest."""
         return self._digest(self._parent, block)
 
-    def matchable_token_count(self, block: int) -> int:
-        """Returns how many tokens of a published block can be matched."""
-        return self._partial_length[block] if self.published[block] == _PARTIAL else self._block_size
-
     def block_of(self, identity: bytes) -> int:
         """Returns the block published under `identity`, or 0."""
         for block in self._by_identity.candidates(identity):
             if self._published[block] == _FULL and self._digest(self._identity, block) == identity:
                 return block
         return 0
+
+    def blocks_of(self, identities: npt.NDArray[np.uint64]) -> BlockIds:
+        """Returns, for each of `identities` (`[row, 2]`), the block published under it, or 0."""
+        return self._by_identity.find_many(identities, self.identities, self.published == _FULL)
 
     def match(
         self, root: bytes, prompt: bytes, extras: Mapping[int, bytes] = NO_EXTRAS, *, learn: bool = True
@@ -328,7 +327,7 @@ class PrefixIndex:
         self._parent[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES] = parent
         self._has_extra[block] = False
         self._link(block, b"", parent, _PARTIAL)
-        self._partial_length[block] = token_count
+        self.partial_length[block] = token_count
         return True
 
     def republish(self, block: int) -> bool:
@@ -392,7 +391,7 @@ class PrefixIndex:
     ) -> None:
         """Links blocks whose identities are new and distinct."""
         self._by_identity.link_many(digests, rows)
-        self.by_parent.link_many(parents, rows)
+        self._by_parent.link_many(parents, rows)
         np.asarray(self._hint)[fresh.before] = rows
         np.frombuffer(self._linked, np.uint8)[rows] = _FULL
         self.published[rows] = _FULL
@@ -405,7 +404,7 @@ class PrefixIndex:
         if len(full):
             self._by_identity.unlink_many(self.identities[full], full)
         if len(any_state):
-            self.by_parent.unlink_many(self.parents[any_state], any_state)
+            self._by_parent.unlink_many(self.parents[any_state], any_state)
             linked[any_state] = 0
 
     def _find(self, parent: bytes, tokens: bytes, extra: bytes = b"") -> int:
@@ -422,7 +421,7 @@ class PrefixIndex:
     ) -> list[int]:
         """Returns by what the hints extend `path`; see `_follow_hints`."""
         if not path:
-            return index.follow(next(self.by_parent.candidates(root), 0), root, prompt, 0, stop)
+            return index.follow(next(self._by_parent.candidates(root), 0), root, prompt, 0, stop)
         return index.follow(self._hint[path[-1]], self._digest(self._identity, path[-1]), prompt, len(path), stop)
 
     def _follow_hints(self, path: list[int], root: bytes, words: npt.NDArray[np.uint32]) -> None:
@@ -431,7 +430,7 @@ class PrefixIndex:
         walk = _HINT_WALK
         while len(path) < len(words):
             start = len(path)
-            block = hint[path[-1]] if start else next(self.by_parent.candidates(root), 0)
+            block = hint[path[-1]] if start else next(self._by_parent.candidates(root), 0)
             guess = []
             for _ in range(min(walk, len(words) - start)):
                 if not block:
@@ -462,13 +461,13 @@ class PrefixIndex:
         """
         best, best_count = 0, 0
         seen = 0
-        for block in self.by_parent.candidates(parent):
+        for block in self._by_parent.candidates(parent):
             state = self._published[block]
             if state not in {_FULL, _PARTIAL} or self._has_extra[block] or self._digest(self._parent, block) != parent:
                 continue
             length = len(rest)
             if state == _PARTIAL:
-                length = min(length, self._partial_length[block])
+                length = min(length, self.partial_length[block])
             different = np.flatnonzero(self.tokens[block, :length] != rest[:length])
             count = int(different[0]) if len(different) else length
             if count > best_count:
@@ -483,7 +482,7 @@ class PrefixIndex:
     def _link(self, block: int, identity: bytes, parent: bytes, state: int) -> None:
         if state == _FULL:
             self._by_identity.link(identity, block)
-        self.by_parent.link(parent, block)
+        self._by_parent.link(parent, block)
         self._linked[block] = state
         self._published[block] = state
 
@@ -492,7 +491,7 @@ class PrefixIndex:
         if self._linked[block]:
             if self._linked[block] == _FULL:
                 self._by_identity.unlink(self._digest(self._identity, block), block)
-            self.by_parent.unlink(self._digest(self._parent, block), block)
+            self._by_parent.unlink(self._digest(self._parent, block), block)
             self._linked[block] = 0
 
     @staticmethod

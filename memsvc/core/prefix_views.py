@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from memsvc.core import retention
 from memsvc.core.content import PrefixMatch, Publication
 from memsvc.core.free_order import BlockIds
+from memsvc.core.pool import BlockState
 from quire.window import hit_block_count
 
 if TYPE_CHECKING:
@@ -21,7 +23,11 @@ _TOKEN_BYTES = 4
 # An odd number, which spreads references over a word: 2**64 divided by the golden ratio.
 _SPREAD: Final = np.uint64(0x9E3779B97F4A7C15)
 
+# More than any block's position.
+_BEHIND_ALL: Final = 2**31
+
 Words = npt.NDArray[np.uint32]
+Mask = npt.NDArray[np.bool_]
 
 
 class MissReason(enum.IntEnum):
@@ -166,31 +172,71 @@ def is_whole(memory: PoolMemory, path: Path) -> bool:
     return len(path.blocks) >= needed
 
 
-def children(memory: PoolMemory, identity: bytes) -> Iterator[int]:
-    """Yields the blocks that prompts can match directly behind an identity, whole or their heads."""
+def parents_of(memory: PoolMemory) -> BlockIds:
+    """Returns `[block]` the block that each one that prompts can match directly continues; 0 where there is none."""
+    blocks = np.flatnonzero(_matchable(memory))
+    parents = np.zeros(memory.pool.block_count, np.int64)
+    parents[blocks] = memory.prefix.blocks_of(memory.prefix.parents[blocks])
+    return parents
+
+
+def with_continuations(mask: Mask, parents: BlockIds) -> Mask:
+    """Returns `mask` and all that continues it, at any distance; see `parents_of`."""
+    for ancestors in _leaps(parents):
+        mask = mask | mask[ancestors]
+    return mask
+
+
+def with_beginnings(mask: Mask, parents: BlockIds) -> Mask:
+    """Returns `mask` and all that it begins with, at any distance."""
+    mask = mask.copy()
+    for ancestors in _leaps(parents):
+        mask[ancestors[mask]] = True
+        mask[0] = False
+    return mask
+
+
+def continuations(memory: PoolMemory, path: Path, parents: BlockIds) -> Mask:
+    """Returns `[block]` which blocks continue a path."""
     prefix = memory.prefix
-    for block in prefix.by_parent.candidates(identity):
-        if prefix.published[block] in {Publication.FULL, Publication.PARTIAL} and prefix.parent(block) == identity:
-            yield block
+    last = np.frombuffer(path.identity, np.uint64)
+    first = _matchable(memory) & (prefix.parents == last).all(axis=1)
+    if len(path.rest):
+        # What can be matched is the beginning of the rest, or begins with it.
+        partial = prefix.published == Publication.PARTIAL
+        lengths = np.where(partial, np.frombuffer(prefix.partial_length, np.uint8), len(path.rest))
+        equal = prefix.tokens[:, : len(path.rest)] == path.rest
+        first &= (equal | (np.arange(len(path.rest)) >= lengths[:, None])).all(axis=1)
+    return with_continuations(first, parents)
 
 
-def continuations(memory: PoolMemory, path: Path) -> BlockIds:
-    """Returns the blocks that continue a path, those further from it first."""
-    prefix, rest = memory.prefix, path.rest
-    found = list(children(memory, path.identity))
-    if len(rest):
-        found = [block for block in found if _goes_on(memory, block, rest)]
-    # The list grows while it is walked: breadth first.
-    for block in found:
-        if prefix.published[block] == Publication.FULL:
-            found.extend(children(memory, prefix.identity(block)))
-    return np.array(found[::-1], np.int64)
+def evictable(memory: PoolMemory, mask: Mask, parents: BlockIds) -> BlockIds:
+    """Returns those of the blocks in `mask` that nobody uses, pins, or begins with, the end of a prefix first."""
+    may = mask & (memory.pool.state == BlockState.CACHED)
+    if memory.tenancy is not None:
+        may &= memory.tenancy.retention != retention.PINNED
+    found = np.flatnonzero(may & ~with_beginnings(_matchable(memory) & ~may, parents))
+    whole = memory.prefix.published[found] == Publication.FULL
+    return found[np.argsort(-np.where(whole, memory.prefix.index[found], _BEHIND_ALL), kind="stable")]
 
 
-def _goes_on(memory: PoolMemory, block: int, rest: Words) -> bool:
-    """Returns whether what can be matched of a block is the beginning of `rest`, or begins with it."""
-    length = min(len(rest), memory.prefix.matchable_token_count(block))
-    return bool((memory.prefix.tokens[block, :length] == rest[:length]).all())
+def _matchable(memory: PoolMemory) -> Mask:
+    """Returns `[block]` which blocks prompts can match, whole or their heads."""
+    published = memory.prefix.published
+    matchable: Mask = (published == Publication.FULL) | (published == Publication.PARTIAL)
+    return matchable
+
+
+def _leaps(parents: BlockIds) -> Iterator[BlockIds]:
+    """Yields each block's ancestor at distance 1, 2, 4, 8, ... as long as there are any.
+
+    Who takes all leaps in turn comes to every ancestor, in as many vector operations as the longest prefix has digits.
+    """
+    for _ in range(len(parents).bit_length()):
+        if not parents.any():
+            return
+        yield parents
+        parents = parents[parents]
 
 
 def shared_prefixes(memory: PoolMemory, least: int) -> list[SharedPrefix]:

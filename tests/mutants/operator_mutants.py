@@ -237,48 +237,49 @@ PINS: Final = tuple(
     for name, target, old, new in (
         ("pins have no quota", f"{_CORE}.pin_prefix", "before + len(new) > limit", "False"),
         ("pins are of the tenant without a name", f"{_CORE}._matchable", "selector.tenant", '""'),
-        ("an operator evicts what is pinned", f"{_CORE}.evict_prefix", " and not is_pinned", ""),
+        (
+            "an operator evicts what is pinned",
+            "memsvc.core.prefix_views:evictable",
+            "may &= memory.tenancy.retention != retention.PINNED",
+            "pass",
+        ),
         (
             "who computes a pinned text again ends the pin",
             f"{_MEMORY}.publish",
             "self.tenancy.succeed(other, block)",
             "pass",
         ),
-        (
-            "a pin is left without its beginning",
-            f"{_CORE}.release_prefix",
-            "(tenancy.retention[behind] == retention.PINNED).any()",
-            "False",
-        ),
-        (
-            "the beginning of a released prefix goes first",
-            f"{_CORE}.release_prefix",
-            "tenancy.let_go(np.array([block]))",
-            "tenancy.let_go(path.blocks)",
-        ),
+        ("a pin is left without its beginning", f"{_CORE}.release_prefix", "(pinned & ~needed)", "pinned"),
+        ("the beginning of a released prefix goes first", f"{_CORE}.release_prefix", "[::-1]", ""),
     )
 )
 
 FORGOTTEN: Final = tuple(
     Mutant(name, target, old, new, "what_must_go_goes_and_nothing_else")
     for name, target, old, new in (
-        ("what others begin with goes too", f"{_CORE}.evict_prefix", " and not is_needed", ""),
+        (
+            "what others begin with goes too",
+            f"{_VIEWS}:evictable",
+            "may & ~with_beginnings(_matchable(memory) & ~may, parents)",
+            "may",
+        ),
         (
             "what is used is evicted",
-            f"{_CORE}.evict_prefix",
-            "memory.pool.state[block] == BlockState.CACHED and",
-            "True and",
+            f"{_VIEWS}:evictable",
+            "mask & (memory.pool.state == BlockState.CACHED)",
+            "mask.copy()",
         ),
         (
             "what continues a prefix stays",
             f"{_VIEWS}:continuations",
-            "found.extend(children(memory, prefix.identity(block)))",
-            "pass",
+            "with_continuations(first, parents)",
+            "first",
         ),
+        ("of a long prefix only some blocks are found", f"{_VIEWS}:_leaps", "parents = parents[parents]", "pass"),
         (
             "all that continues a prefix goes, whatever tokens it has",
             f"{_VIEWS}:continuations",
-            "if len(rest):",
+            "if len(path.rest):",
             "if False:",
         ),
         (

@@ -203,6 +203,8 @@ def what_must_go_goes_and_nothing_else() -> None:
     assert found(world, [*system, *mine]) == 2 * SIZE
     world.close(running, CloseReason.CANCELLED)
     assert world.core.evict_prefix(POOL, PrefixSelector(pack(system[:5])), world.now) == (2, 0)
+    world.run(prompt(12 * SIZE, 8))
+    assert world.core.evict_prefix(POOL, PrefixSelector(pack(prompt(SIZE, 8))), world.now) == (12, 0)
 
 
 def other_sizes_find_what_they_would_have() -> None:

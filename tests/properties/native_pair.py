@@ -102,7 +102,7 @@ class Pair:
 
     def _neighbours(self, spec: PoolSpec) -> Iterator[str]:
         """Yields tenants whose first blocks are looked for in the same place as those of the tenant without a name."""
-        core, mask = self.cores[1][0], len(self.memory.prefix.by_parent.columns[0]) - 1
+        core, mask = self.cores[1][0], len(self.memory.prefix._by_parent.columns[0]) - 1
         places = {name: core._root(spec, "", name, "")[0][0] & mask for name in ("", *map(str, range(200)))}
         yield from [name for name, place in places.items() if name and place == places[""]][:2]
 
