@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from execsvc.choosing import prompt_rows
 from execsvc.sequences import Sequence, SequenceRows
 from quire.units import round_up
 
@@ -38,8 +39,12 @@ class Batch:
     """`[sequence + 1]`: where each sequence's rows begin."""
     sampled: list[int]
     """Indexes into `sequences` of those that sample."""
+    reported: list[tuple[int, int]]
+    """(index into `sequences`, position) where the logits are reported for the prompt's next token."""
+    logit_count: int
+    """Rows whose logits are needed."""
     sampled_rows: torch.Tensor
-    """`[padded]` int64 on the device: the last row of each that samples, padded with row 0."""
+    """`[padded]` int64 on the device: the last row of each that samples, the reported rows, padding with row 0."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +72,10 @@ class Arrangement:
     """`[sequence + 1]`: where each sequence's tokens begin."""
     sampled: list[int]
     """Indexes into `sequences` of those that sample."""
+    reported: list[tuple[int, int]]
+    """(index into `sequences`, position) where the logits are reported for the prompt's next token."""
+    logit_rows: Ints
+    """Rows of the tokens whose logits are needed: those that sample, then the reported ones."""
 
 
 def arrange(rows: SequenceRows, scheduled: list[tuple[Sequence, int]]) -> Arrangement:
@@ -82,6 +91,13 @@ def arrange(rows: SequenceRows, scheduled: list[tuple[Sequence, int]]) -> Arrang
     owners = np.repeat(np.arange(len(ordered)), counts)
     positions = np.arange(int(query_starts[-1])) - query_starts[owners] + firsts[owners]
     blocks = rows.block_tables[row_ids[owners], positions // rows.block_size].astype(np.int64)
+    sampled = np.flatnonzero(context_lens == known)
+    reported = [
+        (index, position)
+        for index in np.flatnonzero(rows.reports_prompt[row_ids]).tolist()
+        for position in prompt_rows(ordered[index][0], int(firsts[index]), ordered[index][1])
+    ]
+    reported_rows = [int(query_starts[index] - firsts[index]) + position for index, position in reported]
     return Arrangement(
         sequences=[sequence for sequence, _ in ordered],
         row_ids=row_ids,
@@ -93,17 +109,19 @@ def arrange(rows: SequenceRows, scheduled: list[tuple[Sequence, int]]) -> Arrang
         slots=blocks * rows.block_size + positions % rows.block_size,
         context_lens=context_lens,
         query_starts=query_starts,
-        sampled=np.flatnonzero(context_lens == known).tolist(),
+        sampled=sampled.tolist(),
+        reported=reported,
+        logit_rows=np.concatenate([query_starts[1:][sampled] - 1, np.array(reported_rows, dtype=np.int64)]),
     )
 
 
 def build(rows: SequenceRows, scheduled: list[tuple[Sequence, int]], device: torch.device) -> Batch:
     """Returns the batch of `scheduled` (sequence, token count) pairs, which the caller has checked."""
     plan = arrange(rows, scheduled)
-    token_count, sample_count = len(plan.tokens), len(plan.sampled)
+    token_count, logit_count = len(plan.tokens), len(plan.logit_rows)
     padding = (0, round_up(token_count, ROW_MULTIPLE) - token_count)
-    sampled_rows = np.zeros(round_up(sample_count, ROW_MULTIPLE), dtype=np.int64)
-    sampled_rows[:sample_count] = plan.query_starts[1:][plan.sampled] - 1
+    sampled_rows = np.zeros(round_up(logit_count, ROW_MULTIPLE), dtype=np.int64)
+    sampled_rows[:logit_count] = plan.logit_rows
     return Batch(
         sequences=plan.sequences,
         decode_count=plan.decode_count,
@@ -115,6 +133,8 @@ def build(rows: SequenceRows, scheduled: list[tuple[Sequence, int]], device: tor
         context_lens=plan.context_lens,
         query_starts=plan.query_starts,
         sampled=plan.sampled,
+        reported=plan.reported,
+        logit_count=logit_count,
         sampled_rows=torch.from_numpy(sampled_rows).to(device),
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from execsvc.kv_cache import KVCache
-from execsvc.sampler import SamplingSpec
+from execsvc.sampling_params import check_columns, report_logprobs, sampling_spec
 from execsvc.sequences import Sequence, SequenceRows
 from execsvc.steps import LaunchedStep, Observe, Steps
 from execsvc.swap import SwapSpace
@@ -186,6 +186,7 @@ class Engine:
         result.sampled_tokens = columns.pack(tokens)
         if launched.siblings:
             _add_siblings(result, launched, errors)
+        report_logprobs(launched.logprobs, errors, result)
         result.model_ns, result.sample_ns = launched.durations()
         result.errors.extend(
             pb.SequenceError(table=table, reason=error.reason, message=error.message) for table, error in errors.items()
@@ -273,7 +274,7 @@ class Engine:
         if len(start.sibling_seeds) > _SIBLING_LIMIT:
             message = f"sibling_seeds: found {len(start.sibling_seeds)}, allowed are 0 .. {_SIBLING_LIMIT}"
             raise InvalidRequestError(message, field="sibling_seeds")
-        sampling = _sampling(start.sampling, self.vocab_size)
+        sampling = sampling_spec(start.sampling, self.vocab_size)
         rows.add(start.table, owner, tokens, blocks, computed, sampling, tuple(start.sibling_seeds))
 
     def _check_blocks(self, blocks: columns.Column, outside: int) -> None:
@@ -367,7 +368,7 @@ class _Step:
         for start in plan.added:
             columns.unpack(start.token_ids, "token_ids")
             columns.unpack(start.block_ids, "block_ids")
-            columns.unpack(start.sampling.withheld_tokens, "withheld_tokens")
+            check_columns(start.sampling)
         self._check_copies(block_count)
         if len(set(self.scheduled_tables)) != len(self.scheduled_tables):
             raise InvalidRequestError("scheduled_tables: a table is there twice", field="scheduled_tables")
@@ -394,20 +395,3 @@ class _Step:
 def _pairs(data: bytes, field: str) -> npt.NDArray[np.int64]:
     """Returns the pairs of a column; raises InvalidRequestError."""
     return columns.unpack(data, field, row_length=2).reshape(-1, 2).astype(np.int64)
-
-
-def _sampling(message: pb.SamplingParams, vocab_size: int) -> SamplingSpec:
-    """Returns the checked sampling parameters; raises InvalidRequestError."""
-    withheld = tuple(columns.unpack_list(message.withheld_tokens, "withheld_tokens"))
-    if withheld and max(withheld) >= vocab_size:
-        text = f"withheld_tokens: {max(withheld)} is not below the vocabulary, {vocab_size}"
-        raise InvalidRequestError(text, field="withheld_tokens")
-    return SamplingSpec(
-        message.temperature,
-        message.top_k,
-        message.top_p,
-        message.min_p,
-        message.seed,
-        withheld,
-        message.withheld_until,
-    )

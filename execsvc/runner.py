@@ -10,13 +10,12 @@ import torch
 from execsvc import batch as batches
 from execsvc.attention import AttentionBackend
 from execsvc.batch import Batch
+from execsvc.choosing import add_prompt_logprobs, choose
 from execsvc.kv_cache import KVCache
 from execsvc.model.config import ModelConfig
 from execsvc.model.llama import Llama
 from execsvc.model.native import NativeModel
-from execsvc.sampler import sample
 from execsvc.sequences import Sequence, SequenceRows
-from execsvc.siblings import sample_siblings
 from execsvc.steps import FinishedStep, Observe
 
 
@@ -35,8 +34,8 @@ class HostSteps(abc.ABC):
         """Computes the batch: writes keys and values of its tokens.
 
         Returns:
-            `[sampled, vocabulary]` logits, a row for each sequence of `batch.sampled`; and the most likely token of
-            each, -1 where logits are not finite, or None if the sampler has to look for it.
+            `[row, vocabulary]` logits: of each sequence of `batch.sampled`, then of each of `batch.reported`; and the
+            most likely token of each, -1 where logits are not finite, or None if the sampler has to look for it.
         """
 
     def launch(
@@ -51,17 +50,19 @@ class HostSteps(abc.ABC):
         if observe is not None:
             observe([sequence.table for sequence in samplers], logits)
         positions = [int(rows.known[sequence.row]) for sequence in samplers]
-        specs = [sequence.sampling for sequence in samplers]
-        tokens = sample(logits, specs, positions, best) if samplers else []
-        siblings = sample_siblings(logits, samplers, positions)
+        best = None if best is None else best[: len(samplers)]
+        choice = choose(logits[: len(samplers)], samplers, positions, best)
+        for row, (index, position) in zip(logits[len(samplers) :], batch.reported, strict=True):
+            add_prompt_logprobs(choice.logprobs, batch.sequences[index], position, row)
         return FinishedStep(
             batch.sequences,
             batch.context_lens.tolist(),
             batch.sampled,
-            tokens,
+            choice.tokens,
             computed - started,
             time.perf_counter_ns() - computed,
-            siblings,
+            choice.siblings,
+            choice.logprobs,
         )
 
     def mark(self) -> FinishedStep:
@@ -95,7 +96,7 @@ class Runner(HostSteps):
         rows = stream.index_select(0, batch.sampled_rows)
         if not len(rows):
             return rows.new_empty(0, self.config.vocab_size), None
-        return self.model.logits(rows)[: len(batch.sampled)], None
+        return self.model.logits(rows)[: batch.logit_count], None
 
 
 class NativeRunner(HostSteps):
@@ -116,6 +117,6 @@ class NativeRunner(HostSteps):
             batch.block_tables,
             batch.context_lens,
             batch.query_starts,
-            batch.sampled_rows[: len(batch.sampled)],
+            batch.sampled_rows[: batch.logit_count],
         )
         return logits, best.tolist()

@@ -15,13 +15,20 @@ from execsvc.philox import uniform
 from quire.errors import InvalidRequestError
 
 _MAX_TEMPERATURE = 100.0
+_MAX_PENALTY = 2.0
+LOGPROB_LIMIT = 20
+"""Most likely tokens that are reported at most."""
 _HEAD_COUNT = 1024
 """Most likely tokens that are looked at before the whole vocabulary is sorted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingSpec:
-    """How to choose. The order is temperature, top_k, top_p, min_p."""
+    """How to choose, in this order.
+
+    withheld, bias, repetition_penalty, frequency_penalty, presence_penalty; then, unless greedy: temperature, top_k,
+    top_p, min_p, typical_p, draw.
+    """
 
     temperature: float = 0.0
     """0 is greedy; then the rest has no effect."""
@@ -36,6 +43,22 @@ class SamplingSpec:
     withheld: tuple[int, ...] = ()
     """Tokens that are not chosen at positions below `withheld_until`."""
     withheld_until: int = 0
+    typical_p: float = 1.0
+    """Keep the tokens of nearly the expected surprise whose probabilities reach this sum."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that the sequence has, and multiplies negative ones."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it was generated."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of a token that was generated."""
+    prompt_token_count: int = 0
+    """Leading tokens that are not generated."""
+    logprobs: int | None = None
+    """Most likely tokens whose log-probabilities are reported beside the sampled one's; None for nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -48,12 +71,44 @@ class SamplingSpec:
                 f"temperature: {self.temperature} is out of range, allowed is 0 .. {_MAX_TEMPERATURE:g}",
                 field="temperature",
             )
+        self._check_penalties()
         if self.temperature == 0.0:
             return
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequestError(f"top_p: {self.top_p} is out of range, allowed is 0 < p <= 1", field="top_p")
         if not 0.0 <= self.min_p <= 1.0:
             raise InvalidRequestError(f"min_p: {self.min_p} is out of range, allowed is 0 .. 1", field="min_p")
+        if not 0.0 < self.typical_p <= 1.0:
+            message = f"typical_p: {self.typical_p} is out of range, allowed is 0 < p <= 1"
+            raise InvalidRequestError(message, field="typical_p")
+
+    def _check_penalties(self) -> None:
+        """Raises InvalidRequestError if what changes logits, or is reported of them, is out of range."""
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
+            message = f"repetition_penalty: {self.repetition_penalty} is out of range, allowed is more than 0"
+            raise InvalidRequestError(message, field="repetition_penalty")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if not -_MAX_PENALTY <= value <= _MAX_PENALTY:
+                message = f"{name}: {value} is out of range, allowed is -{_MAX_PENALTY:g} .. {_MAX_PENALTY:g}"
+                raise InvalidRequestError(message, field=name)
+        if any(not math.isfinite(value) for _, value in self.bias):
+            raise InvalidRequestError("bias_values: a value is not finite", field="bias_values")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and count > LOGPROB_LIMIT:
+                message = f"{name}: {count} is out of range, allowed is 0 .. {LOGPROB_LIMIT}"
+                raise InvalidRequestError(message, field=name)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the tokens of the sequence change the logits."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def special(self) -> bool:
+        """Whether it takes more than the logits, and a draw from them, to choose or to report."""
+        return self.penalizes or bool(self.bias) or self.logprobs is not None or self.typical_p < 1.0
 
     @property
     def greedy(self) -> bool:
@@ -63,7 +118,7 @@ class SamplingSpec:
     @property
     def truncates(self) -> bool:
         """Whether less likely tokens are dropped before the draw."""
-        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0 or self.typical_p < 1.0
 
 
 def sample(
@@ -124,7 +179,25 @@ def _draw(logits: torch.Tensor, spec: SamplingSpec, draw: float) -> int:
         weights = torch.where(reached - weights < spec.top_p, weights, 0.0)
     if spec.min_p > 0.0:
         weights = torch.where(weights >= spec.min_p * weights[0], weights, 0.0)
+    if spec.typical_p < 1.0:
+        weights = _typical(weights, spec.typical_p)
     return int(order[_pick(torch.cumsum(weights, -1), draw)])
+
+
+def _typical(weights: torch.Tensor, mass: float) -> torch.Tensor:
+    """Returns the weights without those of tokens that are much more, or much less, of a surprise than expected.
+
+    Kept are the tokens whose surprise is nearest to the entropy, as many as reach `mass` together. Source: Meister et
+    al., "Locally Typical Sampling" (2022).
+    """
+    shares = weights / weights.sum()
+    surprises = torch.where(shares > 0.0, -torch.log(shares), math.inf)
+    entropy = torch.where(shares > 0.0, shares * surprises, 0.0).sum()
+    order = torch.argsort((surprises - entropy).abs(), stable=True)
+    reached = torch.cumsum(shares[order], -1)
+    kept = torch.zeros_like(weights, dtype=torch.bool)
+    kept[order] = reached - shares[order] < mass
+    return torch.where(kept, weights, 0.0)
 
 
 def _most_likely(scaled: torch.Tensor, spec: SamplingSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,11 +31,18 @@ class Sequence:
     sampling: SamplingSpec
     tokens: npt.NDArray[np.int64]
     """Tokens that it was opened with. Of those sampled since, only the last is needed, and that is in the columns."""
+    said: list[int] = dataclasses.field(default_factory=list)
+    """Tokens sampled since, where they decide what may come next."""
     open: bool = True
     failed: bool = False
     """It was dropped because of an error, maybe while a later step with it was on its way."""
     sibling_seeds: tuple[int, ...] = ()
     """Seeds with which its next token is drawn besides; none once that is done."""
+
+    @property
+    def special(self) -> bool:
+        """Whether its next token takes more than a draw from the logits: see `execsvc.choosing`."""
+        return self.sampling.special or bool(self.sibling_seeds)
 
 
 class RowObserver(Protocol):
@@ -76,8 +83,10 @@ class SequenceRows:
         """`[row]`: whether it does not simply take the most likely token."""
         self.withheld_until = np.zeros(row_count, dtype=np.int64)
         """Position from which every token may be sampled."""
-        self.forks = np.zeros(row_count, dtype=np.bool_)
-        """`[row]`: whether it was opened with sibling seeds."""
+        self.special = np.zeros(row_count, dtype=np.bool_)
+        """`[row]`: `Sequence.special` when it was opened."""
+        self.reports_prompt = np.zeros(row_count, dtype=np.bool_)
+        """`[row]`: whether log-probabilities of its prompt are reported."""
         self.by_table: dict[int, Sequence] = {}
         self._free_rows = list(range(row_count - 1, -1, -1))
 
@@ -110,7 +119,8 @@ class SequenceRows:
         self.last_token[row] = tokens[-1]
         self.draws[row] = not sampling.greedy
         self.withheld_until[row] = sampling.withheld_until if sampling.withheld else 0
-        self.forks[row] = bool(sibling_seeds)
+        self.special[row] = sequence.special
+        self.reports_prompt[row] = sampling.prompt_logprobs is not None
         self.by_table[table] = sequence
         if self._observer is not None:
             self._observer.table_written(row, 0, len(blocks))

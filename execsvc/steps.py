@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from execsvc.choosing import LogprobRows, Siblings
 from execsvc.model.config import ModelConfig
 from execsvc.sequences import RowObserver, Sequence, SequenceRows
-from execsvc.siblings import Siblings
 
 Observe = Callable[[list[int], torch.Tensor], None]
 """Hears (tables, logits `[table, vocabulary]`) before tokens are chosen."""
@@ -55,6 +55,11 @@ class LaunchedStep(Protocol):
     @property
     def siblings(self) -> Siblings:
         """Tokens drawn for siblings of those that sample."""
+        ...
+
+    @property
+    def logprobs(self) -> LogprobRows:
+        """Log-probabilities that were asked for."""
         ...
 
     def durations(self) -> tuple[int, int]:
@@ -103,6 +108,7 @@ class FinishedStep:
     model_ns: int = 0
     sample_ns: int = 0
     siblings: Siblings = dataclasses.field(default_factory=dict)
+    logprobs: LogprobRows = dataclasses.field(default_factory=LogprobRows)
 
     def wait(self) -> None:
         """Does nothing."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from quire.errors import InvalidRequestError
 
 U32 = np.dtype("<u4")
+F32 = np.dtype("<f4")
 U32_BYTES = 4
 
 Column: TypeAlias = npt.NDArray[np.uint32]
@@ -57,4 +58,16 @@ def unpack(data: bytes, field: str, *, row_length: int = 1, row_count: int | Non
 def unpack_list(data: bytes, field: str, *, row_length: int = 1, row_count: int | None = None) -> list[int]:
     """Returns the u32 column `data` as a list of ints; raises as `unpack`."""
     values: list[int] = unpack(data, field, row_length=row_length, row_count=row_count).tolist()
+    return values
+
+
+def pack_floats(values: Sequence[float]) -> bytes:
+    """Returns `values` as an f32 column: packed little-endian, as long as a u32 column of as many rows."""
+    return np.array(values, dtype=F32).tobytes()
+
+
+def unpack_floats(data: bytes, field: str, *, row_count: int | None = None) -> list[float]:
+    """Returns an f32 column as a list; raises as `unpack`."""
+    check(data, field, row_count=row_count)
+    values: list[float] = np.frombuffer(data, dtype=F32).tolist()
     return values

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from execsvc.batch import Arrangement, arrange
+from execsvc.choosing import Choice, LogprobRows, Siblings, add_prompt_logprobs, choose
 from execsvc.gpu.decoder import Decoder
 from execsvc.gpu.ladder import ladder, rung_of_size
 from execsvc.gpu.operations import TritonOperations
@@ -33,7 +34,6 @@ from execsvc.gpu.staging import ReturnedTokens, Staging, TokenReturn
 from execsvc.kv_cache import KVCache
 from execsvc.model.llama import Llama
 from execsvc.sequences import Sequence, SequenceRows
-from execsvc.siblings import Siblings, sample_siblings
 from execsvc.steps import Observe
 from kernels.step_state.tensors import Staged
 
@@ -64,7 +64,8 @@ class Launched:
     returned: ReturnedTokens
     clock: Clock
     started_ns: int
-    siblings: Siblings = dataclasses.field(default_factory=dict)
+    choice: Choice = dataclasses.field(default_factory=Choice)
+    """What the host chose and reports; its tokens are among the returned ones."""
     model_ns: int = 0
 
     def wait(self) -> None:
@@ -75,6 +76,16 @@ class Launched:
     def tokens(self) -> list[int]:
         """See LaunchedStep."""
         return self.returned.take()
+
+    @property
+    def siblings(self) -> Siblings:
+        """See LaunchedStep."""
+        return self.choice.siblings
+
+    @property
+    def logprobs(self) -> LogprobRows:
+        """See LaunchedStep."""
+        return self.choice.logprobs
 
     def durations(self) -> tuple[int, int]:
         """See LaunchedStep; choosing tokens is part of the model's graphs."""
@@ -209,17 +220,16 @@ class GpuSteps:
         counts = np.array([count for _, count in scheduled], dtype=np.int64)
         computed = rows.computed[row_ids]
         decodes = (counts == 1) & (computed + 1 == rows.known[row_ids])
-        forks = bool(rows.forks[row_ids].any())
-        if len(scheduled) < len(self._rung_of_size) and decodes.all() and not forks:
+        hosted = bool(rows.special[row_ids].any())
+        if len(scheduled) < len(self._rung_of_size) and decodes.all() and not hosted:
             sequences = [sequence for sequence, _ in scheduled]
             returned = self._launch_decode(rows, sequences, row_ids, observe)
             sampled = list(range(len(sequences)))
             return Launched(sequences, (computed + 1).tolist(), sampled, returned, self._clock, started_ns)
         plan = arrange(rows, scheduled)
-        siblings: Siblings = {}
-        returned = self._launch_mixed(rows, plan, observe, siblings if forks else None)
+        returned, choice = self._launch_mixed(rows, plan, observe)
         lens = plan.context_lens.tolist()
-        return Launched(plan.sequences, lens, plan.sampled, returned, self._clock, started_ns, siblings)
+        return Launched(plan.sequences, lens, plan.sampled, returned, self._clock, started_ns, choice)
 
     def mark(self) -> Launched:
         """Returns a step that computes nothing and is done when all that was launched before it is."""
@@ -271,9 +281,8 @@ class GpuSteps:
         rows: SequenceRows,
         plan: Arrangement,
         observe: Observe | None,
-        siblings: Siblings | None,
-    ) -> ReturnedTokens:
-        """Launches a step with chunks of prompts, piece by piece. Fills `siblings`, for which the host waits."""
+    ) -> tuple[ReturnedTokens, Choice]:
+        """Launches a step with chunks of prompts, or with what the host chooses, piece by piece."""
         staging, operations = self._staging, self._decoder.operations
         resident = self._resident
         samplers = [plan.sequences[index] for index in plan.sampled]
@@ -311,21 +320,39 @@ class GpuSteps:
 
         hidden = self._decoder.hidden(inputs, positions.long(), slots.long(), attend)
         sampled = self._sampled[: len(samplers)]
+        choice = Choice()
         if samplers:
             logits = self._decoder.logits(hidden.index_select(0, sampled_rows))
             self._withhold(logits, withheld)
             if observe is not None:
                 observe([sequence.table for sequence in samplers], logits)
-            if siblings is not None:
-                siblings.update(sample_siblings(logits, samplers, plan.context_lens[plan.sampled].tolist()))
-                rows.forks[plan.row_ids[plan.sampled]] = False
             if rows.draws[plan.row_ids].any():
                 params = resident.params.index_select(1, sampling_rows)
                 self._sampler.sample(logits, params, sampled_lens, sampled)
             else:
                 self._sampler.most_likely(logits, sampled)
+            choice = self._choose_on_host(rows, samplers, logits, sampled)
+        for index, position in plan.reported:
+            row = int(plan.query_starts[index + 1]) - int(plan.context_lens[index]) + position
+            prompt_logits = self._decoder.logits(hidden[row : row + 1])[0]
+            add_prompt_logprobs(choice.logprobs, plan.sequences[index], position, prompt_logits)
         operations.advance(resident, batch_rows, lens, sampled, sample_places)
-        return self._returns.send(sampled)
+        return self._returns.send(sampled), choice
+
+    def _choose_on_host(
+        self, rows: SequenceRows, samplers: list[Sequence], logits: torch.Tensor, sampled: torch.Tensor
+    ) -> Choice:
+        """Chooses where it takes more than the device knows, for which the host waits. Writes `sampled`."""
+        places = [place for place, sequence in enumerate(samplers) if sequence.special]
+        if not places:
+            return Choice()
+        positions = [int(rows.known[samplers[place].row]) for place in places]
+        found = choose(logits[places], [samplers[place] for place in places], positions)
+        sampled[places] = torch.tensor(found.tokens, dtype=sampled.dtype, device=sampled.device)
+        for place in places:
+            rows.special[samplers[place].row] = samplers[place].special
+        siblings = {places[place]: tokens for place, tokens in found.siblings.items()}
+        return Choice(siblings=siblings, logprobs=found.logprobs)
 
     def _take_writes(self) -> tuple[Ints, npt.NDArray[np.int32]]:
         """Returns the changes of the state that go with this step; what is too much for one is sent before it."""

@@ -453,7 +453,10 @@ Global___SequenceStart: _TypeAlias = SequenceStart  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How to choose the next token from the logits. The order is temperature, top_k, top_p, min_p."""
+    """How to choose the next token from the logits. The order: withheld_tokens, bias, repetition_penalty, frequency_penalty,
+    presence_penalty; then, unless it is greedy, temperature, top_k, top_p, min_p, typical_p, draw. Log-probabilities are
+    those of the logits as the model gave them.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -464,6 +467,15 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     WITHHELD_TOKENS_FIELD_NUMBER: _builtins.int
     WITHHELD_UNTIL_FIELD_NUMBER: _builtins.int
+    TYPICAL_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    BIAS_TOKENS_FIELD_NUMBER: _builtins.int
+    BIAS_VALUES_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 means greedy. 0 .. 100."""
     top_k: _builtins.int
@@ -480,6 +492,26 @@ class SamplingParams(_message.Message):
     """
     withheld_until: _builtins.int
     """Position in the sequence, prompt included, from which the withheld tokens may be sampled; 0 for none withheld."""
+    typical_p: _builtins.float
+    """Keep the tokens whose surprise is nearest to the expected one and whose probabilities reach this sum; 0 < p <= 1, 0
+    for 1.
+    """
+    repetition_penalty: _builtins.float
+    """Divides positive logits of tokens that the sequence has, and multiplies negative ones; more than 0; 0 for 1."""
+    frequency_penalty: _builtins.float
+    """Subtracted from the logit of a token once for each time it was generated; -2 .. 2."""
+    presence_penalty: _builtins.float
+    """Subtracted from the logits of tokens that were generated; -2 .. 2."""
+    prompt_token_count: _builtins.int
+    """Leading tokens of the sequence that are not generated."""
+    bias_tokens: _builtins.bytes
+    """u32 column: tokens whose logits are changed, each below the vocabulary's size."""
+    bias_values: _builtins.bytes
+    """f32 column beside bias_tokens: what is added."""
+    logprobs: _builtins.int
+    """Report the log-probability of each sampled token, and of this many most likely ones, 0 .. 20. Absent: none."""
+    prompt_logprobs: _builtins.int
+    """The same of the prompt's tokens that are computed, from the second on. Absent: none."""
     def __init__(
         self,
         *,
@@ -490,12 +522,28 @@ class SamplingParams(_message.Message):
         seed: _builtins.int = ...,
         withheld_tokens: _builtins.bytes = ...,
         withheld_until: _builtins.int = ...,
+        typical_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        prompt_token_count: _builtins.int = ...,
+        bias_tokens: _builtins.bytes = ...,
+        bias_values: _builtins.bytes = ...,
+        logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "withheld_tokens", b"withheld_tokens", "withheld_until", b"withheld_until"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "bias_tokens", b"bias_tokens", "bias_values", b"bias_values", "frequency_penalty", b"frequency_penalty", "logprobs", b"logprobs", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "prompt_token_count", b"prompt_token_count", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p", "withheld_tokens", b"withheld_tokens", "withheld_until", b"withheld_until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
@@ -516,6 +564,7 @@ class StepResult(_message.Message):
     SAMPLE_NS_FIELD_NUMBER: _builtins.int
     SIBLING_TABLES_FIELD_NUMBER: _builtins.int
     SIBLING_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Of the plan."""
     written_tables: _builtins.bytes
@@ -540,6 +589,10 @@ class StepResult(_message.Message):
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceError]:
         """Sequences that failed; the others are not affected. A failed sequence is dropped, like a removed one."""
 
+    @_builtins.property
+    def logprobs(self) -> Global___Logprobs:
+        """Log-probabilities of tokens, where they were asked for."""
+
     def __init__(
         self,
         *,
@@ -554,14 +607,63 @@ class StepResult(_message.Message):
         sample_ns: _builtins.int = ...,
         sibling_tables: _builtins.bytes = ...,
         sibling_tokens: _builtins.bytes = ...,
+        logprobs: Global___Logprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "fenced", b"fenced", "model_ns", b"model_ns", "sample_ns", b"sample_ns", "sampled_tables", b"sampled_tables", "sampled_tokens", b"sampled_tokens", "sibling_tables", b"sibling_tables", "sibling_tokens", b"sibling_tokens", "step", b"step", "written_counts", b"written_counts", "written_tables", b"written_tables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "fenced", b"fenced", "logprobs", b"logprobs", "model_ns", b"model_ns", "sample_ns", b"sample_ns", "sampled_tables", b"sampled_tables", "sampled_tokens", b"sampled_tokens", "sibling_tables", b"sibling_tables", "sibling_tokens", b"sibling_tokens", "step", b"step", "written_counts", b"written_counts", "written_tables", b"written_tables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepResult: _TypeAlias = StepResult  # noqa: Y015
+
+@_typing.final
+class Logprobs(_message.Message):
+    """Natural logarithms of the probabilities of tokens, as the model gives them: before penalties, bias and temperature.
+
+    A row is a token at a position of a sequence. Rows of one table and one position are the table's own token and those
+    of its siblings, in the order of the seeds.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLES_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    tables: _builtins.bytes
+    """u32 column: a table for each row."""
+    positions: _builtins.bytes
+    """u32 column beside tables: position of the token in its sequence."""
+    ranks: _builtins.bytes
+    """u32 column beside tables: one more than how many tokens of the vocabulary are more likely."""
+    counts: _builtins.bytes
+    """u32 column beside tables: entries of the row in the next two columns; the first is the token itself, the others are
+    the most likely ones.
+    """
+    token_ids: _builtins.bytes
+    """u32 column: tokens, row after row."""
+    values: _builtins.bytes
+    """f32 column beside token_ids (packed little-endian): the logarithms."""
+    def __init__(
+        self,
+        *,
+        tables: _builtins.bytes = ...,
+        positions: _builtins.bytes = ...,
+        ranks: _builtins.bytes = ...,
+        counts: _builtins.bytes = ...,
+        token_ids: _builtins.bytes = ...,
+        values: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "positions", b"positions", "ranks", b"ranks", "tables", b"tables", "token_ids", b"token_ids", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Logprobs: _TypeAlias = Logprobs  # noqa: Y015
 
 @_typing.final
 class SequenceError(_message.Message):
