@@ -23,7 +23,8 @@ def admit_request(pool: PoolInfo, sequence: Sequence, *, wait_for_prefix: bool) 
         token_ids=columns.pack(sequence.tokens),
         tenant=settings.tenant,
         cache_salt=settings.cache_salt,
-        skip_cache_read=settings.skip_cache_read,
+        # What is found in the cache has no logits.
+        skip_cache_read=settings.skip_cache_read or (not sequence.index and sequence.request.wants_prompt_logprobs),
         skip_cache_write=settings.skip_cache_write,
         max_new_tokens=sequence.length_limit - len(sequence.tokens),
         min_new_tokens=certain_tokens(sequence),

@@ -60,6 +60,13 @@ class TokenBytes:
 
         return step
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens by themselves; what is no whole character shows as replacement characters."""
+        if self._pieces is None:
+            return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        pieces = self._pieces
+        return b"".join(pieces[token] for token in tokens if token < len(pieces)).decode(errors="replace")
+
     def _library_decoder(self) -> Callable[[int], str]:
         stream = DecodeStream(ids=[], skip_special_tokens=True)
 

@@ -14,10 +14,12 @@ from gateway.core.precedence import SchedulingPolicy
 from gateway.core.queue import WaitingQueue
 from gateway.core.request import Request, RequestSettings
 from gateway.core.sequence import Sequence, SequenceState
+from gateway.core.step import LogprobRow
 from gateway.core.stopping import Stop, may_stop, stop_by_length, stop_by_token
 from gateway.detokenize import Detokenizer
 from gateway.lane import Lane
 from gateway.models import ServedModel
+from gateway.outputs import best_samples, token_logprob
 from gateway.streams import RequestStream
 from gateway.tokenize import ModelTokenizer
 from protos.execsvc.v1 import execsvc_pb2
@@ -78,6 +80,9 @@ class _Live:
     """Of its stay in the queue."""
     limit_timer: asyncio.TimerHandle | None = None
     """Of its time limit."""
+
+    prompt: pb.PromptLogprobs = dataclasses.field(default_factory=pb.PromptLogprobs)
+    """Log-probabilities of the prompt, as far as they are known."""
 
     def cancel_timers(self) -> None:
         """Stops both timers."""
@@ -361,24 +366,48 @@ class Engine:
             prompt_token_count=sequence.prompt_length,
             cached_token_count=sequence.cached_token_count,
         )
+        if request.settings.prompt_logprobs is not None and not request.wants_prompt_logprobs:
+            live.stream.prompt_logprobs(live.prompt)
         event.queue_time.FromNanoseconds(int((request.admitted_at - request.arrived_at) * 1e9))
         live.stream.admitted(event)
+
+    def logprobs(self, sequence: Sequence, row: LogprobRow) -> None:
+        """See LaneOwner: streams them with the token, or with the prompt once all of it is there."""
+        request = sequence.request
+        settings = request.settings
+        live = self._live[settings.request_id]
+        token_bytes = live.model.served.tokenizer.token_bytes
+        if row.position >= sequence.prompt_length:
+            sequence.cumulative_logprob += row.values[0]
+            if settings.logprobs is not None:
+                live.stream.push_logprob(sequence.index, token_logprob(row, settings.logprobs, token_bytes))
+        elif row.position == request.known_prompt_logprobs + 1:
+            # What is computed again after a preemption was there before.
+            request.known_prompt_logprobs = row.position
+            live.prompt.tokens.append(token_logprob(row, settings.prompt_logprobs or 0, token_bytes))
+            if not request.wants_prompt_logprobs:
+                live.stream.prompt_logprobs(live.prompt)
 
     def token(self, sequence: Sequence, token: int) -> bool:
         """See LaneOwner: streams the token and decides whether it is the last."""
         request = sequence.request
-        live = self._live[request.settings.request_id]
+        settings = request.settings
+        live = self._live[settings.request_id]
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
+            if settings.echo:
+                live.stream.begin(live.model.served.tokenizer.token_bytes.text(settings.prompt))
         detokenizer = live.detokenizers[sequence.index]
         ending: pb.Ending | None = None
         text = ""
         stop = stop_by_token(sequence) if token in live.stop_tokens else None
-        if stop is None:
-            text, stop_string = detokenizer.push(token, may_stop=not live.stops_late or may_stop(sequence))
+        if stop is None or (stop is Stop.STOP_TOKEN and settings.include_stop_str):
+            may = stop is None and (not live.stops_late or may_stop(sequence))
+            text, stop_string = detokenizer.push(token, may_stop=may)
             if stop_string is not None:
+                text += stop_string if settings.include_stop_str else ""
                 ending = pb.Ending(reason=pb.FINISH_REASON_STOP, stop_string=stop_string)
-            elif len(sequence.tokens) >= sequence.length_limit:
+            elif stop is None and len(sequence.tokens) >= sequence.length_limit:
                 stop = stop_by_length(sequence)
         if stop is not None:
             ending = pb.Ending(reason=_FINISH_REASONS[stop])
@@ -394,7 +423,7 @@ class Engine:
         sequence.ended = True
         live.stream.end(sequence.index, ending)
         if request.ended:
-            live.stream.finish(self._usage(live))
+            self._finish(live)
         return True
 
     def released(self, sequence: Sequence) -> None:
@@ -415,11 +444,18 @@ class Engine:
         request = live.stream.request
         if not request.ended:
             return
-        live.stream.finish(self._usage(live))
+        self._finish(live)
         if request.released and self._live.pop(request.settings.request_id, None) is not None:
             live.cancel_timers()
             live.stream.release()
             self._log_finished(live)
+
+    def _finish(self, live: _Live) -> None:
+        """Delivers the end of a request, all of whose samples have ended."""
+        request = live.stream.request
+        if request.settings.selects and not live.stream.finished:
+            live.stream.select(best_samples(request.samples, request.settings.answer_count))
+        live.stream.finish(self._usage(live))
 
     @staticmethod
     def _usage(live: _Live) -> pb.Usage:

@@ -18,9 +18,9 @@ from gateway.core.merging import TableMerges
 from gateway.core.precedence import SchedulingPolicy
 from gateway.core.prefix_wait import PrefixWait
 from gateway.core.queue import WaitingQueue
-from gateway.core.scheduler import Scheduler, Update
+from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence, SequenceState
-from gateway.core.step import StepDraft
+from gateway.core.step import StepDraft, Update
 from gateway.forking import Forking
 from gateway.lane_owner import LaneOwner
 from gateway.plan import to_outcome, to_plan
@@ -312,6 +312,8 @@ class Lane:
         assert scheduler is not None
         assert queue is not None
         update = scheduler.update(to_outcome(result))
+        for sequence, row in update.logprobs:
+            self._owner.logprobs(sequence, row)
         for sequence, token in update.tokens:
             if not sequence.ended and self._owner.token(sequence, token):
                 scheduler.finish(sequence, CloseReason.FINISHED)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gateway.clients.executor import ExecutorLink
     from gateway.core.queue import WaitingQueue
     from gateway.core.sequence import Sequence
+    from gateway.core.step import LogprobRow
 
 
 class LaneOwner(Protocol):
@@ -31,6 +32,10 @@ class LaneOwner(Protocol):
 
     def admitted(self, sequence: Sequence) -> None:
         """A sequence has left the queue."""
+        ...
+
+    def logprobs(self, sequence: Sequence, row: LogprobRow) -> None:
+        """Log-probabilities of a token of a sequence's prompt, or of the token that `token` tells of next."""
         ...
 
     def token(self, sequence: Sequence, token: int) -> bool:

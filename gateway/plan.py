@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gateway.core.sequence import Sequence
 from gateway.core.siblings import waiting_samples
-from gateway.core.step import StepDraft, StepOutcome
+from gateway.core.step import LogprobRow, StepDraft, StepOutcome
 from gateway.core.stopping import withheld_tokens
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
@@ -36,9 +38,48 @@ def _sequence_start(sequence: Sequence) -> pb.SequenceStart:
             seed=sample_seed(sampling.seed, sequence.index),
             withheld_tokens=columns.pack(withheld),
             withheld_until=withheld_until,
+            **_special_params(sequence),
         ),
         sibling_seeds=[sample_seed(sampling.seed, sample.index) for sample in waiting_samples(sequence)],
     )
+
+
+def _special_params(sequence: Sequence) -> dict[str, Any]:
+    """Returns the parameters that few requests have."""
+    settings = sequence.request.settings
+    sampling = settings.sampling
+    params: dict[str, Any] = {}
+    if sampling.typical_p != 1.0:
+        params["typical_p"] = sampling.typical_p
+    penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+    if penalties != (1.0, 0.0, 0.0):
+        params["repetition_penalty"], params["frequency_penalty"], params["presence_penalty"] = penalties
+        params["prompt_token_count"] = sequence.prompt_length
+    if sampling.logit_bias:
+        params["bias_tokens"] = columns.pack([token for token, _ in sampling.logit_bias])
+        params["bias_values"] = columns.pack_floats([value for _, value in sampling.logit_bias])
+    if settings.logprobs is not None or settings.selects:
+        params["logprobs"] = settings.logprobs or 0
+    if not sequence.index and sequence.request.wants_prompt_logprobs:
+        params["prompt_logprobs"] = settings.prompt_logprobs
+        params["prompt_token_count"] = sequence.prompt_length
+    return params
+
+
+def _logprob_rows(message: pb.Logprobs) -> list[LogprobRow]:
+    """Returns the rows of log-probabilities; raises InvalidRequestError if its columns do not fit together."""
+    tables = columns.unpack_list(message.tables, "logprobs.tables")
+    positions = columns.unpack_list(message.positions, "logprobs.positions", row_count=len(tables))
+    ranks = columns.unpack_list(message.ranks, "logprobs.ranks", row_count=len(tables))
+    counts = columns.unpack_list(message.counts, "logprobs.counts", row_count=len(tables))
+    token_ids = columns.unpack_list(message.token_ids, "logprobs.token_ids", row_count=sum(counts))
+    values = columns.unpack_floats(message.values, "logprobs.values", row_count=sum(counts))
+    rows, start = [], 0
+    for table, position, rank, count in zip(tables, positions, ranks, counts, strict=True):
+        end = start + count
+        rows.append(LogprobRow(table, position, rank, token_ids[start:end], values[start:end]))
+        start = end
+    return rows
 
 
 def to_plan(draft: StepDraft, step: int, epoch: int) -> pb.StepPlan:
@@ -72,5 +113,6 @@ def to_outcome(result: pb.StepResult) -> StepOutcome:
         fenced=columns.unpack_list(result.fenced, "fenced"),
         sibling_tables=siblings,
         sibling_tokens=columns.unpack_list(result.sibling_tokens, "sibling_tokens", row_count=len(siblings)),
+        logprobs=_logprob_rows(result.logprobs) if result.HasField("logprobs") else [],
         errors=[(error.table, error.reason, error.message) for error in result.errors],
     )

@@ -58,7 +58,7 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """Returns a whole completion."""
         stream = await self._submit(request.spec)
-        count = stream.request.settings.sample_count
+        count = stream.request.settings.answer_count or stream.request.settings.sample_count
         completions = [pb.Completion(index=index) for index in range(count)]
         texts: list[list[str]] = [[] for _ in range(count)]
         response = pb.GenerateResponse(request_id=stream.request.settings.request_id)
@@ -67,8 +67,11 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
                 for sample in event.delta.samples:
                     texts[sample.index].append(sample.text)
                     completions[sample.index].token_ids.extend(sample.token_ids)
+                    completions[sample.index].logprobs.extend(sample.logprobs)
                     if sample.HasField("ending"):
                         completions[sample.index].ending.CopyFrom(sample.ending)
+                if event.HasField("prompt_logprobs"):
+                    response.prompt_logprobs.CopyFrom(event.prompt_logprobs)
                 if event.HasField("finished"):
                     response.usage.CopyFrom(event.finished.usage)
         finally:

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class _News:
     """What one sample has that was not delivered yet."""
 
-    __slots__ = ("ending", "texts", "tokens")
+    __slots__ = ("ending", "logprobs", "texts", "tokens")
 
     def __init__(self) -> None:
+        self.logprobs: list[pb.TokenLogprob] = []
         self.texts: list[str] = []
         self.tokens: list[int] = []
         self.ending: pb.Ending | None = None
@@ -31,12 +32,27 @@ class _News:
 class RequestStream:
     """The events of one request, from the step loop to one reader."""
 
-    __slots__ = ("_admitted", "_delivered", "_error", "_has_news", "_news", "_released", "_usage", "_waiter", "request")
+    __slots__ = (
+        "_admitted",
+        "_delivered",
+        "_error",
+        "_has_news",
+        "_news",
+        "_prompt",
+        "_released",
+        "_selects",
+        "_usage",
+        "_waiter",
+        "request",
+    )
 
     def __init__(self, request: Request) -> None:
         """Starts with nothing to say."""
         self.request = request
         self._admitted: pb.Admitted | None = None
+        self._prompt: pb.PromptLogprobs | None = None
+        # While it does, what the samples have is kept until the best are known.
+        self._selects = request.settings.selects
         self._news: dict[int, _News] = {}
         self._usage: pb.Usage | None = None
         self._error: QuireError | None = None
@@ -69,6 +85,25 @@ class RequestStream:
         if not self._has_news:
             self._wake()
 
+    def begin(self, text: str) -> None:
+        """The text of every sample begins with this; their first tokens follow."""
+        for index in range(len(self.request.samples)):
+            self._news.setdefault(index, _News()).texts.append(text)
+
+    def push_logprob(self, index: int, logprob: pb.TokenLogprob) -> None:
+        """The token of a sample that is pushed next has log-probabilities."""
+        self._news.setdefault(index, _News()).logprobs.append(logprob)
+
+    def prompt_logprobs(self, logprobs: pb.PromptLogprobs) -> None:
+        """The prompt has log-probabilities."""
+        self._prompt = logprobs
+        self._wake()
+
+    def select(self, indexes: list[int]) -> None:
+        """Lets the samples of these indexes be answered, in this order, and no others."""
+        news, self._selects = self._news, False
+        self._news = {place: news[index] for place, index in enumerate(indexes) if index in news}
+
     def end(self, index: int, ending: pb.Ending, text: str = "") -> None:
         """A sample has its last token; `text` was held back until then."""
         news = self._news.setdefault(index, _News())
@@ -88,6 +123,11 @@ class RequestStream:
         if self._error is None and self._usage is None:
             self._error = error
             self._wake()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the end is there, delivered or not."""
+        return self._usage is not None
 
     @property
     def outcome(self) -> str:
@@ -116,6 +156,8 @@ class RequestStream:
                 sample.index = index
             sample.text = new.texts[0] if len(new.texts) == 1 else "".join(new.texts)
             sample.token_ids.extend(new.tokens)
+            if new.logprobs:
+                sample.logprobs.extend(new.logprobs)
             if new.ending is not None:
                 sample.ending.CopyFrom(new.ending)
         return response
@@ -138,7 +180,10 @@ class RequestStream:
             if self._admitted is not None:
                 admitted, self._admitted = self._admitted, None
                 messages.append(pb.GenerateStreamResponse(admitted=admitted))
-            if self._news:
+            if self._prompt is not None:
+                prompt, self._prompt = self._prompt, None
+                messages.append(pb.GenerateStreamResponse(prompt_logprobs=prompt))
+            if self._news and not self._selects:
                 messages.append(self._take_delta())
             if self._error is not None:
                 if not messages:

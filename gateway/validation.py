@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-import math
 import re
 import secrets
 from typing import Final
 
-from gateway.core.request import RequestSettings, SamplingSettings
+from gateway.core.request import RequestSettings
 from gateway.models import ServedModel
+from gateway.refusal import refusal
+from gateway.sampling_options import check_output, check_sample_counts, check_sampling
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import InvalidRequestError, PromptTooLongError
 
-MAX_TEMPERATURE: Final = 100.0
-MAX_SAMPLES: Final = 64
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARACTERS: Final = 256
 MAX_STOP_TOKENS: Final = 64
@@ -23,12 +22,6 @@ MAX_CHAT_MESSAGES: Final = 4_096
 MAX_SALT_CHARACTERS: Final = 256
 _ROLES: Final = ("system", "user", "assistant")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-
-def _refuse(field: str, found: object, allowed: str) -> InvalidRequestError:
-    """Returns the error for a field out of range."""
-    reason = "INVALID_" + re.sub(r"[^A-Z0-9]+", "_", field.rpartition(".")[2].upper())
-    return InvalidRequestError(f"{field}: found {found}, allowed is {allowed}", field=field, reason=reason)
 
 
 def check_request_id(request_id: str) -> str:
@@ -40,45 +33,22 @@ def check_request_id(request_id: str) -> str:
     if not request_id:
         return secrets.token_hex(8)
     if _REQUEST_ID.fullmatch(request_id) is None:
-        raise _refuse("request_id", repr(request_id[:140]), "1 .. 128 characters of A-Z a-z 0-9 . _ : -")
+        raise refusal("request_id", repr(request_id[:140]), "1 .. 128 characters of A-Z a-z 0-9 . _ : -")
     return request_id
-
-
-def check_sampling(sampling: pb.Sampling) -> tuple[SamplingSettings, int]:
-    """Returns the sampling settings and the number of samples.
-
-    Raises:
-        InvalidRequestError: a value out of range, NaN or infinite.
-    """
-    temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
-    if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
-        raise _refuse("sampling.temperature", temperature, f"0 (greedy) .. {MAX_TEMPERATURE:g}")
-    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
-    if not (math.isfinite(top_p) and 0 < top_p <= 1):
-        raise _refuse("sampling.top_p", top_p, "greater than 0, at most 1")
-    min_p = sampling.min_p if sampling.HasField("min_p") else 0.0
-    if not (math.isfinite(min_p) and 0 <= min_p <= 1):
-        raise _refuse("sampling.min_p", min_p, "0 .. 1")
-    sample_count = sampling.n if sampling.HasField("n") else 1
-    if not 1 <= sample_count <= MAX_SAMPLES:
-        raise _refuse("sampling.n", sample_count, f"1 .. {MAX_SAMPLES}")
-    seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
-    settings = SamplingSettings(temperature=temperature, top_k=sampling.top_k, top_p=top_p, min_p=min_p, seed=seed)
-    return settings, sample_count
 
 
 def _check_stopping(stopping: pb.Stopping, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:
     """Returns stop strings and stop tokens; raises InvalidRequestError."""
     if len(stopping.stop) > MAX_STOP_STRINGS:
-        raise _refuse("stopping.stop", f"{len(stopping.stop)} strings", f"at most {MAX_STOP_STRINGS}")
+        raise refusal("stopping.stop", f"{len(stopping.stop)} strings", f"at most {MAX_STOP_STRINGS}")
     for index, text in enumerate(stopping.stop):
         if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-            raise _refuse(f"stopping.stop[{index}]", f"{len(text)} characters", f"1 .. {MAX_STOP_CHARACTERS}")
+            raise refusal(f"stopping.stop[{index}]", f"{len(text)} characters", f"1 .. {MAX_STOP_CHARACTERS}")
     if len(stopping.stop_token_ids) > MAX_STOP_TOKENS:
-        raise _refuse("stopping.stop_token_ids", f"{len(stopping.stop_token_ids)} ids", f"at most {MAX_STOP_TOKENS}")
+        raise refusal("stopping.stop_token_ids", f"{len(stopping.stop_token_ids)} ids", f"at most {MAX_STOP_TOKENS}")
     for index, token in enumerate(stopping.stop_token_ids):
         if token >= vocab_size:
-            raise _refuse(f"stopping.stop_token_ids[{index}]", token, f"0 .. {vocab_size - 1}")
+            raise refusal(f"stopping.stop_token_ids[{index}]", token, f"0 .. {vocab_size - 1}")
     return tuple(stopping.stop), frozenset(stopping.stop_token_ids)
 
 
@@ -89,10 +59,10 @@ def chat_messages(chat: pb.Chat) -> list[Mapping[str, str]]:
         InvalidRequestError: no message, too many, or an unknown role.
     """
     if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
-        raise _refuse("chat.messages", f"{len(chat.messages)} messages", f"1 .. {MAX_CHAT_MESSAGES}")
+        raise refusal("chat.messages", f"{len(chat.messages)} messages", f"1 .. {MAX_CHAT_MESSAGES}")
     for index, message in enumerate(chat.messages):
         if message.role not in _ROLES:
-            raise _refuse(f"chat.messages[{index}].role", repr(message.role[:64]), ", ".join(_ROLES))
+            raise refusal(f"chat.messages[{index}].role", repr(message.role[:64]), ", ".join(_ROLES))
     return [{"role": message.role, "content": message.content} for message in chat.messages]
 
 
@@ -122,7 +92,7 @@ async def encode_prompt(spec: pb.GenerationSpec | pb.CountTokensRequest, model: 
     elif kind == "token_ids" and isinstance(spec, pb.GenerationSpec):
         tokens = array("I", spec.token_ids.ids)
         if tokens and max(tokens) >= model.vocab_size:
-            raise _refuse("token_ids.ids", max(tokens), f"0 .. {model.vocab_size - 1}")
+            raise refusal("token_ids.ids", max(tokens), f"0 .. {model.vocab_size - 1}")
     else:
         raise InvalidRequestError(
             "prompt: none given; set text, token_ids or chat", field="prompt", reason="EMPTY_PROMPT"
@@ -149,7 +119,7 @@ def _check_lengths(prompt: array[int], stopping: pb.Stopping, model: ServedModel
         return min(room, default_max_tokens)
     if not 1 <= stopping.max_tokens <= room:
         allowed = f"1 .. {room} (prompt {length} tokens, max_model_len {context}, pool {pool})"
-        raise _refuse("stopping.max_tokens", stopping.max_tokens, allowed)
+        raise refusal("stopping.max_tokens", stopping.max_tokens, allowed)
     return stopping.max_tokens
 
 
@@ -157,12 +127,12 @@ def _check_scheduling(scheduling: pb.Scheduling, max_queue_time: float, *, prior
     """Returns seconds in the queue and priority; raises InvalidRequestError."""
     if scheduling.priority and not priorities:
         allowed = "0: this gateway serves in order of arrival (--scheduling-policy fcfs)"
-        raise _refuse("scheduling.priority", scheduling.priority, allowed)
+        raise refusal("scheduling.priority", scheduling.priority, allowed)
     if not scheduling.HasField("max_queue_time"):
         return max_queue_time, scheduling.priority
     asked = scheduling.max_queue_time.ToNanoseconds() / 1e9
     if asked <= 0:
-        raise _refuse("scheduling.max_queue_time", f"{asked} s", "more than 0")
+        raise refusal("scheduling.max_queue_time", f"{asked} s", "more than 0")
     return min(max_queue_time, asked), scheduling.priority
 
 
@@ -172,7 +142,7 @@ def _check_time_limit(scheduling: pb.Scheduling) -> float:
         return 0.0
     limit = scheduling.time_limit.ToNanoseconds() / 1e9
     if limit <= 0:
-        raise _refuse("scheduling.time_limit", f"{limit} s", "more than 0")
+        raise refusal("scheduling.time_limit", f"{limit} s", "more than 0")
     return limit
 
 
@@ -200,17 +170,19 @@ async def check_spec(
         PromptTooLongError: the prompt can never run.
     """
     request_id = check_request_id(spec.request_id)
-    sampling, sample_count = check_sampling(spec.sampling)
+    sampling = check_sampling(spec.sampling, model.vocab_size)
+    answer_count, sample_count = check_sample_counts(spec.sampling)
+    logprobs, prompt_logprobs = check_output(spec.output)
     stop, stop_token_ids = _check_stopping(spec.stopping, model.vocab_size)
     if len(spec.caching.salt) > MAX_SALT_CHARACTERS:
         found = f"{len(spec.caching.salt)} characters"
-        raise _refuse("caching.salt", found, f"at most {MAX_SALT_CHARACTERS}")
+        raise refusal("caching.salt", found, f"at most {MAX_SALT_CHARACTERS}")
     queue_time, priority = _check_scheduling(spec.scheduling, max_queue_time, priorities=priorities)
     time_limit = _check_time_limit(spec.scheduling)
     prompt = await encode_prompt(spec, model)
     max_tokens = _check_lengths(prompt, spec.stopping, model, max_tokens_default)
     if spec.stopping.min_tokens > max_tokens:
-        raise _refuse("stopping.min_tokens", spec.stopping.min_tokens, f"0 .. {max_tokens} (max_tokens)")
+        raise refusal("stopping.min_tokens", spec.stopping.min_tokens, f"0 .. {max_tokens} (max_tokens)")
     return RequestSettings(
         request_id=request_id,
         model=model.name,
@@ -219,6 +191,11 @@ async def check_spec(
         min_tokens=spec.stopping.min_tokens,
         sampling=sampling,
         sample_count=sample_count,
+        answer_count=answer_count,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        echo=spec.output.echo,
+        include_stop_str=spec.stopping.include_stop_str_in_output,
         stop=stop,
         stop_token_ids=stop_token_ids,
         eos_token_ids=frozenset() if spec.stopping.ignore_eos else model.eos_token_ids,

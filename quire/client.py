@@ -32,9 +32,9 @@ from quire.generation import (
     Options,
     Prompt,
     TokenCount,
-    Transcript,
 )
 from quire.rpc import CHANNEL_OPTIONS, REQUEST_ID_KEY, open_channel
+from quire.transcript import Transcript
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 DEFAULT_TIMEOUT: Final = 600.0

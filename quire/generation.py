@@ -12,6 +12,7 @@ from google.protobuf import duration_pb2
 
 from protos.gateway.v1 import gateway_pb2
 from quire.errors import InvalidRequestError
+from quire.logprobs import TokenLogprob, logprobs_from
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,10 +53,30 @@ class Options(TypedDict, total=False):
     """Same seed, same text, whatever else runs."""
     n: int
     """Samples of the same prompt; 1 .. 64."""
+    best_of: int
+    """Samples to generate, of which the `n` most likely are answered; n .. 64."""
+    typical_p: float
+    """Keep the tokens of nearly the expected surprise whose probabilities reach this sum; 0 < p <= 1."""
+    repetition_penalty: float
+    """Makes tokens that are in the prompt or the completion less likely, if more than 1."""
+    presence_penalty: float
+    """Subtracted from the logits of tokens that were generated; -2 .. 2."""
+    frequency_penalty: float
+    """Subtracted from a token's logit for each time it was generated; -2 .. 2."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of tokens, by token id; -100 .. 100."""
+    logprobs: int
+    """Answer the log-probability of each token, and of this many most likely ones; 0 .. 20."""
+    prompt_logprobs: int
+    """The same for the tokens of the prompt, from the second on."""
+    echo: bool
+    """Begin the text of each sample with that of the prompt."""
     stop: Sequence[str]
     """Strings that end a sample; not part of its text."""
     stop_token_ids: Sequence[int]
     """Token ids that end a sample."""
+    include_stop_str_in_output: bool
+    """Let the text end with what ended the sample."""
     ignore_eos: bool
     """Go on after the model's end-of-sequence token."""
     max_queue_time: float
@@ -138,6 +159,16 @@ class Delta:
     """Set on the last delta of the sample."""
     stop: str | int | None = None
     """Stop string or stop token that matched."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Beside `token_ids`, if asked for."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the prompt, if asked for, before the first delta."""
+
+    tokens: tuple[TokenLogprob, ...]
+    """The tokens of the prompt but for the first one, which follows nothing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,7 +178,7 @@ class Finished:
     usage: Usage
 
 
-Event: TypeAlias = Admitted | Delta | Finished
+Event: TypeAlias = Admitted | PromptLogprobs | Delta | Finished
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,6 +191,8 @@ class Completion:
     finish_reason: FinishReason
     stop: str | int | None = None
     """Stop string or stop token that matched."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Beside `token_ids`, if asked for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -170,6 +203,8 @@ class Generation:
     completions: tuple[Completion, ...]
     """The samples, by index; at least one."""
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Those of the prompt but for its first token, if asked for."""
 
     @property
     def text(self) -> str:
@@ -241,6 +276,21 @@ def _chat(messages: Messages) -> gateway_pb2.Chat:
     return gateway_pb2.Chat(messages=turns)
 
 
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "n",
+    "best_of",
+)
+
+
 def new_request_id() -> str:
     """Returns a fresh name for a request: 64 random bits, short enough to be read in a table."""
     return secrets.token_hex(8)
@@ -269,8 +319,10 @@ def specification(
             spec.token_ids.ids.extend(prompt or ())
         spec.request_id = options.get("request_id") or new_request_id()
         spec.model = options.get("model", "")
-        _set(spec.sampling, options, ("temperature", "top_k", "top_p", "min_p", "seed", "n"))
-        _set(spec.stopping, options, ("max_tokens", "min_tokens", "ignore_eos"))
+        _set(spec.sampling, options, _SAMPLING)
+        spec.sampling.logit_bias.update(options.get("logit_bias") or {})
+        _set(spec.stopping, options, ("max_tokens", "min_tokens", "ignore_eos", "include_stop_str_in_output"))
+        _set(spec.output, options, ("logprobs", "prompt_logprobs", "echo"))
         spec.stopping.stop.extend(_texts(options.get("stop", ())))
         spec.stopping.stop_token_ids.extend(options.get("stop_token_ids", ()))
         if options.get("max_queue_time") is not None:
@@ -350,6 +402,8 @@ def events_from(response: gateway_pb2.GenerateStreamResponse) -> list[Event]:
             ]
         case "delta":
             return [_delta(sample) for sample in response.delta.samples]
+        case "prompt_logprobs":
+            return [PromptLogprobs(logprobs_from(response.prompt_logprobs.tokens))]
         case "finished":
             return [Finished(usage_from(response.finished.usage))]
         case _:
@@ -359,16 +413,17 @@ def events_from(response: gateway_pb2.GenerateStreamResponse) -> list[Event]:
 
 def _delta(sample: gateway_pb2.SampleDelta) -> Delta:
     reason, stop = _ending(sample.ending) if sample.HasField("ending") else (None, None)
-    return Delta(sample.index, sample.text, tuple(sample.token_ids), reason, stop)
+    return Delta(sample.index, sample.text, tuple(sample.token_ids), reason, stop, logprobs_from(sample.logprobs))
 
 
 def generation_from(response: gateway_pb2.GenerateResponse) -> Generation:
     """Returns the whole answer to a request."""
     completions = [
-        Completion(wire.index, wire.text, tuple(wire.token_ids), *_ending(wire.ending))
+        Completion(wire.index, wire.text, tuple(wire.token_ids), *_ending(wire.ending), logprobs_from(wire.logprobs))
         for wire in sorted(response.completions, key=lambda wire: wire.index)
     ]
-    return Generation(response.request_id, tuple(completions), usage_from(response.usage))
+    prompt = logprobs_from(response.prompt_logprobs.tokens)
+    return Generation(response.request_id, tuple(completions), usage_from(response.usage), prompt)
 
 
 def models_from(response: gateway_pb2.ListModelsResponse) -> tuple[Model, ...]:
@@ -377,38 +432,3 @@ def models_from(response: gateway_pb2.ListModelsResponse) -> tuple[Model, ...]:
         Model(wire.name, wire.architecture, wire.max_model_len, wire.vocab_size, tuple(wire.executor_ids))
         for wire in response.models
     )
-
-
-class Transcript:
-    """Puts the events of one stream together again."""
-
-    def __init__(self, request_id: str) -> None:
-        """Starts with nothing said."""
-        self.request_id = request_id
-        self.admitted: Admitted | None = None
-        self.usage: Usage | None = None
-        self._texts: dict[int, list[str]] = {}
-        self._token_ids: dict[int, list[int]] = {}
-        self._endings: dict[int, tuple[FinishReason, str | int | None]] = {}
-
-    def add(self, event: Event) -> None:
-        """Notes one event."""
-        if isinstance(event, Admitted):
-            self.admitted = event
-        elif isinstance(event, Finished):
-            self.usage = event.usage
-        else:
-            self._texts.setdefault(event.index, []).append(event.text)
-            self._token_ids.setdefault(event.index, []).extend(event.token_ids)
-            if event.finish_reason is not None:
-                self._endings[event.index] = (event.finish_reason, event.stop)
-
-    def generation(self) -> Generation | None:
-        """Returns the whole answer, or None while the stream has not finished."""
-        if self.usage is None:
-            return None
-        completions = [
-            Completion(index, "".join(self._texts[index]), tuple(self._token_ids[index]), *self._endings[index])
-            for index in sorted(self._endings)
-        ]
-        return Generation(self.request_id, tuple(completions), self.usage)

@@ -10,6 +10,7 @@ from gateway.bench.batch import make_sequence
 from gateway.config import GatewayConfig
 from gateway.core.queue import WaitingQueue
 from gateway.core.sequence import Sequence
+from gateway.core.step import LogprobRow
 from gateway.lane import Lane
 from gateway.tokenize import TokenizerFiles
 from protos.execsvc.v1 import execsvc_pb2 as pb
@@ -208,6 +209,9 @@ class _Owner:
     def admitted(self, sequence: Sequence) -> None:
         self.admitted_count += 1
         self.changed.set()
+
+    def logprobs(self, sequence: Sequence, row: LogprobRow) -> None:
+        pass
 
     def token(self, sequence: Sequence, token: int) -> bool:
         self.token_count += 1

@@ -17,6 +17,12 @@ class SamplingSettings:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), by token."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,9 +35,14 @@ class RequestSettings:
     max_tokens: int
     sampling: SamplingSettings
     sample_count: int = 1
+    """Samples that are generated."""
+    answer_count: int = 0
+    """Samples that are answered, the most likely ones; 0 for all."""
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
+    include_stop_str: bool = False
+    """Whether what ended a sample is part of its text."""
     eos_token_ids: frozenset[int] = frozenset()
     """The model's end-of-sequence tokens; none if the request ignores them."""
     tenant: str = ""
@@ -44,6 +55,16 @@ class RequestSettings:
     """Seconds from arrival after which it ends with what it has; 0 for none."""
     priority: int = 0
     """Lower goes first; see `gateway.core.precedence`."""
+    logprobs: int | None = None
+    """Most likely tokens to answer the log-probabilities of, beside each token's own; None for nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt."""
+    echo: bool = False
+
+    @property
+    def selects(self) -> bool:
+        """Whether more samples are generated than answered."""
+        return 0 < self.answer_count < self.sample_count
 
 
 class Request:
@@ -56,6 +77,7 @@ class Request:
         "cached_token_count",
         "cancelled",
         "first_token_at",
+        "known_prompt_logprobs",
         "max_model_len",
         "peak_block_count",
         "samples",
@@ -79,11 +101,19 @@ class Request:
         self.cached_token_count = 0
         self.peak_block_count = 0
         self.cancelled = False
+        self.known_prompt_logprobs = 0
+        """Tokens of the prompt whose log-probabilities are known, from the second on."""
         limit = min(len(settings.prompt) + settings.max_tokens, max_model_len)
         self.samples = [Sequence(self, index, settings.prompt, limit) for index in range(settings.sample_count)]
         if len(self.samples) > 1:
             # The others begin where the prompt ends, on the same blocks.
             self.samples[0].hold()
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be computed."""
+        wanted = self.settings.prompt_logprobs is not None
+        return wanted and self.known_prompt_logprobs < len(self.settings.prompt) - 1
 
     @property
     def completion_token_count(self) -> int:

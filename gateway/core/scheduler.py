@@ -26,8 +26,8 @@ from gateway.core.report import report, report_at
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.sharing import SharedTails
 from gateway.core.shortage import SPARING, Shortage
-from gateway.core.siblings import take_first_tokens
-from gateway.core.step import StepDraft, StepOutcome
+from gateway.core.siblings import assign_logprobs, take_first_tokens
+from gateway.core.step import LOGPROB_CHUNK, StepDraft, StepOutcome, Update
 from quire.errors import InvariantError
 from quire.memory import Admission, CloseReason, Fork, JournalEntry, PoolInfo
 from quire.units import div_ceil
@@ -35,23 +35,6 @@ from quire.window import outside_block_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-@dataclasses.dataclass(slots=True)
-class Update:
-    """What a result changed."""
-
-    journal: JournalEntry
-    tokens: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)
-    """New tokens, in order; the caller decides whether each ends its sequence (`finish`)."""
-    requeued: list[Sequence] = dataclasses.field(default_factory=list)
-    """Preempted sequences whose tables are fenced; they go to the head of the queue."""
-    siblings: list[tuple[Sequence, list[Sequence]]] = dataclasses.field(default_factory=list)
-    """First samples whose prompts are computed, with the others, which have a first token now and no table yet."""
-    released: list[Sequence] = dataclasses.field(default_factory=list)
-    """Sequences that hold nothing any more."""
-    failed: list[tuple[Sequence, str, str]] = dataclasses.field(default_factory=list)
-    """(sequence, reason, message) of those the executor gave up."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -296,6 +279,9 @@ class Scheduler:
             if budget == 0:
                 break
             count = min(sequence.total - sequence.scheduled, budget, longest)
+            if sequence.request.wants_prompt_logprobs:
+                # Each of these tokens has a row of logits.
+                count = min(count, LOGPROB_CHUNK)
             if sequence.scheduled + count > sequence.room:
                 count = self._grow_chunk(sequence, count, draft)
                 if not count:
@@ -403,6 +389,8 @@ class Scheduler:
         if outcome.sibling_tables:
             update.siblings = take_first_tokens(outcome, self._find)
             update.tokens += [(sample, sample.tokens[-1]) for _, samples in update.siblings for sample in samples]
+        if outcome.logprobs:
+            update.logprobs = assign_logprobs(outcome, self._find, update.siblings)
         for table, count in zip(outcome.written_tables, outcome.written_counts, strict=True):
             sequence = running.get(table) or self._find(table)
             if sequence is None:

@@ -39,6 +39,7 @@ class Sequence:
     Attributes:
         total: tokens known and tokens being sampled.
         room: tokens for which its blocks have slots that it may write to.
+        cumulative_logprob: sum of the log-probabilities of its generated tokens, where they are known.
         length_limit: most tokens that it may ever have, prompt included.
         total_limit: most tokens that it may have for now: less than `length_limit` while further samples are to begin
             on its blocks, into which nobody may write meanwhile.
@@ -59,6 +60,7 @@ class Sequence:
         "cached_token_count",
         "computed",
         "counted_at",
+        "cumulative_logprob",
         "ended",
         "epoch",
         "index",
@@ -101,6 +103,7 @@ class Sequence:
         self.preemption_count = 0
         self.admission_no = 0
         self.cached_token_count = 0
+        self.cumulative_logprob = 0.0
         self.table = 0
         self.epoch = 0
         self.blocks: list[int] = []

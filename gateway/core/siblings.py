@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.core.sequence import Sequence
-    from gateway.core.step import StepOutcome
+    from gateway.core.step import LogprobRow, StepOutcome
 
 
 def waiting_samples(sequence: Sequence) -> list[Sequence]:
@@ -57,3 +57,27 @@ def take_first_tokens(
             sample.state = SequenceState.WAITING
         begun.append((source, samples))
     return begun
+
+
+def assign_logprobs(
+    outcome: StepOutcome,
+    find: Callable[[int], Sequence | None],
+    siblings: list[tuple[Sequence, list[Sequence]]],
+) -> list[tuple[Sequence, LogprobRow]]:
+    """Returns whose log-probabilities the rows of a step are; those of sequences that have ended are left out.
+
+    Args:
+        outcome: of the step.
+        find: returns the sequence of a table.
+        siblings: from `take_first_tokens`.
+    """
+    following = {source.table: [source, *samples] for source, samples in siblings}
+    found: list[tuple[Sequence, LogprobRow]] = []
+    for row in outcome.logprobs:
+        sequence = find(row.table)
+        if sequence is not None and row.position >= sequence.prompt_length and row.table in following:
+            # The table's own token first, then those of its siblings.
+            sequence = following[row.table].pop(0)
+        if sequence is not None and not sequence.ended:
+            found.append((sequence, row))
+    return found

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from quire.memory import JournalEntry
 
 if TYPE_CHECKING:
     from gateway.core.sequence import Sequence
+
+LOGPROB_CHUNK: Final = 256
+"""Most tokens of a prompt in a step if their log-probabilities are to be reported."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -27,6 +32,18 @@ class StepDraft:
         return bool(self.removed or self.added or self.scheduled_tables)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogprobRow:
+    """Log-probabilities at one position of a sequence; see `quire.execsvc.v1.Logprobs`."""
+
+    table: int
+    position: int
+    rank: int
+    token_ids: list[int]
+    """The token that is there, then the most likely ones."""
+    values: list[float]
+
+
 @dataclasses.dataclass(slots=True)
 class StepOutcome:
     """What came of a step; the lists are the columns of `quire.execsvc.v1.StepResult`."""
@@ -40,3 +57,23 @@ class StepOutcome:
     """(table, reason, message)."""
     sibling_tables: list[int] = dataclasses.field(default_factory=list)
     sibling_tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[LogprobRow] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True)
+class Update:
+    """What a result changed."""
+
+    journal: JournalEntry
+    tokens: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)
+    """New tokens, in order; the caller decides whether each ends its sequence (`finish`)."""
+    requeued: list[Sequence] = dataclasses.field(default_factory=list)
+    """Preempted sequences whose tables are fenced; they go to the head of the queue."""
+    siblings: list[tuple[Sequence, list[Sequence]]] = dataclasses.field(default_factory=list)
+    """First samples whose prompts are computed, with the others, which have a first token now and no table yet."""
+    logprobs: list[tuple[Sequence, LogprobRow]] = dataclasses.field(default_factory=list)
+    """Log-probabilities of prompts and of `tokens`."""
+    released: list[Sequence] = dataclasses.field(default_factory=list)
+    """Sequences that hold nothing any more."""
+    failed: list[tuple[Sequence, str, str]] = dataclasses.field(default_factory=list)
+    """(sequence, reason, message) of those the executor gave up."""

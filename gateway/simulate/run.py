@@ -16,9 +16,9 @@ import numpy as np
 
 from gateway.core.queue import WaitingQueue
 from gateway.core.request import Request, RequestSettings, SamplingSettings
-from gateway.core.scheduler import Scheduler, Update
+from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence, SequenceState
-from gateway.core.step import StepDraft
+from gateway.core.step import StepDraft, Update
 from gateway.simulate.executor import FakeExecutor
 from gateway.simulate.measure import Counters, PolicyResult, Recorder, Slots
 from gateway.simulate.workload import Workload

@@ -12,7 +12,7 @@ from kernels.layout import ACTIVATION_DTYPES, KV_DTYPES
 
 
 @triton.jit
-def to_cache(x, inverse_scale, KIND: tl.constexpr):  # noqa: ANN201 - compiled, not Python
+def to_cache(x, inverse_scale, KIND: tl.constexpr):
     """Returns `x * inverse_scale` rounded to the cache's type; float8 saturates at its largest number."""
     return (x.to(tl.float32) * inverse_scale).to(KIND)
 

@@ -4,43 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
 from rich.text import Text
 import typer
 
-from quire.cli import options
+from quire.cli import options, sampling
 from quire.cli.output import notices, print_error, print_json, print_text
 from quire.client import DEFAULT_TIMEOUT, Client, Stream
 from quire.errors import InvalidRequestError, PromptTooLongError, QuireError
 from quire.generation import Delta, Generation, Message, Options
-
-Temperature: TypeAlias = Annotated[
-    float | None, typer.Option(help="0 is greedy, higher is more varied, at most 100. [default: 1]", show_default=False)
-]
-TopP: TypeAlias = Annotated[
-    float | None, typer.Option(help="Keep the likeliest tokens that together reach this probability.")
-]
-TopK: TypeAlias = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
-MinP: TypeAlias = Annotated[
-    float | None, typer.Option(help="Drop tokens less likely than this times the likeliest one.")
-]
-Seed: TypeAlias = Annotated[int | None, typer.Option(help="Same seed, same text. Drawn at random if not given.")]
-MaxTokens: TypeAlias = Annotated[
-    int | None, typer.Option(help="Tokens to generate at most. [default: as many as fit]", show_default=False)
-]
-MinTokens: TypeAlias = Annotated[int | None, typer.Option(help="Tokens to generate at least.")]
-TimeLimit: TypeAlias = Annotated[
-    float | None, typer.Option(metavar="SECONDS", help="End with what there is after this time, the queue included.")
-]
-Priority: TypeAlias = Annotated[
-    int | None, typer.Option(help="Lower goes first, where the server goes by priorities. [default: 0]")
-]
-Stop: TypeAlias = Annotated[
-    list[str] | None, typer.Option(help="End at this string, which is not printed; may be repeated.")
-]
-ModelName: TypeAlias = Annotated[str, typer.Option("--model", help="Name of the model, if several are served.")]
-Timeout: TypeAlias = Annotated[float, typer.Option(min=0.001, help="Seconds that the answer may take.")]
 
 
 def _given(**values: object) -> Options:
@@ -65,18 +38,28 @@ def generate(
     *,
     text: Annotated[str, typer.Argument(metavar="TEXT", help='What to continue; "-" reads it from standard input.')],
     n: Annotated[int, typer.Option("--n", "-n", help="Samples of the same prompt, 1 .. 64.")] = 1,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    max_tokens: MaxTokens = None,
-    min_tokens: MinTokens = None,
-    priority: Priority = None,
-    time_limit: TimeLimit = None,
-    stop: Stop = None,
-    model: ModelName = "",
-    timeout: Timeout = DEFAULT_TIMEOUT,
+    best_of: sampling.BestOf = None,
+    temperature: sampling.Temperature = None,
+    top_p: sampling.TopP = None,
+    top_k: sampling.TopK = None,
+    min_p: sampling.MinP = None,
+    typical_p: sampling.TypicalP = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    logit_bias: sampling.LogitBias = None,
+    seed: sampling.Seed = None,
+    max_tokens: sampling.MaxTokens = None,
+    min_tokens: sampling.MinTokens = None,
+    priority: sampling.Priority = None,
+    time_limit: sampling.TimeLimit = None,
+    stop: sampling.Stop = None,
+    include_stop: sampling.IncludeStop = False,
+    echo: sampling.Echo = False,
+    logprobs: sampling.Logprobs = None,
+    prompt_logprobs: sampling.PromptLogprobs = None,
+    model: sampling.ModelName = "",
+    timeout: sampling.Timeout = DEFAULT_TIMEOUT,
     address: options.Address = options.GATEWAY_ADDRESS,
     json: options.Json = False,
 ) -> None:
@@ -92,16 +75,26 @@ def generate(
     """
     wanted = _given(
         n=n,
+        best_of=best_of,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=sampling.logit_bias(logit_bias),
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         time_limit=time_limit,
         priority=priority,
         stop=stop,
+        include_stop_str_in_output=include_stop or None,
+        echo=echo or None,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         model=model,
     )
     prompt = _prompt(text)
@@ -140,18 +133,23 @@ def _print_samples(stream: Stream) -> None:
 def chat(
     *,
     system: Annotated[str, typer.Option(help="System prompt: who the model should be.")] = "",
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    max_tokens: MaxTokens = None,
-    min_tokens: MinTokens = None,
-    priority: Priority = None,
-    time_limit: TimeLimit = None,
-    stop: Stop = None,
-    model: ModelName = "",
-    timeout: Timeout = DEFAULT_TIMEOUT,
+    temperature: sampling.Temperature = None,
+    top_p: sampling.TopP = None,
+    top_k: sampling.TopK = None,
+    min_p: sampling.MinP = None,
+    typical_p: sampling.TypicalP = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    logit_bias: sampling.LogitBias = None,
+    seed: sampling.Seed = None,
+    max_tokens: sampling.MaxTokens = None,
+    min_tokens: sampling.MinTokens = None,
+    priority: sampling.Priority = None,
+    time_limit: sampling.TimeLimit = None,
+    stop: sampling.Stop = None,
+    model: sampling.ModelName = "",
+    timeout: sampling.Timeout = DEFAULT_TIMEOUT,
     address: options.Address = options.GATEWAY_ADDRESS,
 ) -> None:
     """Talk with the model; each line is a turn, and the conversation so far is sent along (and found in the cache).
@@ -171,6 +169,11 @@ def chat(
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=sampling.logit_bias(logit_bias),
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=min_tokens,

@@ -13,9 +13,9 @@ import itertools
 from gateway.core.precedence import SchedulingPolicy
 from gateway.core.queue import WaitingQueue
 from gateway.core.request import Request, RequestSettings, SamplingSettings
-from gateway.core.scheduler import Scheduler, Update
+from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence, SequenceState
-from gateway.core.step import StepDraft
+from gateway.core.step import StepDraft, Update
 from gateway.core.stopping import stop_by_length, stop_by_token
 from gateway.plan import to_outcome, to_plan
 from memsvc.core.invariants import check_pool

@@ -145,6 +145,31 @@ async def test_samples_of_one_request_share_its_prompt(stack: Stack) -> None:
     stack.wait_idle()
 
 
+async def test_what_is_reported_of_tokens_fits_them(stack: Stack) -> None:
+    """Greedy tokens are the most likely ones, in a completion and where that is the prompt."""
+    async with AsyncClient(stack.address) as client:
+        plain = await client.generate(SENTENCE, max_tokens=24, logprobs=3, ignore_eos=True, **GREEDY)
+        said = plain.completions[0]
+        assert [entry.token_id for entry in said.logprobs] == list(said.token_ids)
+        assert all(entry.rank == 1 and entry.top[0].token_id == entry.token_id for entry in said.logprobs)
+        assert all(entry.top[0].logprob >= entry.top[1].logprob >= entry.top[2].logprob for entry in said.logprobs)
+        count = plain.usage.prompt_token_count
+        ids = (await client.count_tokens(SENTENCE)).token_ids
+        read = await client.generate([*ids, *said.token_ids], max_tokens=1, prompt_logprobs=1, echo=True, **GREEDY)
+        assert read.usage.cached_token_count == 0
+        for written, entry in zip(said.logprobs, read.prompt_logprobs[count - 1 :], strict=True):
+            assert (entry.token_id, entry.rank) == (written.token_id, 1)
+            assert abs(entry.logprob - written.logprob) < 1e-4
+        assert read.text.startswith(SENTENCE + said.text)
+        penalised = await client.generate(SENTENCE, max_tokens=24, repetition_penalty=1.8, ignore_eos=True, **GREEDY)
+        assert penalised.token_ids != plain.token_ids
+        banned = await client.generate(SENTENCE, max_tokens=1, logit_bias={said.token_ids[0]: -100.0}, **GREEDY)
+        assert banned.token_ids[0] == said.logprobs[0].top[1].token_id
+        best = await client.generate(SENTENCE, max_tokens=6, n=1, best_of=4, seed=5, stop=["."], logprobs=0)
+        assert len(best.completions) == 1
+    stack.wait_idle()
+
+
 async def test_memory_pressure_changes_no_text(small_stack: Stack) -> None:
     """A pool half the size of the demand must preempt, finish everyone, and change nothing."""
     prompts = [f"{number}. {SENTENCE * 6}" for number in range(8)]

@@ -6,9 +6,9 @@ from array import array
 import itertools
 
 from gateway.core.request import Request, RequestSettings, SamplingSettings
-from gateway.core.scheduler import Scheduler, Update
+from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence, SequenceState
-from gateway.core.step import StepDraft, StepOutcome
+from gateway.core.step import StepDraft, StepOutcome, Update
 from quire.memory import Admission, CloseReason, PoolInfo, PoolSpec
 
 Copies = tuple[tuple[int, int], ...]

@@ -41,6 +41,22 @@ def next_token(digest: bytes, seed: int, withheld: Collection[int] = ()) -> int:
     return token
 
 
+def logprob_of(digest: bytes, token: int) -> tuple[int, float]:
+    """Returns rank and log-probability of a token after a digest, which only look like such."""
+    drawn = hashlib.blake2b(digest + token.to_bytes(4, "little"), digest_size=2, person=b"logprob").digest()
+    return drawn[0] + 1, -(drawn[1] + 1) / 8
+
+
+def expected_logprobs(tokens: Sequence[int], start: int) -> list[tuple[int, float]]:
+    """Returns rank and log-probability of each token from index `start` on."""
+    digest, found = b"", []
+    for index, token in enumerate(tokens):
+        if index >= start:
+            found.append(logprob_of(digest, token))
+        digest = digest_of(digest, token)
+    return found
+
+
 def expected_tokens(
     prompt: Sequence[int],
     seed: int,
@@ -86,6 +102,40 @@ class _Row:
     withheld: frozenset[int]
     withheld_until: int
     sibling_seeds: list[int]
+    sampling: pb.SamplingParams
+
+
+@dataclasses.dataclass
+class _Logprobs:
+    """The columns of quire.execsvc.v1.Logprobs; of the most likely tokens it knows the token itself."""
+
+    tables: list[int] = dataclasses.field(default_factory=list)
+    positions: list[int] = dataclasses.field(default_factory=list)
+    ranks: list[int] = dataclasses.field(default_factory=list)
+    counts: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    values: list[float] = dataclasses.field(default_factory=list)
+
+    def add(self, table: int, position: int, digest: bytes, token: int, count: int) -> None:
+        """Adds a row."""
+        rank, value = logprob_of(digest, token)
+        self.tables.append(table)
+        self.positions.append(position)
+        self.ranks.append(rank)
+        self.counts.append(1 + count)
+        self.tokens += [token] * (1 + count)
+        self.values += [value] * (1 + count)
+
+    def message(self) -> pb.Logprobs:
+        """Returns them as they travel."""
+        return pb.Logprobs(
+            tables=columns.pack(self.tables),
+            positions=columns.pack(self.positions),
+            ranks=columns.pack(self.ranks),
+            counts=columns.pack(self.counts),
+            token_ids=columns.pack(self.tokens),
+            values=columns.pack_floats(self.values),
+        )
 
 
 class WrongContentError(AssertionError):
@@ -189,6 +239,7 @@ class OracleExecutor:
                 withheld,
                 sampling.withheld_until,
                 list(start.sibling_seeds),
+                sampling,
             )
         appended = columns.unpack_list(plan.appended, "appended", row_length=3)
         for table, index, block in zip(appended[::3], appended[1::3], appended[2::3], strict=True):
@@ -213,6 +264,7 @@ class OracleExecutor:
         written: dict[tuple[int, int], int] = {}
         sampled_tables, sampled_tokens, written_counts = [], [], []
         sibling_tables, sibling_tokens = [], []
+        logprobs = _Logprobs()
         for table, count in zip(tables, counts, strict=True):
             row = self.rows[table]
             digest = self._check(row, table)
@@ -222,14 +274,21 @@ class OracleExecutor:
                 assert slot[0], "a token is written to the null block"
                 assert written.setdefault(slot, table) == table, "two sequences write one slot"
                 self._slots[slot] = digest
+                if row.sampling.HasField("prompt_logprobs") and position + 1 < row.sampling.prompt_token_count:
+                    next_one, count_top = row.tokens[position + 1], row.sampling.prompt_logprobs
+                    logprobs.add(table, position + 1, digest, next_one, count_top)
             row.computed += count
             written_counts.append(row.computed)
             if row.computed == len(row.tokens):
                 withheld = row.withheld if len(row.tokens) < row.withheld_until else ()
-                sibling_tables += [table] * len(row.sibling_seeds)
-                sibling_tokens += [next_token(digest, seed, withheld) for seed in row.sibling_seeds]
+                siblings = [next_token(digest, seed, withheld) for seed in row.sibling_seeds]
+                sibling_tables += [table] * len(siblings)
+                sibling_tokens += siblings
                 row.sibling_seeds.clear()
                 row.tokens.append(next_token(digest, row.seed, withheld))
+                if row.sampling.HasField("logprobs"):
+                    for token in (row.tokens[-1], *siblings):
+                        logprobs.add(table, len(row.tokens) - 1, digest, token, row.sampling.logprobs)
                 sampled_tables.append(table)
                 sampled_tokens.append(row.tokens[-1])
         return pb.StepResult(
@@ -241,6 +300,7 @@ class OracleExecutor:
             fenced=columns.pack(removed),
             sibling_tables=columns.pack(sibling_tables),
             sibling_tokens=columns.pack(sibling_tokens),
+            logprobs=logprobs.message() if logprobs.tables else None,
         )
 
     def _check(self, row: _Row, table: int) -> bytes:

@@ -45,7 +45,13 @@ class Life:
         count = draw.choice([1, 5, 15, 16, 17, 33])
         blocks = [self.free.pop() for _ in range(-(-(count + 1) // BLOCK_SIZE))]
         sampling = draw.choice(
-            [{}, {}, {"temperature": 0.9, "seed": draw.getrandbits(64)}, {"temperature": 1.2, "top_k": 9}]
+            [
+                {},
+                {},
+                {"temperature": 0.9, "seed": draw.getrandbits(64)},
+                {"temperature": 1.2, "top_k": 9},
+                {"temperature": 0.8, "repetition_penalty": 1.4, "presence_penalty": 0.5, "prompt_token_count": count},
+            ]
         )
         tokens = [draw.randrange(320) for _ in range(count)]
         siblings = [draw.getrandbits(64) for _ in range(draw.choice([0, 0, 2]))]

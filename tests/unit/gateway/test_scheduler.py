@@ -8,9 +8,9 @@ import pytest
 
 from gateway.core.queue import WaitingQueue
 from gateway.core.request import Request, RequestSettings, SamplingSettings
-from gateway.core.scheduler import Scheduler, Update
+from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence, SequenceState
-from gateway.core.step import StepDraft, StepOutcome
+from gateway.core.step import StepDraft, StepOutcome, Update
 from quire.errors import AdmissionError, InvariantError
 from quire.memory import Admission, CloseReason, Fork, PoolInfo, PoolSpec
 

@@ -12,11 +12,11 @@ from quire.generation import (
     Finished,
     FinishReason,
     Message,
-    Transcript,
     events_from,
     generation_from,
     specification,
 )
+from quire.transcript import Transcript
 
 
 def test_what_is_not_said_is_not_sent() -> None:
