@@ -16,6 +16,7 @@ from execsvc.engine import Engine
 from execsvc.invariance import measure_batch_invariance
 from execsvc.memory_profile import MemoryBudget
 from execsvc.model import llama, native
+from execsvc.model.config import ModelConfig
 from execsvc.model.dummy import open_dummy
 from execsvc.model.native import NativeModel
 from execsvc.model.source import ModelSource, open_model
@@ -39,6 +40,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: TokenizerFiles | None
     """None where weights are dummies and no tokenizer lies beside the configuration."""
+    config: ModelConfig
     architecture: str
     vocab_size: int
     parameter_count: int
@@ -191,6 +193,7 @@ def _load_source(
         name=config.served_model_name or source.name,
         engine=engine,
         tokenizer=source.tokenizer,
+        config=model.config,
         architecture=model.config.architecture,
         vocab_size=model.config.vocab_size,
         parameter_count=model.parameter_count,

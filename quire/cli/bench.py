@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 import sys
 from typing import Annotated, Any, Final
 
 import typer
 
-from quire.cli import bench_serve
+from quire.cli import bench_engine, bench_serve
+from quire.cli.measuring import run_measurements
 from quire.cli.options import Json
-from quire.cli.output import console, notices, print_json, print_table
-from quire.errors import ConfigError, QuireError
+from quire.cli.output import console, print_json, print_table
+from quire.errors import ConfigError
 
 _BLOCK_SIZES: Final = (16, 32, 64)
 _ROUNDS_MAXIMUM: Final = 20
@@ -89,42 +88,11 @@ def _measure(what: str, peer: str | None, block_size: int, repeat: int, *, as_js
             message = f"--peer: {peer!r} is not a program; expected a Python in which vllm is installed"
             raise ConfigError(message, field="peer")
         command += ["--peer", peer]
-    document = _run(command)
+    document = run_measurements(command)
     if as_json:
         print_json(document)
     else:
         _print(document)
-
-
-def _run(command: list[str]) -> dict[str, Any]:
-    """Runs the measurements in a process of their own and returns their document; shows their progress.
-
-    Raises:
-        QuireError: what they failed with.
-    """
-    with (
-        notices().status("measuring") as status,
-        subprocess.Popen(  # noqa: S603 - our own module
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process,
-    ):
-        assert process.stdout is not None
-        assert process.stderr is not None
-        last = ""
-        for line in process.stderr:
-            last = line.strip() or last
-            status.update(last)
-        output = process.stdout.read()
-    try:
-        document: dict[str, Any] = json.loads(output)
-    except ValueError:
-        message = f"the measurements ended with status {process.returncode}: {last}"
-        raise QuireError(message, reason="BENCH_FAILED") from None
-    error = document.get("error")
-    if error is not None:
-        cls = ConfigError if error["reason"] == ConfigError.default_reason else QuireError
-        raise cls(error["message"], reason=error["reason"], field=error["field"])
-    return document
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -160,3 +128,6 @@ def _print(document: dict[str, Any]) -> None:
     printer.print()
     for name, figure in figures.items():
         printer.print(f"{name}: {figure['note']}.", soft_wrap=True)
+
+
+app.command(name="engine")(bench_engine.engine)
