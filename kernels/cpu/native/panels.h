@@ -19,9 +19,17 @@
 // Every output is summed over its inputs one after the other, from zero, in one accumulator, whatever the number of rows
 // or outputs beside it: that is why a result never depends on company.
 
+// What comes next from memory, asked for bit by bit while the processor multiplies. Null: nothing.
+struct Ahead {
+    const char *from;
+    ptrdiff_t step;  // bytes for each row of a panel
+};
+
+constexpr int kRowBytes = 2 * kLane * static_cast<int>(sizeof(uint16_t));
+
 template <class L, int Rows, int Panels>
 void multiply(const uint16_t *const *panels, int segments, int pairs, const typename L::Activation *rows,
-              int row_stride, float *out, int out_stride) {
+              int row_stride, float *out, int out_stride, Ahead ahead) {
     constexpr int kVectors = kLane / L::kCount;
     typename L::Vector sums[Rows][Panels * kVectors];
 #pragma GCC unroll 16
@@ -34,6 +42,9 @@ void multiply(const uint16_t *const *panels, int segments, int pairs, const type
 #pragma GCC unroll 2
         for (int p = 0; p < Panels; ++p) panel[p] = panels[segment * Panels + p];
         for (const auto *end = rows + 2 * pairs; rows != end; rows += 2) {
+#pragma GCC unroll 2
+            for (int p = 0; p < Panels; ++p) __builtin_prefetch(ahead.from + p * kRowBytes, 0, 2);
+            ahead.from += ahead.step;
 #pragma GCC unroll 2
             for (int half = 0; half < L::kHalves; ++half) {
                 typename L::Operand weights[Panels * kVectors];
@@ -61,7 +72,7 @@ void multiply(const uint16_t *const *panels, int segments, int pairs, const type
 }
 
 template <class L>
-using Multiply = void (*)(const uint16_t *const *, int, int, const typename L::Activation *, int, float *, int);
+using Multiply = void (*)(const uint16_t *const *, int, int, const typename L::Activation *, int, float *, int, Ahead);
 
 // Routines for 1, 2, ... rows.
 template <class L, int Panels, int... Index>
@@ -70,19 +81,23 @@ Multiply<L> routine(int rows, std::integer_sequence<int, Index...>) {
     return kRoutines[rows - 1];
 }
 
-// Any number of rows, cut as evenly as the registers allow. `panels` holds, for each segment, `panel_count` (1 or 2).
+// Any number of rows, cut as evenly as the registers allow. `panels` holds, for each segment, `panel_count` (1 or 2);
+// as much is asked for from `next` on.
 template <class L>
 void multiply_rows(const uint16_t *const *panels, int panel_count, int segments, int pairs,
-                   const typename L::Activation *rows, int row_stride, int row_count, float *out, int out_stride) {
+                   const typename L::Activation *rows, int row_stride, int row_count, float *out, int out_stride,
+                   const uint16_t *next = nullptr) {
     const int limit = panel_count == 2 ? L::kRowsOfTwo : L::kRowsOfOne;
     const int blocks = (row_count + limit - 1) / limit;
+    Ahead ahead{reinterpret_cast<const char *>(next), next ? panel_count * kRowBytes / blocks : 0};
     for (int block = 0, first = 0; block < blocks; ++block) {
         const int count = (row_count - first) / (blocks - block);
         const auto run = panel_count == 2
                              ? routine<L, 2>(count, std::make_integer_sequence<int, L::kRowsOfTwo>{})
                              : routine<L, 1>(count, std::make_integer_sequence<int, L::kRowsOfOne>{});
         run(panels, segments, pairs, rows + static_cast<ptrdiff_t>(first) * row_stride, row_stride,
-            out + static_cast<ptrdiff_t>(first) * out_stride, out_stride);
+            out + static_cast<ptrdiff_t>(first) * out_stride, out_stride, ahead);
+        ahead.from += ahead.step * pairs;
         first += count;
     }
 }
@@ -91,13 +106,14 @@ void multiply_rows(const uint16_t *const *panels, int panel_count, int segments,
 // leaves more registers for rows.
 template <class L>
 void multiply_two(const uint16_t *const panels[2], int pairs, const typename L::Activation *rows, int row_stride,
-                  int row_count, float *out, int out_stride) {
+                  int row_count, float *out, int out_stride, const uint16_t *next = nullptr) {
     if (row_count <= L::kRowsOfTwo || L::kRowsOfTwo >= L::kRowsOfOne) {
-        multiply_rows<L>(panels, 2, 1, pairs, rows, row_stride, row_count, out, out_stride);
+        multiply_rows<L>(panels, 2, 1, pairs, rows, row_stride, row_count, out, out_stride, next);
         return;
     }
     for (int p = 0; p < 2; ++p)
-        multiply_rows<L>(panels + p, 1, 1, pairs, rows, row_stride, row_count, out + p * kLane, out_stride);
+        multiply_rows<L>(panels + p, 1, 1, pairs, rows, row_stride, row_count, out + p * kLane, out_stride,
+                         next ? next + p * pairs * 2 * kLane : nullptr);
 }
 
 template <class L>
@@ -133,7 +149,8 @@ void product(const Product &job, int first_row, int end_row, int first_pair, int
     for (int pair = first_pair; pair < end_pair; ++pair) {
         const uint16_t *const panels[2] = {job.panels + 2 * pair * panel_size,
                                            job.panels + (2 * pair + 1) * panel_size};
-        multiply_two<L>(panels, job.pairs, rows, job.row_stride, end_row - first_row, tile, kPair);
+        multiply_two<L>(panels, job.pairs, rows, job.row_stride, end_row - first_row, tile, kPair,
+                        panels[1] + panel_size);
         finish<L>(job, tile, first_row, end_row - first_row, pair);
     }
 }
