@@ -35,8 +35,8 @@ def test_an_engine_is_measured_beside_what_the_device_can_do(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tiny.hf_config(tiny.CONFIG)))
     config = ExecsvcConfig(
-        model=str(path), load_format="dummy", device="cpu", dtype="float32", kv_cache_tokens=1024, max_model_len=512, num_threads=1,
-        max_num_seqs=4,
+        model=str(path), load_format="dummy", device="cpu", dtype="float32", kv_cache_tokens=1024, max_model_len=512,
+        num_threads=1, max_num_seqs=4,
     )  # fmt: skip
     document = measure(Request(config, (1, 4), (32, 480), (40,), 4), lambda _: None)
     small, long, batch, large = document["decode"]

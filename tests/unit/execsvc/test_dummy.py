@@ -63,7 +63,9 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
 async def test_a_bare_configuration_runs_and_says_what_it_cannot(tmp_path: Path) -> None:
     """Steps run; text is refused with the reason, since there is nothing that could make tokens of it."""
     (tmp_path / "config.json").write_text(json.dumps(tiny.hf_config(dataclasses.replace(tiny.CONFIG, num_layers=1))))
-    config = ExecsvcConfig(model=str(tmp_path), load_format="dummy", kv_cache_tokens=2048, num_threads=1)
+    config = ExecsvcConfig(
+        model=str(tmp_path), load_format="dummy", dtype="float32", kv_cache_tokens=2048, num_threads=1
+    )
     loaded = load(config)
     run_step(loaded.engine, 20, 2, 16)
     executor = Executor(config, lambda _: None)
