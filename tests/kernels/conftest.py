@@ -19,14 +19,18 @@ ON_DEVICE = os.environ.get("QUIRE_KERNELS_ON") == "cuda"
 
 HOST_FUNCTIONS = {
     "add_rms_norm": "kernels.rms_norm.norm:add_rms_norm",
+    "adjust_logits": "kernels.sampling.adjust:adjust_logits",
     "block_copy": "kernels.block_copy.copy:block_copy",
+    "count_tokens": "kernels.sampling.adjust:count_tokens",
     "decode": "kernels.paged_attention.decode:paged_attention_decode",
     "gather_blocks": "kernels.block_swap.swap:gather_blocks",
     "kv_write": "kernels.kv_write.write:kv_write",
+    "most_likely": "kernels.sampling.choose:most_likely",
     "prefill": "kernels.paged_attention.prefill:paged_attention_prefill",
     "rms_norm": "kernels.rms_norm.norm:rms_norm",
     "rotate": "kernels.rotary.rotate:rotate",
     "rotate_and_write": "kernels.kv_write.rotate_write:rotate_and_write",
+    "sample": "kernels.sampling.choose:sample",
     "scatter_blocks": "kernels.block_swap.swap:scatter_blocks",
     "silu_mul": "kernels.silu_mul.gate:silu_mul",
 }
@@ -70,12 +74,12 @@ def watch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[Any
 
         yield LaunchWatch()
         return
-    # Before triton is first imported: it decides at decoration, also for its own library.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from tests.kernels.device_calls import quick_device_calls
     from tests.kernels.launch_watch import watched_launches
     from tests.kernels.narrow_floats import exact_narrow_floats
 
-    with exact_narrow_floats(), watched_launches() as found:
+    with quick_device_calls(), exact_narrow_floats(), watched_launches() as found:
         yield found
     assert found.faults == []
 

@@ -1,0 +1,1 @@
+"""Chooses tokens on the device."""

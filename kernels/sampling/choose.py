@@ -1,0 +1,316 @@
+"""Triton: one pass over the logits for all rows, then one program a row that looks at what is likely."""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.checks import check_dtype, check_last_axis_dense, check_same_device, check_shape
+from kernels.configs import lookup
+from kernels.layout import ACTIVATION_DTYPES
+from kernels.sampling import tensors
+from kernels.sampling.draw import cutoff, draw_among, draw_from_all, draw_in_row, first_of, gather, uniform
+from kernels.sampling.logprobs import write_log_probabilities
+from kernels.sampling.order import rank_of
+from kernels.sampling.tensors import RUN, Choice, LogProbabilities, Workspace
+
+
+@triton.jit
+def _scan(
+    logits_ptr,
+    temperature_ptr,
+    heads_ptr,
+    masses_ptr,
+    plain_ptr,
+    stride_logits: tl.int64,
+    vocabulary,
+    run_count,
+    GREEDY: tl.constexpr,
+    PLAIN: tl.constexpr,
+    RUNS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Grid (row, group of RUNS runs): the largest logit of each run, and the mass relative to it."""
+    row = tl.program_id(0).to(tl.int64)
+    runs = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
+    tokens = runs[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    logits = tl.load(logits_ptr + row * stride_logits + tokens, mask=tokens < vocabulary, other=float("-inf"))
+    logits = logits.to(tl.float32)
+    heads = tl.max(logits, 1)
+    at = row * run_count + runs
+    tl.store(heads_ptr + at, heads, mask=runs < run_count)
+    if GREEDY:
+        # Only whether all of them are numbers: one NaN makes the mass NaN.
+        masses = tl.sum(tl.where(logits == logits, 1.0, float("nan")), 1)  # noqa: PLR0124
+    else:
+        temperature = tl.load(temperature_ptr + row)
+        inverse = 1.0 / tl.where(temperature == 0.0, 1.0, temperature)
+        # A run of -inf has no mass; -inf minus -inf would be NaN.
+        below = logits - tl.where(heads == float("-inf"), 0.0, heads)[:, None]
+        masses = tl.sum(tl.exp(below * inverse), 1)
+        if PLAIN:
+            tl.store(plain_ptr + at, tl.sum(tl.exp(below), 1), mask=runs < run_count)
+    tl.store(masses_ptr + at, masses, mask=runs < run_count)
+
+
+@triton.jit
+def _take_first(
+    logits_ptr,
+    heads_ptr,
+    masses_ptr,
+    out_ptr,
+    stride_logits: tl.int64,
+    vocabulary,
+    run_count,
+    ALL_RUNS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Grid (row,): the first token with the largest logit."""
+    row = tl.program_id(0).to(tl.int64)
+    runs = tl.arange(0, ALL_RUNS)
+    heads = tl.load(heads_ptr + row * run_count + runs, mask=runs < run_count, other=float("-inf"))
+    masses = tl.load(masses_ptr + row * run_count + runs, mask=runs < run_count, other=0.0)
+    largest = tl.max(heads, 0)
+    token = tl.full([], -1, tl.int32)
+    # False for NaN and for infinities.
+    if (tl.sum(masses, 0) >= 0.0) & (tl.abs(largest) < float("inf")):
+        token = first_of(logits_ptr + row * stride_logits, tl.argmax(heads, 0), largest, vocabulary, SIZE)
+    tl.store(out_ptr + row, token)
+
+
+@triton.jit
+def _choose(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_low_ptr,
+    seed_high_ptr,
+    position_ptr,
+    heads_ptr,
+    masses_ptr,
+    values_ptr,
+    tokens_ptr,
+    out_ptr,
+    stride_logits: tl.int64,
+    vocabulary,
+    run_count,
+    HEAD: tl.constexpr,
+    ROOM: tl.constexpr,
+    ALL_RUNS: tl.constexpr,
+    RUNS: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOKEN_BITS: tl.constexpr,
+):
+    """Grid (row,): writes -2 where the candidates do not hold all that is kept."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride_logits
+    runs = tl.arange(0, ALL_RUNS)
+    heads = tl.load(heads_ptr + row * run_count + runs, mask=runs < run_count, other=float("-inf"))
+    largest = tl.max(heads, 0)
+    temperature = tl.load(temperature_ptr + row)
+    inverse = 1.0 / tl.where(temperature == 0.0, 1.0, temperature)
+    masses = tl.load(masses_ptr + row * run_count + runs, mask=runs < run_count, other=0.0)
+    masses = masses.to(tl.float64) * tl.exp((heads - largest) * inverse).to(tl.float64)
+    total = tl.sum(masses, 0)
+    token = tl.full([], -1, tl.int32)
+    # False for NaN, too.
+    if (total > 0.0) & (total < float("inf")):
+        if temperature == 0.0:
+            token = first_of(logits_ptr, tl.argmax(heads, 0), largest, vocabulary, SIZE)
+        else:
+            top_k = tl.load(top_k_ptr + row)
+            top_k = tl.where(top_k < vocabulary, top_k, 0)
+            top_p = tl.load(top_p_ptr + row)
+            min_p = tl.load(min_p_ptr + row)
+            draw = uniform(tl.load(seed_low_ptr + row), tl.load(seed_high_ptr + row), tl.load(position_ptr + row))
+            if (top_k <= 0) & (top_p >= 1.0) & (min_p <= 0.0):
+                token = draw_from_all(logits_ptr, masses, draw * total, largest, inverse, vocabulary, ALL_RUNS, SIZE)
+            else:
+                wanted = tl.where((top_k > 0) & (top_k < HEAD), top_k, HEAD)
+                bar = cutoff(heads, wanted)
+                # Nothing below this can stay; a little less, because it is only compared with what may stay.
+                least = largest + (tl.log(min_p) - 0.001) * temperature
+                everything = least >= bar
+                bar = tl.maximum(bar, least)
+                values_ptr += row * ROOM
+                tokens_ptr += row * ROOM
+                count = gather(
+                    logits_ptr, heads_ptr + row * run_count, values_ptr, tokens_ptr, bar, vocabulary, run_count,
+                    SIZE, RUNS, ROOM,
+                )  # fmt: skip
+                places = tl.arange(0, ROOM)
+                there = places < count
+                values = tl.load(values_ptr + places, mask=there, other=float("-inf"))
+                ranks = rank_of(values, tl.load(tokens_ptr + places, mask=there, other=0), TOKEN_BITS)
+                ranks = tl.where(there, ranks, 0)
+                likely = tl.exp((values - largest) * inverse)
+                enough = (top_k <= count) | (everything & (top_p >= 1.0))
+                if top_k <= 0:
+                    enough = everything | (tl.sum(likely, 0) > top_p * total)
+                if enough & (count <= ROOM):
+                    token = draw_among(ranks, likely, total, top_k, top_p, min_p, draw, TOKEN_BITS)
+                else:
+                    token = tl.full([], -2, tl.int32)
+    tl.store(out_ptr + row, token)
+
+
+@triton.jit
+def _choose_in_row(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_low_ptr,
+    seed_high_ptr,
+    position_ptr,
+    heads_ptr,
+    masses_ptr,
+    out_ptr,
+    stride_logits: tl.int64,
+    vocabulary,
+    run_count,
+    ALL_RUNS: tl.constexpr,
+    TOKEN_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid (row,): the rows that `_choose` left. A kernel of its own, because it needs registers that others do not."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(out_ptr + row) != -2:  # noqa: PLR2004
+        return
+    runs = tl.arange(0, ALL_RUNS)
+    heads = tl.load(heads_ptr + row * run_count + runs, mask=runs < run_count, other=float("-inf"))
+    masses = tl.load(masses_ptr + row * run_count + runs, mask=runs < run_count, other=0.0)
+    largest = tl.max(heads, 0)
+    inverse = 1.0 / tl.load(temperature_ptr + row)
+    total = tl.sum(masses.to(tl.float64) * tl.exp((heads - largest) * inverse).to(tl.float64), 0)
+    top_k = tl.load(top_k_ptr + row)
+    top_k = tl.where(top_k < vocabulary, top_k, 0)
+    draw = uniform(tl.load(seed_low_ptr + row), tl.load(seed_high_ptr + row), tl.load(position_ptr + row))
+    token = draw_in_row(
+        logits_ptr + row * stride_logits, vocabulary, largest, inverse, total, top_k, tl.load(top_p_ptr + row),
+        tl.load(min_p_ptr + row), draw, TOKEN_BITS, TILE,
+    )  # fmt: skip
+    tl.store(out_ptr + row, token)
+
+
+def _check(logits: torch.Tensor, workspace: Workspace, out: torch.Tensor) -> tuple[int, int, int]:
+    """Checks what all choices share and returns (rows, vocabulary, runs).
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    check_shape("logits", logits, (None, None))
+    check_dtype("logits", logits, ACTIVATION_DTYPES)
+    check_last_axis_dense("logits", logits)
+    row_count, vocabulary = logits.shape
+    if vocabulary < 1:
+        message = "logits: at least one column expected, found none"
+        raise ValueError(message)
+    run_count = triton.cdiv(vocabulary, RUN)
+    check_shape("out", out, (row_count,))
+    check_dtype("out", out, (torch.int32,))
+    check_shape("workspace.heads", workspace.heads, (None, run_count))
+    if workspace.heads.shape[0] < row_count:
+        message = f"workspace: at least {row_count} rows expected, found {workspace.heads.shape[0]}"
+        raise ValueError(message)
+    check_same_device(logits=logits, workspace=workspace.heads, out=out)
+    return row_count, vocabulary, run_count
+
+
+def _head_count(vocabulary: int, run_count: int) -> int:
+    """Returns how many runs have to reach the bar for candidates: their tokens should fill the room by half or more.
+
+    If the likely tokens lie anywhere, n of them hit run_count * (1 - exp(-n / run_count)) runs.
+    """
+    if vocabulary <= tensors.CANDIDATES:
+        return run_count + 1
+    return max(1, min(tensors.CANDIDATES // 2, run_count // 2))
+
+
+def most_likely(logits: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> None:
+    """Takes the most likely token of each row, the first of equals. Writes `out`. One pass over the logits.
+
+    Args:
+        logits: `[row, vocabulary]`, dense in the last axis; float32, bfloat16 or float16.
+        out: `[row]` int32; -1 where a logit is NaN or the largest is infinite.
+        workspace: for at least as many rows, of the same vocabulary.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    row_count, vocabulary, run_count = _check(logits, workspace, out)
+    if row_count == 0:
+        return
+    config = lookup("sampling", logits.device, vocabulary=vocabulary)
+    _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
+        logits, workspace.heads, workspace.heads, workspace.masses, workspace.masses, logits.stride(0), vocabulary,
+        run_count, GREEDY=True, PLAIN=False, RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
+    )  # fmt: skip
+    _take_first[(row_count,)](
+        logits, workspace.heads, workspace.masses, out, logits.stride(0), vocabulary, run_count,
+        ALL_RUNS=triton.next_power_of_2(run_count), SIZE=RUN, num_warps=4,
+    )  # fmt: skip
+
+
+def sample(
+    logits: torch.Tensor,
+    choice: Choice,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    workspace: Workspace,
+    log_probabilities: LogProbabilities | None = None,
+) -> None:
+    """Chooses a token for each row. Writes `out`, and `log_probabilities` where it is given.
+
+    The same (logits, choice, position) give the same token in whatever batch, and nothing waits for the device.
+
+    Args:
+        logits: `[row, vocabulary]`, dense in the last axis; float32, bfloat16 or float16. Withheld tokens are -inf.
+        choice: how to choose, a row each.
+        positions: `[row]` int32 or int64: index in its sequence of the token drawn, the counter of its random number.
+        out: `[row]` int32; -1 where a logit is NaN or the largest is infinite.
+        workspace: for at least as many rows, of the same vocabulary.
+        log_probabilities: where they go; None: they are not computed.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Complexity: one pass over the logits, one over those runs of it that hold likely tokens, and one run more. Rows
+        whose top_k or top_p keeps more tokens than there is room for are searched again and again, about 13 passes
+        for each of top_k, top_p and the draw.
+    """
+    row_count, vocabulary, run_count = _check(logits, workspace, out)
+    check_shape("positions", positions, (row_count,))
+    check_dtype("positions", positions, (torch.int32, torch.int64))
+    check_same_device(logits=logits, positions=positions, **choice.tensors)
+    for name, tensor in choice.tensors.items():
+        floats = name in {"temperature", "top_p", "min_p"}
+        check_shape(f"choice.{name}", tensor, (row_count,))
+        check_dtype(f"choice.{name}", tensor, (torch.float32 if floats else torch.int32,))
+        check_last_axis_dense(f"choice.{name}", tensor)
+    if row_count == 0:
+        return
+    config = lookup("sampling", logits.device, vocabulary=vocabulary)
+    _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
+        logits, choice.temperature, workspace.heads, workspace.masses, workspace.plain_masses, logits.stride(0),
+        vocabulary, run_count, GREEDY=False, PLAIN=log_probabilities is not None, RUNS=config["scan_runs"], SIZE=RUN,
+        num_warps=config["scan_warps"],
+    )  # fmt: skip
+    shared = (
+        logits, choice.temperature, choice.top_k, choice.top_p, choice.min_p, choice.seed_low, choice.seed_high,
+        positions, workspace.heads, workspace.masses,
+    )  # fmt: skip
+    all_runs, token_bits = triton.next_power_of_2(run_count), max(1, (vocabulary - 1).bit_length())
+    _choose[(row_count,)](
+        *shared, workspace.values, workspace.tokens, out, logits.stride(0), vocabulary, run_count,
+        HEAD=_head_count(vocabulary, run_count), ROOM=tensors.CANDIDATES, ALL_RUNS=all_runs,
+        RUNS=config["gather_runs"], SIZE=RUN, TOKEN_BITS=token_bits, num_warps=config["choose_warps"],
+    )  # fmt: skip
+    _choose_in_row[(row_count,)](
+        *shared, out, logits.stride(0), vocabulary, run_count, ALL_RUNS=all_runs, TOKEN_BITS=token_bits,
+        TILE=config["tile"], num_warps=config["choose_warps"],
+    )  # fmt: skip
+    if log_probabilities is not None:
+        write_log_probabilities(logits, out, workspace, log_probabilities)
