@@ -16,12 +16,14 @@ from memsvc.core.validation import check_simulation
 from memsvc.history import Historian, Question
 from memsvc.keeper import Keeper
 from memsvc.paging import LIST_DEFAULT, LIST_MAXIMUM, page_size, read_number, read_page_token, write_page_token
+from memsvc.read_masks import with_read_masks
 from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
 
 _SIMULATED_EIGHTHS = (1, 2, 4, 8, 16, 32, 64)
 _TABLE_PAGE_DEFAULT, _TABLE_PAGE_MAXIMUM = 1000, 10_000
 
 
+@with_read_masks(admin_pb2.DESCRIPTOR.services_by_name["AdminService"])
 class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceServicer):
     """Serves the inspection of memory, and the commands of operators.
 

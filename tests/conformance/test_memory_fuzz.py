@@ -163,6 +163,9 @@ async def test_garbage_to_a_method_is_refused_and_changes_nothing(method: descri
             request = filled(request_type(), source)
             if number % 2 and "pool_id" in request.DESCRIPTOR.fields_by_name:
                 request.pool_id = POOL_ID
+            if number % 8 and "read_mask" in request.DESCRIPTOR.fields_by_name:
+                # Most masks are refused, and what is behind would never be reached.
+                request.ClearField("read_mask")
             before = everything(rig)
             call = invoke(request, timeout=5)
             code = await (ended(call) if method.server_streaming else call.code())

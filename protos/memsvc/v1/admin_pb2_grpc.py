@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class AdminServiceStub(object):
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
-    taken between two commands.
+    taken between two commands. What only looks has a read mask (AIP-157): paths of the answer's fields, at most 64; the token of
+    the next page always comes.
     """
 
     def __init__(self, channel):
@@ -135,7 +136,8 @@ class AdminServiceStub(object):
 
 class AdminServiceServicer(object):
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
-    taken between two commands.
+    taken between two commands. What only looks has a read mask (AIP-157): paths of the answer's fields, at most 64; the token of
+    the next page always comes.
     """
 
     def ListPools(self, request, context):
@@ -392,7 +394,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
-    taken between two commands.
+    taken between two commands. What only looks has a read mask (AIP-157): paths of the answer's fields, at most 64; the token of
+    the next page always comes.
     """
 
     @staticmethod

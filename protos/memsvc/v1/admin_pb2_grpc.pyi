@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class AdminServiceStub:
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
-    taken between two commands.
+    taken between two commands. What only looks has a read mask (AIP-157): paths of the answer's fields, at most 64; the token of
+    the next page always comes.
     """
 
     @_typing.overload
@@ -97,7 +98,8 @@ class AdminServiceStub:
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
-    taken between two commands.
+    taken between two commands. What only looks has a read mask (AIP-157): paths of the answer's fields, at most 64; the token of
+    the next page always comes.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -162,7 +164,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks at pools, sequences and blocks, and lets operators command the cache. Every answer is a consistent cut: it is
-    taken between two commands.
+    taken between two commands. What only looks has a read mask (AIP-157): paths of the answer's fields, at most 64; the token of
+    the next page always comes.
     """
 
     @_abc_1.abstractmethod
