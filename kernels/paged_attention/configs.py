@@ -1,17 +1,21 @@
-"""Tiles, warps and stages by device, head size and element type.
+"""How attention is launched on a device, for heads and an element type: rows of the tables in `kernels.configs`.
 
-Rows were chosen by what the compiler makes of them: no spilled register, at least two tiles of keys and values in
-flight, and shared memory for two programs of decode per multiprocessor. `tests/kernels` compiles every row.
+The defaults were chosen by what the compiler makes of them: no spilled register, at least two tiles of keys and values
+in flight, and shared memory for two programs of decode per multiprocessor. `tests/kernels` compiles them.
 """
 
 import dataclasses
 import os
-from typing import TypeVar
 
 import torch
 from triton.runtime import driver
 
+from kernels.configs import lookup
 from kernels.paged_attention.options import HeadShape
+
+_FLOAT8_CAPABILITY = 89
+_HOPPER = 90
+_INTERPRETED_PROCESSORS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,50 +24,26 @@ class DecodeConfig:
 
     tile: int
     """Positions of a tile."""
-    warps: int
+    num_warps: int
     """Warps of a program."""
-    stages: int
-    """Depth of the pipeline: stages - 1 tiles of keys and values are in flight."""
+    num_stages: int
+    """Depth of the pipeline: num_stages - 1 tiles of keys and values are in flight."""
     programs: int
     """Programs per multiprocessor."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PrefillConfig:
-    """How prefill is compiled."""
+class RowsConfig:
+    """How attention of many rows is compiled: prefill, and decode over a shared prefix."""
 
     rows: int
     """Rows of a program; a row is one query head at one token."""
     tile: int
     """Positions of a tile."""
-    warps: int
+    num_warps: int
     """Warps of a program."""
-    stages: int
+    num_stages: int
     """Depth of the pipeline."""
-
-
-_DECODE = {
-    # (head elements, padded; bytes of a cache element): by compute capability.
-    (64, 1): {90: DecodeConfig(64, 4, 4, 2)},
-    (64, 2): {80: DecodeConfig(64, 4, 4, 2), 90: DecodeConfig(64, 4, 4, 3)},
-    (128, 1): {90: DecodeConfig(64, 4, 3, 2)},
-    (128, 2): {80: DecodeConfig(64, 4, 3, 2), 90: DecodeConfig(64, 4, 3, 2)},
-    (256, 1): {90: DecodeConfig(32, 4, 3, 2)},
-    (256, 2): {80: DecodeConfig(32, 4, 3, 2), 90: DecodeConfig(32, 4, 3, 2)},
-}
-_PREFILL = {
-    (64, 1): {90: PrefillConfig(128, 64, 8, 3)},
-    (64, 2): {80: PrefillConfig(128, 64, 8, 3), 90: PrefillConfig(128, 64, 8, 3)},
-    (128, 1): {90: PrefillConfig(128, 64, 8, 3)},
-    (128, 2): {80: PrefillConfig(64, 32, 4, 3), 90: PrefillConfig(128, 64, 8, 2)},
-    (256, 1): {90: PrefillConfig(128, 32, 8, 3)},
-    (256, 2): {80: PrefillConfig(64, 32, 8, 2), 90: PrefillConfig(128, 32, 8, 2)},
-}
-_WIDE_DECODE = DecodeConfig(32, 4, 2, 1)
-_WIDE_PREFILL = PrefillConfig(32, 32, 4, 2)
-_LEAST_DIMS = 64
-_WIDE_BYTES = 4
-_INTERPRETED_PROCESSORS = 4
 
 
 def _capability(device: torch.device) -> int:
@@ -72,48 +52,53 @@ def _capability(device: torch.device) -> int:
         major, minor = torch.cuda.get_device_capability(device)
         return 10 * major + minor
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return 90
+        return _HOPPER
     # Tensors are elsewhere when kernels are only compiled, for a device that is not there.
     return int(driver.active.get_current_target().arch)
 
 
-_Config = TypeVar("_Config", DecodeConfig, PrefillConfig)
+def _row(kernel: str, device: torch.device, shape: HeadShape, kv_dtype: torch.dtype) -> dict[str, int]:
+    """Returns a row of the device's table.
 
-
-def _pick(
-    table: dict[tuple[int, int], dict[int, _Config]], wide: _Config, device: torch.device, dims: int, itemsize: int
-) -> _Config:
-    """Returns the row for a device: that of the newest architecture that is not newer."""
-    if itemsize >= _WIDE_BYTES:
-        return wide
-    rows = table.get((max(dims, _LEAST_DIMS), itemsize))
-    if rows is None:
-        message = f"head_dim: at most {max(dims for dims, _ in table)} expected, found {dims} (padded)"
-        raise ValueError(message)
+    Raises:
+        ValueError: the device has no arithmetic for the element type of the cache.
+    """
     capability = _capability(device)
-    fitting = [row for row in rows if row <= capability]
-    if not fitting:
-        message = f"k_cache: elements of {itemsize} bytes need compute capability {min(rows)}, found {capability}"
+    if kv_dtype.itemsize == 1 and capability < _FLOAT8_CAPABILITY:
+        message = f"k_cache: {kv_dtype} needs compute capability 8.9, found {capability / 10}"
         raise ValueError(message)
-    return rows[max(fitting)]
+    return dict(
+        lookup(
+            kernel, device, head_dim=shape.dims, kv_bytes=kv_dtype.itemsize, capability=capability, group=shape.group
+        )
+    )
 
 
 def decode_config(device: torch.device, shape: HeadShape, kv_dtype: torch.dtype) -> DecodeConfig:
     """Returns how decode is compiled for a device, heads and an element type of the cache.
 
     Raises:
-        ValueError: the device or the kernels cannot do that.
+        ValueError: the device has no arithmetic for the element type.
     """
-    return _pick(_DECODE, _WIDE_DECODE, device, shape.dims, kv_dtype.itemsize)
+    return DecodeConfig(**_row("paged_decode", device, shape, kv_dtype))
 
 
-def prefill_config(device: torch.device, shape: HeadShape, kv_dtype: torch.dtype) -> PrefillConfig:
+def prefill_config(device: torch.device, shape: HeadShape, kv_dtype: torch.dtype) -> RowsConfig:
     """Returns how prefill is compiled for a device, heads and an element type of the cache.
 
     Raises:
-        ValueError: the device or the kernels cannot do that.
+        ValueError: the device has no arithmetic for the element type.
     """
-    return _pick(_PREFILL, _WIDE_PREFILL, device, shape.dims, kv_dtype.itemsize)
+    return RowsConfig(**_row("paged_prefill", device, shape, kv_dtype))
+
+
+def prefix_config(device: torch.device, shape: HeadShape, kv_dtype: torch.dtype) -> RowsConfig:
+    """Returns how attention to shared prefixes is compiled for a device, heads and an element type of the cache.
+
+    Raises:
+        ValueError: the device has no arithmetic for the element type.
+    """
+    return RowsConfig(**_row("paged_prefix", device, shape, kv_dtype))
 
 
 def worker_count(device: torch.device, num_kv_heads: int, config: DecodeConfig) -> int:

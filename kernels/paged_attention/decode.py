@@ -9,7 +9,7 @@ import triton.language as tl
 
 from kernels.paged_attention.kv_loop import attend_tiles, store_rows
 from kernels.paged_attention.merge import merge_parts
-from kernels.paged_attention.options import AttentionOptions, check_attention, check_outputs
+from kernels.paged_attention.options import AttentionOptions, HeadShape, check_attention, check_outputs
 from kernels.paged_attention.workspace import DecodeWorkspace
 
 
@@ -169,17 +169,26 @@ def paged_attention_decode(
     """
     shape = check_attention(q, k_cache, v_cache, block_tables, context_lens, options)
     out = check_outputs(q, out, lse)
+    check_workspace(q, context_lens, shape, workspace)
+    if q.shape[0] == 0:
+        return out
+    launch_decode(q, k_cache, v_cache, block_tables, context_lens, None, options, workspace, out, lse)
+    merge_parts(workspace, q.shape[0], options, out, lse)
+    return out
+
+
+def check_workspace(q: torch.Tensor, context_lens: torch.Tensor, shape: HeadShape, workspace: DecodeWorkspace) -> None:
+    """Checks that `workspace` is for heads of `shape` and for as many sequences as there are.
+
+    Raises:
+        ValueError: it is not, or there is not one query a sequence.
+    """
     if shape != workspace.shape or q.shape[0] != context_lens.shape[0] or q.shape[0] > workspace.sequence_max:
         message = (
             f"q: {context_lens.shape[0]} sequences (at most {workspace.sequence_max}) of heads as {workspace.shape} "
             f"expected, found {q.shape[0]} of {shape}"
         )
         raise ValueError(message)
-    if q.shape[0] == 0:
-        return out
-    launch_decode(q, k_cache, v_cache, block_tables, context_lens, None, options, workspace, out, lse)
-    merge_parts(workspace, q.shape[0], options, out, lse)
-    return out
 
 
 def launch_decode(
@@ -214,5 +223,5 @@ def launch_decode(
         HAS_LSE=lse is not None, HAS_STARTS=starts is not None, FIXED=workspace.split_size > 0,
         NUM_HEADS=shape.num_heads, GROUP=shape.group, ROWS=max(16, triton.next_power_of_2(shape.group)),
         HEAD_DIM=shape.head_dim, DIMS=shape.dims, BLOCK_SIZE=shape.block_size, TILE=config.tile, UNIT=partition.unit,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -8,13 +8,15 @@ and the output is a / s. Source: Flash-Decoding (Dao et al., 2023); the same for
 sums in place of m and s, is in "Cascade Inference" (Ye et al., 2024).
 """
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.paged_attention.kv_loop import store_rows
 from kernels.paged_attention.options import AttentionOptions
-from kernels.paged_attention.workspace import DecodeWorkspace
+from kernels.paged_attention.workspace import DecodeWorkspace, Parts
 
 _PARTS = 16
 """Parts loaded in one go."""
@@ -91,7 +93,7 @@ def _merge_parts(
     shared_sum_ptr,
     shared_offsets_ptr,
     shared_item_ptr,
-    shared_member_ptr,
+    shared_place_ptr,
     item_count,
     workers,
     shared_count,
@@ -126,7 +128,7 @@ def _merge_parts(
     if SHARED:  # noqa: SIM102 - one is decided by the compiler, the other by the device
         if shared_item >= 0:
             shared_first, shared_parts = _item_slots(shared_offsets_ptr, shared_item, shared_count, workers, False)
-            row = (head // GROUP) * (MEMBERS * GROUP) + tl.load(shared_member_ptr + sequence) * GROUP + head % GROUP
+            row = (head // GROUP) * (MEMBERS * GROUP) + tl.load(shared_place_ptr + sequence) * GROUP + head % GROUP
             running_max, running_sum, acc = _fold(
                 running_max, running_sum, acc, shared_acc_ptr, shared_max_ptr, shared_sum_ptr, shared_first,
                 shared_parts, row, NUM_HEADS * MEMBERS, HEAD_DIM, DIMS, PARTS,
@@ -144,12 +146,30 @@ def _merge_parts(
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SharedParts:
+    """Parts over prefixes, each of several sequences at once."""
+
+    parts: Parts
+    offsets: torch.Tensor
+    """`[item + 1]` int32, of the partition of the prefixes."""
+    sequence_items: torch.Tensor
+    """`[sequence]` int32: the item that a sequence is in; -1 for none."""
+    sequence_places: torch.Tensor
+    """`[sequence]` int32: its place in the item."""
+    item_count: int
+    """Items, unused ones included."""
+    members: int
+    """Places of an item."""
+
+
 def merge_parts(
     workspace: DecodeWorkspace,
     sequence_count: int,
     options: AttentionOptions,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    shared: SharedParts | None = None,
 ) -> None:
     """Merges the parts of every sequence, as `decode.launch_decode` left them in `workspace`.
 
@@ -159,15 +179,18 @@ def merge_parts(
         options: as for the parts.
         out: `[sequence, query_head, head_dim]`; rows of sequences with one part are left alone, others written.
         lse: `[sequence, query_head]` float32, written likewise; None if nobody wants it.
+        shared: parts over prefixes that some of the sequences share; None for none.
     """
     shape, parts = workspace.shape, workspace.parts
     offsets = workspace.partition(options.window).offsets
+    prefixes = shared or SharedParts(parts, offsets, offsets, offsets, 0, 1)
     _merge_parts[(sequence_count, shape.num_heads)](
         parts.acc, parts.maxima, parts.sums, offsets, out if options.sinks is None else options.sinks,
-        out, out if lse is None else lse, parts.acc, parts.maxima, parts.sums, offsets, offsets, offsets,
-        sequence_count, workspace.workers, 0, options.v_scale,
+        out, out if lse is None else lse, prefixes.parts.acc, prefixes.parts.maxima, prefixes.parts.sums,
+        prefixes.offsets, prefixes.sequence_items, prefixes.sequence_places,
+        sequence_count, workspace.workers, prefixes.item_count, options.v_scale,
         out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
-        FIXED=workspace.split_size > 0, SHARED=False, HAS_SINKS=options.sinks is not None, HAS_LSE=lse is not None,
-        NUM_HEADS=shape.num_heads, GROUP=shape.group, MEMBERS=1, HEAD_DIM=shape.head_dim, DIMS=shape.dims,
-        PARTS=_PARTS, num_warps=4,
+        FIXED=workspace.split_size > 0, SHARED=shared is not None, HAS_SINKS=options.sinks is not None,
+        HAS_LSE=lse is not None, NUM_HEADS=shape.num_heads, GROUP=shape.group, MEMBERS=prefixes.members,
+        HEAD_DIM=shape.head_dim, DIMS=shape.dims, PARTS=_PARTS, num_warps=4,
     )  # fmt: skip

@@ -6,11 +6,8 @@ import math
 import torch
 
 from kernels.checks import check_cache, check_dtype, check_last_axis_dense, check_same_device, check_shape, group_size
+from kernels.layout import ACTIVATION_DTYPES
 
-QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Element types of queries and outputs."""
-NARROW_DTYPES = (torch.float8_e4m3fn,)
-"""Element types that a cache may have whatever the queries have."""
 LOG2_E = math.log2(math.e)
 
 
@@ -96,14 +93,14 @@ def check_attention(
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     check_shape("q", q, (None, None, None))
-    check_dtype("q", q, QUERY_DTYPES)
+    check_dtype("q", q, ACTIVATION_DTYPES)
     check_last_axis_dense("q", q)
     check_shape("k_cache", k_cache, (None, None, None, q.shape[2]))
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     group_size(q.shape[1], num_kv_heads)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_cache(name, cache, num_kv_heads, q.shape[2])
-        check_dtype(name, cache, (q.dtype, *NARROW_DTYPES))
+        check_dtype(name, cache, (q.dtype, torch.float8_e4m3fn))
     check_shape("v_cache", v_cache, k_cache.shape)
     check_dtype("v_cache", v_cache, (k_cache.dtype,))
     check_shape("block_tables", block_tables, (context_lens.shape[0], None))
@@ -114,7 +111,7 @@ def check_attention(
     check_same_device(q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, context_lens=context_lens)
     if options.sinks is not None:
         check_shape("sinks", options.sinks, (q.shape[1],))
-        check_dtype("sinks", options.sinks, QUERY_DTYPES)
+        check_dtype("sinks", options.sinks, ACTIVATION_DTYPES)
         check_same_device(q=q, sinks=options.sinks)
     return HeadShape(q.shape[1], num_kv_heads, q.shape[2], block_size)
 

@@ -11,7 +11,7 @@ from kernels.paged_attention.options import AttentionOptions, check_attention, c
 
 
 @triton.jit
-def _find_sequence(starts_ptr, sequence_count, row_block, origin, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def find_sequence(starts_ptr, sequence_count, row_block, origin, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """Returns the sequence that a row block belongs to, and the sequence's first row block.
 
     The blocks of sequence s begin at number floor(rows before s / ROWS) + s. That leaves room for ceil(rows of s /
@@ -74,7 +74,7 @@ def _prefill(
     kv_head = tl.program_id(1)
     origin = tl.load(start_ptr)
     row_block = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence, first_block = _find_sequence(start_ptr, sequence_count, row_block, origin, GROUP, ROWS)
+    sequence, first_block = find_sequence(start_ptr, sequence_count, row_block, origin, GROUP, ROWS)
     query_start = tl.load(start_ptr + sequence)
     query_count = tl.load(start_ptr + sequence + 1) - query_start
     first_row = (row_block - first_block) * ROWS
@@ -196,6 +196,6 @@ def paged_attention_prefill(
         block_tables.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
         WINDOW=options.window, SOFT_CAP=options.soft_cap > 0, HAS_SINKS=options.sinks is not None,
         HAS_LSE=lse is not None, GROUP=shape.group, ROWS=config.rows, HEAD_DIM=shape.head_dim, DIMS=shape.dims,
-        BLOCK_SIZE=shape.block_size, TILE=config.tile, num_warps=config.warps, num_stages=config.stages,
+        BLOCK_SIZE=shape.block_size, TILE=config.tile, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
