@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from execsvc.grammars import Matcher
 from execsvc.sampler import SamplingSpec, sample
 from execsvc.sequences import Sequence
 
@@ -81,8 +82,10 @@ def choose(
     changed = logits
     for row, sequence in enumerate(samplers):
         spec = sequence.sampling
-        if spec.bias or spec.penalizes:
+        if spec.bias or spec.penalizes or sequence.matcher is not None:
             changed = logits.float().clone() if changed is logits else changed
+            if sequence.matcher is not None:
+                forbid_others(changed[row], sequence.matcher)
             change_logits(
                 changed[row],
                 spec,
@@ -100,6 +103,8 @@ def choose(
     for sequence, token in zip(samplers, choice.tokens, strict=True):
         if sequence.sampling.penalizes:
             sequence.said.append(token)
+        if sequence.matcher is not None and token >= 0:
+            sequence.matcher.advance(token)
     for place, token in zip(places[len(samplers) :], tokens[len(samplers) :], strict=True):
         choice.siblings.setdefault(place, []).append(token)
     for place, sequence in enumerate(samplers):
@@ -108,6 +113,13 @@ def choose(
             for token in (choice.tokens[place], *choice.siblings.get(place, ())):
                 choice.logprobs.add(sequence.table, positions[place], logits[place], token, count)
     return choice
+
+
+def forbid_others(logits: torch.Tensor, matcher: Matcher) -> None:
+    """Makes every token impossible that a grammar does not allow next. Writes `logits`, `[vocabulary]`."""
+    allowed = matcher.allowed()
+    if allowed is not None:
+        logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
 
 
 def change_logits(logits: torch.Tensor, spec: SamplingSpec, tokens: npt.NDArray[np.int64], position: int) -> None:

@@ -13,14 +13,23 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from execsvc.grammars import Grammars, Matcher
 from execsvc.kv_cache import KVCache
+from execsvc.sampler import SamplingSpec
 from execsvc.sampling_params import check_columns, report_logprobs, sampling_spec
 from execsvc.sequences import Sequence, SequenceRows
 from execsvc.steps import LaunchedStep, Observe, Steps
 from execsvc.swap import SwapSpace
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
-from quire.errors import InvalidRequestError, QuireError, SequenceExistsError, SequenceNotFoundError, StaleEpochError
+from quire.errors import (
+    InvalidRequestError,
+    QuireError,
+    SequenceExistsError,
+    SequenceNotFoundError,
+    StaleEpochError,
+    UnsupportedError,
+)
 from quire.units import div_ceil
 from quire.window import outside_block_count
 
@@ -83,6 +92,8 @@ class Engine:
         self.max_num_batched_tokens = max_num_batched_tokens
         self._swap = SwapSpace(cache, swap_slot_count)
         self.epoch = 0
+        self.grammars: Grammars | None = None
+        """Grammars for the model's tokens, where its tokenizer is known."""
         self.observe_logits: Observe | None = None
         """Called with (tables, logits) before sampling: for tests that compare logits."""
 
@@ -275,7 +286,16 @@ class Engine:
             message = f"sibling_seeds: found {len(start.sibling_seeds)}, allowed are 0 .. {_SIBLING_LIMIT}"
             raise InvalidRequestError(message, field="sibling_seeds")
         sampling = sampling_spec(start.sampling, self.vocab_size)
-        rows.add(start.table, owner, tokens, blocks, computed, sampling, tuple(start.sibling_seeds))
+        matcher = self._matcher(sampling, tokens)
+        rows.add(start.table, owner, tokens, blocks, computed, sampling, tuple(start.sibling_seeds), matcher)
+
+    def _matcher(self, sampling: SamplingSpec, tokens: columns.Column) -> Matcher | None:
+        """Returns where a sequence is in its grammar, None if it has none; raises InvalidRequestError."""
+        if not sampling.grammar:
+            return None
+        if self.grammars is None:
+            raise UnsupportedError("grammar: the model's tokenizer is not known here", field="grammar")
+        return self.grammars.matcher(sampling.grammar, tokens[sampling.prompt_token_count :].tolist())
 
     def _check_blocks(self, blocks: columns.Column, outside: int) -> None:
         """Raises InvalidRequestError if a block is beyond the pool, or null and not among the first `outside`.

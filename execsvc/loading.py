@@ -13,6 +13,7 @@ from execsvc import attention, events
 from execsvc.assembly import Assembly
 from execsvc.config import ExecsvcConfig
 from execsvc.engine import Engine
+from execsvc.grammars import Grammars
 from execsvc.invariance import measure_batch_invariance
 from execsvc.memory_profile import MemoryBudget
 from execsvc.model import llama, native
@@ -186,6 +187,8 @@ def _load_source(
     kv_dtype = _choose_kv_dtype(config, dtype, device)
     assembled = Assembly(config, model, device, kv_dtype, max_model_len, batched_tokens).assemble()
     engine, budget, backend_name = assembled.engine, assembled.budget, assembled.attention_backend
+    if (tokenizer := source.tokenizer) is not None:
+        engine.grammars = Grammars(tokenizer.json, model.config.vocab_size, tokenizer.eos_token_ids)
     invariant = measure_batch_invariance(engine, budget.block_count)
     log.info(events.BATCH_INVARIANCE_MEASURED, batch_invariant=invariant, attention_backend=backend_name)
     log.info(events.MODEL_LOADED, parameter_count=model.parameter_count, weight_bytes=model.weight_bytes)

@@ -26,8 +26,8 @@ _HEAD_COUNT = 1024
 class SamplingSpec:
     """How to choose, in this order.
 
-    withheld, bias, repetition_penalty, frequency_penalty, presence_penalty; then, unless greedy: temperature, top_k,
-    top_p, min_p, typical_p, draw.
+    grammar, withheld, bias, repetition_penalty, frequency_penalty, presence_penalty; then, unless greedy: temperature,
+    top_k, top_p, min_p, typical_p, draw.
     """
 
     temperature: float = 0.0
@@ -59,6 +59,8 @@ class SamplingSpec:
     """Most likely tokens whose log-probabilities are reported beside the sampled one's; None for nothing."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
+    grammar: str = ""
+    """What may be generated; see `execsvc.grammars`."""
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -108,7 +110,8 @@ class SamplingSpec:
     @property
     def special(self) -> bool:
         """Whether it takes more than the logits, and a draw from them, to choose or to report."""
-        return self.penalizes or bool(self.bias) or self.logprobs is not None or self.typical_p < 1.0
+        changes = self.penalizes or bool(self.bias) or bool(self.grammar)
+        return changes or self.logprobs is not None or self.typical_p < 1.0
 
     @property
     def greedy(self) -> bool:

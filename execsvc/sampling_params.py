@@ -45,6 +45,7 @@ def sampling_spec(message: pb.SamplingParams, vocab_size: int) -> SamplingSpec:
         presence_penalty=message.presence_penalty,
         prompt_token_count=message.prompt_token_count,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
+        grammar=message.grammar,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from execsvc.grammars import Matcher
 from execsvc.sampler import SamplingSpec
 from quire.columns import Column
 from quire.window import outside_block_count
@@ -33,6 +34,8 @@ class Sequence:
     """Tokens that it was opened with. Of those sampled since, only the last is needed, and that is in the columns."""
     said: list[int] = dataclasses.field(default_factory=list)
     """Tokens sampled since, where they decide what may come next."""
+    matcher: Matcher | None = None
+    """Where it is in its grammar, if it has one."""
     open: bool = True
     failed: bool = False
     """It was dropped because of an error, maybe while a later step with it was on its way."""
@@ -108,10 +111,12 @@ class SequenceRows:
         computed: int,
         sampling: SamplingSpec,
         sibling_seeds: tuple[int, ...] = (),
+        matcher: Matcher | None = None,
     ) -> Sequence:
         """Opens a sequence. The caller has checked every argument and that a row is left."""
         row = self._free_rows.pop()
         sequence = Sequence(table, owner, row, sampling, tokens.astype(np.int64), sibling_seeds=sibling_seeds)
+        sequence.matcher = matcher
         self.block_tables[row, : len(blocks)] = blocks
         self.block_counts[row] = len(blocks)
         self.known[row], self.computed[row] = len(tokens), computed

@@ -58,6 +58,9 @@ def _special_params(sequence: Sequence) -> dict[str, Any]:
     if sampling.logit_bias:
         params["bias_tokens"] = columns.pack([token for token, _ in sampling.logit_bias])
         params["bias_values"] = columns.pack_floats([value for _, value in sampling.logit_bias])
+    if settings.grammar:
+        params["grammar"] = settings.grammar
+        params["prompt_token_count"] = sequence.prompt_length
     if settings.logprobs is not None or settings.selects:
         params["logprobs"] = settings.logprobs or 0
     if not sequence.index and sequence.request.wants_prompt_logprobs:

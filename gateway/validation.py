@@ -8,6 +8,7 @@ import re
 import secrets
 from typing import Final
 
+from gateway.constraint import check_constraint
 from gateway.core.request import RequestSettings
 from gateway.models import ServedModel
 from gateway.refusal import refusal
@@ -173,6 +174,7 @@ async def check_spec(
     sampling = check_sampling(spec.sampling, model.vocab_size)
     answer_count, sample_count = check_sample_counts(spec.sampling)
     logprobs, prompt_logprobs = check_output(spec.output)
+    grammar = await check_constraint(spec)
     stop, stop_token_ids = _check_stopping(spec.stopping, model.vocab_size)
     if len(spec.caching.salt) > MAX_SALT_CHARACTERS:
         found = f"{len(spec.caching.salt)} characters"
@@ -195,6 +197,7 @@ async def check_spec(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         echo=spec.output.echo,
+        grammar=grammar,
         include_stop_str=spec.stopping.include_stop_str_in_output,
         stop=stop,
         stop_token_ids=stop_token_ids,

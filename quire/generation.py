@@ -5,6 +5,7 @@ import dataclasses
 import datetime as dt
 import difflib
 import enum
+import json
 import secrets
 from typing import Any, TypeAlias, TypedDict
 
@@ -65,6 +66,14 @@ class Options(TypedDict, total=False):
     """Subtracted from a token's logit for each time it was generated; -2 .. 2."""
     logit_bias: Mapping[int, float]
     """Added to the logits of tokens, by token id; -100 .. 100."""
+    guided_json: str | Mapping[str, object]
+    """JSON schema that the completion must be a document of."""
+    guided_regex: str
+    """Regular expression that must match the whole completion."""
+    guided_choice: Sequence[str]
+    """Texts of which the completion must be one."""
+    guided_grammar: str
+    """Lark grammar of the completion, from its rule `start` on."""
     logprobs: int
     """Answer the log-probability of each token, and of this many most likely ones; 0 .. 20."""
     prompt_logprobs: int
@@ -322,6 +331,7 @@ def specification(
         _set(spec.sampling, options, _SAMPLING)
         spec.sampling.logit_bias.update(options.get("logit_bias") or {})
         _set(spec.stopping, options, ("max_tokens", "min_tokens", "ignore_eos", "include_stop_str_in_output"))
+        _constrain(spec.constraint, options)
         _set(spec.output, options, ("logprobs", "prompt_logprobs", "echo"))
         spec.stopping.stop.extend(_texts(options.get("stop", ())))
         spec.stopping.stop_token_ids.extend(options.get("stop_token_ids", ()))
@@ -337,6 +347,23 @@ def specification(
         message = f"a value does not fit its field: {error}"
         raise InvalidRequestError(message) from error
     return spec
+
+
+def _constrain(constraint: gateway_pb2.Constraint, options: Mapping[str, Any]) -> None:
+    """Sets what a completion must look like; raises InvalidRequestError if there is more than one thing."""
+    given = [name for name in options if name.startswith("guided_") and options[name] is not None]
+    if len(given) > 1:
+        message = f"{' and '.join(given)}: found {len(given)} constraints, allowed is one"
+        raise InvalidRequestError(message, field=given[1])
+    for name in given:
+        value = options[name]
+        if name == "guided_json":
+            constraint.json_schema = value if isinstance(value, str) else json.dumps(value)
+        elif name == "guided_choice":
+            constraint.choice.SetInParent()
+            constraint.choice.texts.extend(_texts(value))
+        else:
+            setattr(constraint, name.removeprefix("guided_"), value)
 
 
 def _set(target: Any, options: Mapping[str, Any], names: Iterable[str]) -> None:

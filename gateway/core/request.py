@@ -60,6 +60,8 @@ class RequestSettings:
     prompt_logprobs: int | None = None
     """The same for the prompt."""
     echo: bool = False
+    grammar: str = ""
+    """What the completion must look like; see `quire.execsvc.v1.SamplingParams`."""
 
     @property
     def selects(self) -> bool:

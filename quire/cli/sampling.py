@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
@@ -54,6 +55,19 @@ LogitBias: TypeAlias = Annotated[
 BestOf: TypeAlias = Annotated[
     int | None, typer.Option(help="Generate this many samples and print the n most likely. [default: n]")
 ]
+GuidedJson: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="SCHEMA", help="Generate a JSON document of this schema; @FILE reads a file."),
+]
+GuidedRegex: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="Generate what this regular expression matches as a whole.")
+]
+GuidedChoice: TypeAlias = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="Generate one of some texts; to be repeated.")
+]
+GuidedGrammar: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="LARK", help="Generate a text of this Lark grammar; @FILE reads it from a file.")
+]
 Logprobs: TypeAlias = Annotated[
     int | None, typer.Option(help="With --json: log-probabilities of each token and of this many likeliest, 0 .. 20.")
 ]
@@ -83,3 +97,17 @@ def logit_bias(given: list[str] | None) -> dict[int, float] | None:
             message = f"--logit-bias: found {entry!r}, allowed is TOKEN=VALUE, for example 50256=-100"
             raise InvalidRequestError(message, field="logit_bias") from error
     return bias
+
+
+def text_or_file(given: str | None, option: str) -> str | None:
+    """Returns a text, or what is in the file that "@FILE" names.
+
+    Raises:
+        InvalidRequestError: the file cannot be read.
+    """
+    if given is None or not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"{option}: {given[1:]!r} cannot be read: {error}", field=option) from error

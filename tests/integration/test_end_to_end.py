@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -167,6 +168,10 @@ async def test_what_is_reported_of_tokens_fits_them(stack: Stack) -> None:
         assert banned.token_ids[0] == said.logprobs[0].top[1].token_id
         best = await client.generate(SENTENCE, max_tokens=6, n=1, best_of=4, seed=5, stop=["."], logprobs=0)
         assert len(best.completions) == 1
+        schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+        schema |= {"required": ["name", "age"], "additionalProperties": False}
+        document = await client.generate("A person as JSON: ", guided_json=schema, max_tokens=60, **GREEDY)
+        assert set(json.loads(document.text)) == {"name", "age"}
     stack.wait_idle()
 
 

@@ -453,7 +453,7 @@ Global___SequenceStart: _TypeAlias = SequenceStart  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How to choose the next token from the logits. The order: withheld_tokens, bias, repetition_penalty, frequency_penalty,
+    """How to choose the next token from the logits. The order: grammar, withheld_tokens, bias, repetition_penalty, frequency_penalty,
     presence_penalty; then, unless it is greedy, temperature, top_k, top_p, min_p, typical_p, draw. Log-probabilities are
     those of the logits as the model gave them.
     """
@@ -476,6 +476,7 @@ class SamplingParams(_message.Message):
     BIAS_VALUES_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 means greedy. 0 .. 100."""
     top_k: _builtins.int
@@ -512,6 +513,10 @@ class SamplingParams(_message.Message):
     """Report the log-probability of each sampled token, and of this many most likely ones, 0 .. 20. Absent: none."""
     prompt_logprobs: _builtins.int
     """The same of the prompt's tokens that are computed, from the second on. Absent: none."""
+    grammar: _builtins.str
+    """What the tokens behind the first prompt_token_count may spell, as the grammar library takes it (a Lark grammar, or
+    the JSON of grammars); empty for anything. Once all of it is there only a token that ends a completion follows.
+    """
     def __init__(
         self,
         *,
@@ -531,10 +536,11 @@ class SamplingParams(_message.Message):
         bias_values: _builtins.bytes = ...,
         logprobs: _builtins.int | None = ...,
         prompt_logprobs: _builtins.int | None = ...,
+        grammar: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "bias_tokens", b"bias_tokens", "bias_values", b"bias_values", "frequency_penalty", b"frequency_penalty", "logprobs", b"logprobs", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "prompt_token_count", b"prompt_token_count", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p", "withheld_tokens", b"withheld_tokens", "withheld_until", b"withheld_until"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "bias_tokens", b"bias_tokens", "bias_values", b"bias_values", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "logprobs", b"logprobs", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "prompt_token_count", b"prompt_token_count", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p", "withheld_tokens", b"withheld_tokens", "withheld_until", b"withheld_until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

@@ -122,3 +122,14 @@ def test_a_transcript_folds_to_what_the_unary_call_answers() -> None:
     assert kinds == [Admitted, Delta, Delta, Finished]
     assert transcript.generation() == generation_from(whole)
     assert generation_from(whole).usage.total_seconds == 1.5
+
+
+def test_a_constraint_is_said_once_and_a_schema_may_be_a_mapping() -> None:
+    """Two constraints would leave it to chance which one is kept."""
+    spec = specification("x", None, {"guided_json": {"type": "integer"}})
+    assert spec.constraint.json_schema == '{"type": "integer"}'
+    assert specification("x", None, {"guided_choice": "yes"}).constraint.choice.texts == ["yes"]
+    assert specification("x", None, {"guided_regex": "a+"}).constraint.regex == "a+"
+    assert specification("x", None, {}).constraint.WhichOneof("kind") is None
+    with pytest.raises(InvalidRequestError, match="found 2 constraints"):
+        specification("x", None, {"guided_regex": "a", "guided_json": "{}"})
