@@ -30,8 +30,14 @@ class GatewayConfig(ServiceConfig):
     )
     scheduling_policy: str = setting(
         "fcfs",
-        "Who goes first: fcfs by arrival; priority by the requests' priorities, lower first.",
-        choices=("fcfs", "priority"),
+        "Who goes first: fcfs by arrival; priority by the requests' priorities, lower first; fair by what tenants had.",
+        choices=("fcfs", "priority", "fair"),
+    )
+    priority_ageing: float = setting(
+        60.0, "Seconds of age that are worth one step of priority; 0 for none: the least urgent may starve.", minimum=0
+    )
+    tenant_metadata: str = setting(
+        "", "Metadata key in which a trusted proxy names the tenant of a call; empty: all calls are of one tenant."
     )
     long_prefill_token_threshold: int = setting(
         0, "Most tokens of one prompt in a step that other sequences take part in; 0 for no limit.", minimum=0

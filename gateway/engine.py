@@ -264,7 +264,7 @@ class Engine:
             raise NotReadyError("the gateway is draining; try another one", reason="DRAINING", retry_after=1.0)
         self.check_request_id(settings.request_id)
         model = self._models[settings.model]
-        request = Request(settings, model.served.max_model_len, time.monotonic())
+        request = Request(settings, model.served.max_model_len, time.monotonic(), self._config.priority_ageing)
         model.queue.push_request(request)
         token_bytes = model.served.tokenizer.token_bytes
         detokenizers = [Detokenizer(token_bytes, settings.stop) for _ in request.samples]

@@ -317,6 +317,9 @@ class Lane:
         for sequence, token in update.tokens:
             if not sequence.ended and self._owner.token(sequence, token):
                 scheduler.finish(sequence, CloseReason.FINISHED)
+        if queue.policy is SchedulingPolicy.FAIR:
+            for sequence in update.reported:
+                queue.served(sequence)
         for source, samples in update.siblings:
             self._spawn(self._fork(queue, source, samples), "fork")
         update.journal.replaced += self._merges.done(result.step)
@@ -456,6 +459,7 @@ class Lane:
         if scheduler is self._scheduler and not sequence.ended:
             scheduler.now = asyncio.get_running_loop().time()
             scheduler.start(sequence, admission)
+            queue.admitted(sequence, admission.cached_token_count)
             self._owner.admitted(sequence)
             return
         entry = JournalEntry(

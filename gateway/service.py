@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import re
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.streams import RequestStream
 
 _MAX_CANCELS = 1_000
+_TENANT = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -29,7 +32,7 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
         self._engine = engine
         self._config = config
 
-    async def _submit(self, spec: pb.GenerationSpec) -> RequestStream:
+    async def _submit(self, spec: pb.GenerationSpec, context: Context) -> RequestStream:
         """Checks and queues a request; raises QuireError."""
         model = self._engine.find_model(spec.model)
         self._engine.check_request_id(check_request_id(spec.request_id))
@@ -41,11 +44,23 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
             caching=self._config.enable_prefix_caching,
             priorities=self._config.scheduling_policy == "priority",
         )
+        if self._config.tenant_metadata:
+            settings = dataclasses.replace(settings, tenant=self._tenant(context))
         return self._engine.submit(settings)
+
+    def _tenant(self, context: Context) -> str:
+        """Returns the tenant that the proxy names; raises InvalidRequestError if it names none."""
+        key = self._config.tenant_metadata
+        values = [value for name, value in context.invocation_metadata() or () if name == key]
+        if len(values) != 1 or not isinstance(values[0], str) or not _TENANT.fullmatch(values[0]):
+            found = f"{len(values)} values" if len(values) != 1 else repr(values[0])
+            message = f"metadata {key}: found {found}, expected one name of 1 .. 128 characters of [A-Za-z0-9._:-]"
+            raise InvalidRequestError(message, field=key)
+        return str(values[0])
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> None:  # type: ignore[override]
         """Streams a completion: writes, where generators inside each other would take their share of every message."""
-        stream = await self._submit(request.spec)
+        stream = await self._submit(request.spec, context)
         write = context.write
         try:
             while messages := await stream.take():
@@ -57,7 +72,7 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """Returns a whole completion."""
-        stream = await self._submit(request.spec)
+        stream = await self._submit(request.spec, context)
         count = stream.request.settings.answer_count or stream.request.settings.sample_count
         completions = [pb.Completion(index=index) for index in range(count)]
         texts: list[list[str]] = [[] for _ in range(count)]

@@ -44,12 +44,12 @@ def choose_victim(
     if not places:
         return None
     first = min(places.values())
-    is_fcfs = policy is SchedulingPolicy.FCFS
+    by_loss = policy is not SchedulingPolicy.PRIORITY
     return max(
         (sequence for sequence, place in places.items() if place != first),
         key=lambda sequence: (
             sequence.preemption_count < max_preemptions,
-            -loss_per_block(sequence, block_size) if is_fcfs else 0,
+            -loss_per_block(sequence, block_size) if by_loss else 0,
             places[sequence],
         ),
         default=None,

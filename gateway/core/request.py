@@ -82,21 +82,25 @@ class Request:
         "known_prompt_logprobs",
         "max_model_len",
         "peak_block_count",
+        "rank",
         "samples",
         "settings",
     )
 
-    def __init__(self, settings: RequestSettings, max_model_len: int, arrived_at: float) -> None:
+    def __init__(self, settings: RequestSettings, max_model_len: int, arrived_at: float, ageing: float = 0.0) -> None:
         """Makes the samples, all waiting.
 
         Args:
             settings: the request.
             max_model_len: longest sequence of the model, tokens.
             arrived_at: monotonic seconds.
+            ageing: seconds of age that are worth one step of priority; 0 for none.
         """
         self.settings = settings
         self.max_model_len = max_model_len
         self.arrived_at = arrived_at
+        # Who is a step less urgent but came so many seconds earlier is equal, now and later.
+        self.rank = settings.priority + (arrived_at / ageing if ageing else 0.0)
         self.arrival_no = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None

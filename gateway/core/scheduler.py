@@ -313,8 +313,8 @@ class Scheduler:
         if not computing:
             self._make_room(min(unmet, SPARING))
         elif self._policy is SchedulingPolicy.PRIORITY:
-            last = max(sequence.request.settings.priority for sequence in self._running.values())
-            self._make_room(sum(sequence.request.settings.priority < last for sequence in hungry))
+            last = max(self._running.values(), key=lambda sequence: place_in_step(sequence, self._policy))
+            self._make_room(sum(s.request.settings.priority < last.request.settings.priority for s in hungry))
 
     def _grow_chunk(self, sequence: Sequence, count: int, draft: StepDraft) -> int:
         """Takes blocks for the next `count` tokens of a prompt, as far as the lease goes; returns for how many it does.
@@ -398,6 +398,7 @@ class Scheduler:
             sequence.computed = count
             if count >= sequence.report_at:
                 report(sequence, journal)
+                update.reported.append(sequence)
                 stored = (
                     journal.written_counts[-1] // self._block_size - sequence.shared_block_count
                 ) * self._block_size
@@ -447,6 +448,7 @@ class Scheduler:
         if reason is not CloseReason.FAILED:
             # What is in the last block can be matched once its table is closed.
             report(sequence, update.journal)
+            update.reported.append(sequence)
         update.journal.closed.append(table)
         update.journal.close_reasons.append(reason)
         self.lease.exhausted = False

@@ -47,6 +47,7 @@ class Sequence:
         reported: tokens that the memory service has been told of.
         report_at: value of `computed` at which the memory service is to hear of it again.
         block_seconds: blocks held times seconds, up to `counted_at`.
+        charged_token_count: tokens generated that are on its tenant's account; see `gateway.core.fairness`.
         shared_block_count: blocks that it had from others when it was first admitted.
         lost_token_count: tokens that were computed when it lost its last table.
         recomputed_token_count: tokens that it has computed, or is to compute, again.
@@ -58,6 +59,7 @@ class Sequence:
         "block_seconds",
         "blocks",
         "cached_token_count",
+        "charged_token_count",
         "computed",
         "counted_at",
         "cumulative_logprob",
@@ -110,6 +112,7 @@ class Sequence:
         self.block_seconds = 0.0
         self.counted_at = 0.0
         self.shared_block_count = 0
+        self.charged_token_count = 0
         self.stored_token_count = 0
         self.recomputed_token_count = 0
         self.computed = 0

@@ -73,6 +73,8 @@ class Update:
     """First samples whose prompts are computed, with the others, which have a first token now and no table yet."""
     logprobs: list[tuple[Sequence, LogprobRow]] = dataclasses.field(default_factory=list)
     """Log-probabilities of prompts and of `tokens`."""
+    reported: list[Sequence] = dataclasses.field(default_factory=list)
+    """Sequences of which the journal tells."""
     released: list[Sequence] = dataclasses.field(default_factory=list)
     """Sequences that hold nothing any more."""
     failed: list[tuple[Sequence, str, str]] = dataclasses.field(default_factory=list)

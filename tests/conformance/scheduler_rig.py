@@ -46,6 +46,7 @@ class Rig:
         threshold: most tokens of one remainder in a step that others take part in; 0 for no limit.
         forecast: whether the core keeps headroom for what runs.
         max_preemptions: see `choose_victim`.
+        ageing: seconds that are worth a step of priority; 0 for none.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Rig:
         threshold: int = 0,
         forecast: bool = False,
         max_preemptions: int = 8,
+        ageing: float = 0.0,
     ) -> None:
         spec = PoolSpec(usable + 1, SIZE, 1024, "oracle-model", "float32", CONTEXT)
         self.core = MemoryCore(bytes(32), lease_ttl=float("inf"), forecast=forecast)
@@ -79,6 +81,7 @@ class Rig:
         self.output: dict[Sequence, list[int]] = {}
         """Tokens that were delivered."""
         self._depth = depth
+        self._ageing = ageing
         self._appended: list[int] = []
         self._steps = itertools.count(1)
         self._arrivals = itertools.count(1)
@@ -95,6 +98,7 @@ class Rig:
         arrived_at: float | None = None,
         stop_at: int = 0,
         min_tokens: int = 0,
+        tenant: str = "",
     ) -> Sequence:
         """Queues a request; a number stands for a prompt of that length that shares nothing.
 
@@ -112,8 +116,10 @@ class Rig:
             min_tokens=min_tokens,
             stop_token_ids=frozenset(stop),
             priority=priority,
+            tenant=tenant,
         )
-        request = Request(settings, CONTEXT, float(number) if arrived_at is None else arrived_at)
+        at = float(number) if arrived_at is None else arrived_at
+        request = Request(settings, CONTEXT, at, self._ageing)
         self.queue.push_request(request)
         self.output[request.samples[0]] = []
         return request.samples[0]
@@ -161,6 +167,7 @@ class Rig:
                 self.queue.put_back([sequence])
                 return
             self.scheduler.start(sequence, admission)
+            self.queue.admitted(sequence, admission.cached_token_count)
 
     def refill(self) -> None:
         """Brings blocks into the lease."""
@@ -191,6 +198,8 @@ class Rig:
             if stop_by_token(sequence) or stop_by_length(sequence):
                 sequence.ended = True
                 self.scheduler.finish(sequence, CloseReason.FINISHED)
+        for sequence in update.reported:
+            self.queue.served(sequence)
         self._write(update.journal)
         for sequence in update.requeued:
             if sequence.ended:

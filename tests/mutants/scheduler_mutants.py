@@ -7,8 +7,8 @@ from typing import Final
 from tests.mutants.mutation import Mutant
 
 _SCHEDULER: Final = "gateway.core.scheduler:Scheduler"
-_PRIORITY_IN_STEP: Final = "(request.settings.priority, request.arrived_at, sequence.admission_no)"
-_PRIORITY_IN_QUEUE: Final = "(settings.priority, request.arrived_at, settings.request_id, sequence.index)"
+_PRIORITY_IN_STEP: Final = "(request.rank, request.arrived_at, sequence.admission_no)"
+_PRIORITY_IN_QUEUE: Final = "(request.rank, request.arrived_at, request.settings.request_id, sequence.index)"
 
 MUTANTS: Final = (
     Mutant(
@@ -50,7 +50,7 @@ MUTANTS: Final = (
         "of equal priorities the latest admitted gives way, not the latest to arrive",
         "gateway.core.preemption:place_in_step",
         _PRIORITY_IN_STEP,
-        "(request.settings.priority, sequence.admission_no)",
+        "(request.rank, sequence.admission_no)",
         "row 37: the lowest",
     ),
     Mutant(
@@ -140,7 +140,7 @@ MUTANTS: Final = (
     Mutant(
         "the latest gives way whatever it costs",
         "gateway.core.preemption:choose_victim",
-        "-loss_per_block(sequence, block_size) if is_fcfs else 0",
+        "-loss_per_block(sequence, block_size) if by_loss else 0",
         "0",
         "row 78: cheapest",
     ),
@@ -183,21 +183,21 @@ MUTANTS: Final = (
         "the queue does not know priorities",
         "gateway.core.queue:place_in_queue",
         _PRIORITY_IN_QUEUE,
-        "(request.arrived_at, settings.request_id, sequence.index)",
+        "(request.arrived_at, request.settings.request_id, sequence.index)",
         "row 45: order",
     ),
     Mutant(
         "equal priorities go by id, whoever came first",
         "gateway.core.queue:place_in_queue",
         _PRIORITY_IN_QUEUE,
-        "(settings.priority, settings.request_id, sequence.index)",
+        "(request.rank, request.settings.request_id, sequence.index)",
         "row 45: order",
     ),
     Mutant(
         "requests that came at one moment go in any order",
         "gateway.core.queue:place_in_queue",
         _PRIORITY_IN_QUEUE,
-        "(settings.priority, request.arrived_at, sequence.index)",
+        "(request.rank, request.arrived_at, sequence.index)",
         "row 45: order",
     ),
     Mutant(
@@ -311,5 +311,47 @@ MUTANTS: Final = (
         "in outcome.fenced:",
         "in sorted(outcome.fenced):",
         "row 53: order",
+    ),
+    Mutant(
+        "a tenant that comes back has saved up what it did not use",
+        "gateway.core.fairness:FairShares.arrived",
+        "min(map(self.counter, waiting), default=self.counter(self._last))",
+        "0",
+        "fair: no savings",
+    ),
+    Mutant(
+        "who was served most goes first",
+        "gateway.core.fairness:FairShares.order",
+        "(self.counter(tenant), tenant)",
+        "(-self.counter(tenant), tenant)",
+        "fair: many requests",
+    ),
+    Mutant(
+        "generated tokens cost a tenant nothing",
+        "gateway.core.queue:WaitingQueue.served",
+        "OUTPUT_WEIGHT * new",
+        "0",
+        "fair: long answers",
+    ),
+    Mutant(
+        "prompts cost a tenant nothing",
+        "gateway.core.queue:WaitingQueue.admitted",
+        "PROMPT_WEIGHT * computed",
+        "0",
+        "fair: long prompts",
+    ),
+    Mutant(
+        "who was preempted waits for its tenant's turn",
+        "gateway.core.queue:WaitingQueue._heap_of",
+        "or sequence.preemption_count",
+        "",
+        "fair: preempted",
+    ),
+    Mutant(
+        "priorities do not age",
+        "gateway.core.request:Request.__init__",
+        "(arrived_at / ageing if ageing else 0.0)",
+        "0.0",
+        "ageing",
     ),
 )

@@ -9,6 +9,7 @@ from gateway.core.precedence import SchedulingPolicy
 from tests.conformance import (
     test_scheduler_admission,
     test_scheduler_endings,
+    test_scheduler_fairness,
     test_scheduler_preemption,
     test_scheduler_returns,
     test_scheduler_shortage,
@@ -18,6 +19,7 @@ from tests.conformance.scheduler_rig import SIZE
 
 admission, endings, preemption = test_scheduler_admission, test_scheduler_endings, test_scheduler_preemption
 returns, shortage, steps = test_scheduler_returns, test_scheduler_shortage, test_scheduler_steps
+fairness = test_scheduler_fairness
 
 SCENARIOS: dict[str, Callable[[], None]] = {
     "row 36: until it fits": preemption.test_row_36_a_shortage_preempts_until_the_step_fits,
@@ -76,5 +78,11 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     ),
     "row 52: both": returns.test_row_52_who_is_cancelled_while_it_is_preempted_does_not_come_back,
     "row 53: each": returns.test_row_53_returns_go_in_the_order_of_their_fences_each_at_its_own,
+    "fair: many requests": fairness.test_a_tenant_with_many_requests_does_not_keep_another_waiting,
+    "fair: long answers": fairness.test_what_a_tenant_generates_counts_and_not_how_many_requests_it_sends,
+    "fair: long prompts": fairness.test_long_prompts_count,
+    "fair: no savings": fairness.test_nobody_saves_up_what_it_did_not_use,
+    "fair: preempted": fairness.test_who_was_preempted_comes_before_whoever_has_not_run,
+    "ageing": fairness.test_an_old_request_goes_before_a_new_one_that_is_more_urgent,
     "row 53: order": returns.test_row_53_what_ends_between_two_steps_returns_together_in_its_order,
 }

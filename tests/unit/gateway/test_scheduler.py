@@ -375,7 +375,7 @@ def test_a_queue_forgets_those_who_leave_it() -> None:
         queue.push_request(request)
         assert queue.remove(request.samples[0])
         assert not queue.remove(request.samples[0])
-    assert len(queue._heap) < 100
+    assert len(queue._heaps[None]) < 100
     assert (len(queue), queue.pop(), queue.pop()) == (1, head.samples[0], None)
 
 
