@@ -10,7 +10,8 @@ counts:
 `default.json`, which fits every launch. `quire tune` measures and writes the table of the device at hand.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -24,6 +25,8 @@ FOLDER = Path(__file__).parent
 DEFAULT = "default"
 
 Property = int | str
+
+_overrides: dict[str, Mapping[str, int]] = {}
 
 
 def table_name(device_name: str) -> str:
@@ -112,7 +115,19 @@ def lookup(kernel: str, device: torch.device, **properties: Property) -> Mapping
     Raises:
         LookupError: the default table has no entry that fits, which is a mistake in it.
     """
+    if kernel in _overrides:
+        return _overrides[kernel]
     return _lookup(kernel, device_table_name(device), tuple(properties.items()))
+
+
+@contextlib.contextmanager
+def override(kernel: str, use: Mapping[str, int]) -> Iterator[None]:
+    """Within, `kernel` is launched with these options: how options are compared. Not for several threads."""
+    _overrides[kernel] = use
+    try:
+        yield
+    finally:
+        del _overrides[kernel]
 
 
 def forget() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from quire.cli import bench_engine, bench_serve
+from quire.cli import bench_engine, bench_kernels, bench_serve
 from quire.cli.measuring import run_measurements
 from quire.cli.options import Json
 from quire.cli.output import console, print_json, print_table
@@ -131,3 +131,4 @@ def _print(document: dict[str, Any]) -> None:
 
 
 app.command(name="engine")(bench_engine.engine)
+app.command(name="kernels")(bench_kernels.kernels)

@@ -14,6 +14,7 @@ import typer
 import quire
 from quire.cli import (
     bench,
+    bench_kernels,
     cache,
     demo,
     generate,
@@ -51,6 +52,7 @@ _HINTS: Final = {
     "CACHE_IN_USE": "--force has the sequences computed again; their clients see a pause",
     "METHOD_UNKNOWN": "is that the right service? With --in-process there is no memsvc to look into",
     "QUEUE_FULL": "the server is busy, try again later",
+    "NO_DEVICE": "run it where torch.cuda.is_available() is true; nothing was measured or written",
     "DEADLINE_EXCEEDED": "allow more time with --timeout",
 }
 
@@ -107,6 +109,7 @@ app.command()(quota.quota)
 app.command()(residencies.residencies)
 app.command()(simulate.simulate)
 app.command()(sizes.sizes)
+app.command()(bench_kernels.tune)
 app.add_typer(bench.app)
 
 
