@@ -9,9 +9,6 @@ from kernels.paged_attention.configs import decode_config, worker_count
 from kernels.paged_attention.options import HeadShape
 from kernels.paged_attention.partition import Partition
 
-SPLIT_SIZE = 512
-"""Positions of a split where nobody asks for another size."""
-
 
 class DecodeWorkspace:
     """Scratch and partitions for up to `sequence_max` sequences.

@@ -173,6 +173,8 @@ def _quietly(stock: Callable[..., Any]) -> Callable[..., Any]:
     def launch(self: Any, *args: Any, **options: Any) -> Any:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+            # Triton 3.6 keeps a scalar argument in an array of one element, also where a loop's bound is asked for.
+            warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
             return stock(self, *args, **options)
 
     return launch
