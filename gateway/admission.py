@@ -30,4 +30,6 @@ def admit_request(pool: PoolInfo, sequence: Sequence, *, wait_for_prefix: bool) 
         min_new_tokens=certain_tokens(sequence),
         resumed=sequence.preemption_count > 0,
         wait_for_prefix=wait_for_prefix,
+        session_id=settings.session_id,
+        retention_ttl_seconds=settings.retention_ttl,
     )

@@ -42,4 +42,8 @@ class GatewayConfig(ServiceConfig):
     long_prefill_token_threshold: int = setting(
         0, "Most tokens of one prompt in a step that other sequences take part in; 0 for no limit.", minimum=0
     )
+    max_sessions: int = setting(1024, "Most sessions that are kept; more are refused.", minimum=1)
+    session_ttl: float = setting(
+        3600.0, "Seconds without a turn after which a session ends, and most that one may ask for.", minimum=1.0
+    )
     in_process: bool = setting(False, "Run memsvc and the executor inside this process; see QUIRE_EXECSVC_*.")

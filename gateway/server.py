@@ -14,14 +14,18 @@ from gateway.clients.memory import RemoteMemory
 from gateway.config import GatewayConfig
 from gateway.engine import Engine
 from gateway.service import GenerationService
-from protos.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+from gateway.session_service import SessionService
+from protos.gateway.v1 import gateway_pb2, gateway_pb2_grpc, session_pb2, session_pb2_grpc
 from quire.config import describe
 from quire.memory import Memory
 from quire.service_host import ServiceHost
 
 log = structlog.get_logger(__name__)
 
-SERVICE_NAMES = (gateway_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,)
+SERVICE_NAMES = (
+    gateway_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
+)
 
 
 def complete(config: GatewayConfig) -> GatewayConfig:
@@ -65,6 +69,7 @@ async def run(config: GatewayConfig, memory: Memory, connect: Callable[[str], Ex
 
     engine = Engine(memory, connect, config, on_readiness, on_fatal)
     gateway_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(engine, config), host.server)
+    session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(engine, config), host.server)
     await host.start()
     follower = asyncio.create_task(follow_readiness(), name="readiness")
     try:

@@ -55,6 +55,14 @@ class ModelTokenizer:
         """Returns the tokens of a prompt; special tokens written in it are recognised."""
         return await self._encode(text, add_special_tokens=self._add_special_tokens)
 
+    async def encode_more(self, text: str) -> array[int]:
+        """Returns the tokens of a text that follows other tokens; special tokens written in it are recognised."""
+        return await self._encode(text, add_special_tokens=False)
+
+    def written(self, tokens: Sequence[int]) -> str:
+        """Returns what tokens spell with their special tokens written out, as a chat template writes them."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
     async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> array[int]:
         """Returns the tokens of a conversation, with the opening of the assistant's turn.
 

@@ -155,6 +155,7 @@ async def check_spec(
     max_queue_time: float,
     caching: bool,
     priorities: bool = False,
+    prompt: array[int] | None = None,
 ) -> RequestSettings:
     """Returns the settings of a request.
 
@@ -165,6 +166,7 @@ async def check_spec(
         max_queue_time: most seconds in the queue, also if the request asks for more.
         caching: whether the prefix cache is on.
         priorities: whether requests may have priorities.
+        prompt: tokens to continue instead of those of `spec`.
 
     Raises:
         InvalidRequestError: the first field that is wrong.
@@ -181,7 +183,8 @@ async def check_spec(
         raise refusal("caching.salt", found, f"at most {MAX_SALT_CHARACTERS}")
     queue_time, priority = _check_scheduling(spec.scheduling, max_queue_time, priorities=priorities)
     time_limit = _check_time_limit(spec.scheduling)
-    prompt = await encode_prompt(spec, model)
+    if prompt is None:
+        prompt = await encode_prompt(spec, model)
     max_tokens = _check_lengths(prompt, spec.stopping, model, max_tokens_default)
     if spec.stopping.min_tokens > max_tokens:
         raise refusal("stopping.min_tokens", spec.stopping.min_tokens, f"0 .. {max_tokens} (max_tokens)")

@@ -19,8 +19,9 @@ from typing import Any, Final, Self, TypeVar, Unpack
 
 import grpc
 
-from protos.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+from protos.gateway.v1 import gateway_pb2, gateway_pb2_grpc, session_pb2, session_pb2_grpc
 from quire import generation, status
+from quire import session as sessions
 from quire.errors import NotReadyError, QuireError, RequestCancelledError, UnsupportedError
 from quire.generation import (
     Cancellation,
@@ -34,6 +35,7 @@ from quire.generation import (
     TokenCount,
 )
 from quire.rpc import CHANNEL_OPTIONS, REQUEST_ID_KEY, open_channel
+from quire.session import Session, session_from
 from quire.transcript import Transcript
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
@@ -93,8 +95,10 @@ class _StreamState:
         """What the request cost, once it has finished."""
         return self._transcript.usage
 
-    def _accept(self, response: gateway_pb2.GenerateStreamResponse) -> None:
+    def _accept(self, response: gateway_pb2.GenerateStreamResponse | session_pb2.AppendSessionResponse) -> None:
         """Notes one message; its events wait to be handed out."""
+        if isinstance(response, session_pb2.AppendSessionResponse):
+            response = response.event
         for event in generation.events_from(response):
             self._transcript.add(event)
             self._pending.append(event)
@@ -222,6 +226,7 @@ class Client:
         self._timeout = timeout
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = gateway_pb2_grpc.GenerationServiceStub(self._channel)
+        self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
 
     def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Generation:
         """Returns the whole completion of a text or of token ids."""
@@ -254,6 +259,53 @@ class Client:
         wire = self._call(self._stub.CancelRequests, request, timeout)
         return Cancellation(tuple(wire.cancelled_request_ids), tuple(wire.unknown_request_ids))
 
+    def create_session(
+        self, session_id: str = "", *, model: str = "", ttl: float | None = None, timeout: float | None = None
+    ) -> Session:
+        """Opens a conversation that the gateway keeps, until it had no turn for `ttl` seconds."""
+        request = sessions.create_request(session_id, model, ttl)
+        return session_from((self._call(self._sessions.CreateSession, request, timeout)).session)
+
+    def append(
+        self, session_id: str, turn: Prompt | None = None, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Stream:
+        """Adds a text, or token ids, to a session and returns the stream of the answer; None to go on as it is."""
+        return self._append(session_id, generation.specification(turn, None, options), timeout)
+
+    def append_chat(
+        self, session_id: str, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Stream:
+        """Adds messages to a session and returns the stream of the answer."""
+        return self._append(session_id, generation.specification(None, messages, options), timeout)
+
+    def fork_session(
+        self, session_id: str, count: int = 1, at_token: int | None = None, *, timeout: float | None = None
+    ) -> tuple[Session, ...]:
+        """Opens sessions that begin with the same tokens, or with the first `at_token` of them. Copies nothing."""
+        request = sessions.fork_request(session_id, count, at_token)
+        wire = self._call(self._sessions.ForkSession, request, timeout)
+        return tuple(session_from(session) for session in wire.sessions)
+
+    def session(self, session_id: str, *, timeout: float | None = None) -> Session:
+        """Returns a session as it is now."""
+        request = session_pb2.GetSessionRequest(session_id=session_id)
+        return session_from((self._call(self._sessions.GetSession, request, timeout)).session)
+
+    def list_sessions(self, *, timeout: float | None = None) -> tuple[Session, ...]:
+        """Returns all sessions, by id."""
+        found: list[Session] = []
+        request = session_pb2.ListSessionsRequest(page_size=1000)
+        while True:
+            wire = self._call(self._sessions.ListSessions, request, timeout)
+            found += map(session_from, wire.sessions)
+            if not wire.next_page_token:
+                return tuple(found)
+            request.page_token = wire.next_page_token
+
+    def delete_session(self, session_id: str, *, timeout: float | None = None) -> None:
+        """Ends a session."""
+        self._call(self._sessions.DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id), timeout)
+
     def _generate(self, spec: gateway_pb2.GenerationSpec, timeout: float | None) -> Generation:
         request = gateway_pb2.GenerateRequest(spec=spec)
         return generation.generation_from(self._call(self._stub.Generate, request, timeout, _metadata(spec)))
@@ -262,6 +314,12 @@ class Client:
         request = gateway_pb2.GenerateStreamRequest(spec=spec)
         seconds = self._timeout if timeout is None else timeout
         call = self._stub.GenerateStream(request, timeout=seconds, metadata=_metadata(spec))
+        return Stream(call, spec.request_id, self.address)
+
+    def _append(self, session_id: str, spec: gateway_pb2.GenerationSpec, timeout: float | None) -> Stream:
+        request = session_pb2.AppendSessionRequest(session_id=session_id, turn=spec)
+        seconds = self._timeout if timeout is None else timeout
+        call = self._sessions.AppendSession(request, timeout=seconds, metadata=_metadata(spec))
         return Stream(call, spec.request_id, self.address)
 
     def _call(
@@ -297,6 +355,7 @@ class AsyncClient:
         self._timeout = timeout
         self._channel = open_channel(address)
         self._stub = gateway_pb2_grpc.GenerationServiceStub(self._channel)
+        self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
 
     async def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Generation:
         """Returns the whole completion of a text or of token ids."""
@@ -334,6 +393,53 @@ class AsyncClient:
         wire = await self._call(self._stub.CancelRequests, request, timeout)
         return Cancellation(tuple(wire.cancelled_request_ids), tuple(wire.unknown_request_ids))
 
+    async def create_session(
+        self, session_id: str = "", *, model: str = "", ttl: float | None = None, timeout: float | None = None
+    ) -> Session:
+        """Opens a conversation that the gateway keeps, until it had no turn for `ttl` seconds."""
+        request = sessions.create_request(session_id, model, ttl)
+        return session_from((await self._call(self._sessions.CreateSession, request, timeout)).session)
+
+    def append(
+        self, session_id: str, turn: Prompt | None = None, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> AsyncStream:
+        """Adds a text, or token ids, to a session and returns the stream of the answer; None to go on as it is."""
+        return self._append(session_id, generation.specification(turn, None, options), timeout)
+
+    def append_chat(
+        self, session_id: str, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> AsyncStream:
+        """Adds messages to a session and returns the stream of the answer."""
+        return self._append(session_id, generation.specification(None, messages, options), timeout)
+
+    async def fork_session(
+        self, session_id: str, count: int = 1, at_token: int | None = None, *, timeout: float | None = None
+    ) -> tuple[Session, ...]:
+        """Opens sessions that begin with the same tokens, or with the first `at_token` of them. Copies nothing."""
+        request = sessions.fork_request(session_id, count, at_token)
+        wire = await self._call(self._sessions.ForkSession, request, timeout)
+        return tuple(session_from(session) for session in wire.sessions)
+
+    async def session(self, session_id: str, *, timeout: float | None = None) -> Session:
+        """Returns a session as it is now."""
+        request = session_pb2.GetSessionRequest(session_id=session_id)
+        return session_from((await self._call(self._sessions.GetSession, request, timeout)).session)
+
+    async def list_sessions(self, *, timeout: float | None = None) -> tuple[Session, ...]:
+        """Returns all sessions, by id."""
+        found: list[Session] = []
+        request = session_pb2.ListSessionsRequest(page_size=1000)
+        while True:
+            wire = await self._call(self._sessions.ListSessions, request, timeout)
+            found += map(session_from, wire.sessions)
+            if not wire.next_page_token:
+                return tuple(found)
+            request.page_token = wire.next_page_token
+
+    async def delete_session(self, session_id: str, *, timeout: float | None = None) -> None:
+        """Ends a session."""
+        await self._call(self._sessions.DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id), timeout)
+
     async def _generate(self, spec: gateway_pb2.GenerationSpec, timeout: float | None) -> Generation:
         request = gateway_pb2.GenerateRequest(spec=spec)
         return generation.generation_from(await self._call(self._stub.Generate, request, timeout, _metadata(spec)))
@@ -342,6 +448,12 @@ class AsyncClient:
         request = gateway_pb2.GenerateStreamRequest(spec=spec)
         seconds = self._timeout if timeout is None else timeout
         call = self._stub.GenerateStream(request, timeout=seconds, metadata=_metadata(spec))
+        return AsyncStream(call, spec.request_id, self.address)
+
+    def _append(self, session_id: str, spec: gateway_pb2.GenerationSpec, timeout: float | None) -> AsyncStream:
+        request = session_pb2.AppendSessionRequest(session_id=session_id, turn=spec)
+        seconds = self._timeout if timeout is None else timeout
+        call = self._sessions.AppendSession(request, timeout=seconds, metadata=_metadata(spec))
         return AsyncStream(call, spec.request_id, self.address)
 
     async def _call(

@@ -10,6 +10,10 @@
     +-- BlockNotFoundError             OUT_OF_RANGE         BLOCK_NOT_FOUND
     +-- ModelNotFoundError             NOT_FOUND            MODEL_NOT_FOUND
     +-- RequestExistsError             ALREADY_EXISTS       REQUEST_EXISTS
+    +-- SessionNotFoundError           NOT_FOUND            SESSION_NOT_FOUND
+    +-- SessionExistsError             ALREADY_EXISTS       SESSION_EXISTS
+    +-- SessionBusyError               ABORTED              SESSION_BUSY
+    +-- SessionLimitError              RESOURCE_EXHAUSTED   SESSION_LIMIT
     +-- BlockPoolExhaustedError        RESOURCE_EXHAUSTED   BLOCK_POOL_EXHAUSTED
     +-- PrefixPendingError             UNAVAILABLE          PREFIX_PENDING
     +-- AdmissionError                 RESOURCE_EXHAUSTED   QUEUE_FULL (or QUEUE_TIMEOUT)
@@ -130,6 +134,34 @@ class RequestExistsError(QuireError):
 
     code = grpc.StatusCode.ALREADY_EXISTS
     default_reason = "REQUEST_EXISTS"
+
+
+class SessionNotFoundError(QuireError):
+    """There is no such session at this gateway (any more)."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    default_reason = "SESSION_NOT_FOUND"
+
+
+class SessionExistsError(QuireError):
+    """The id is that of a session."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    default_reason = "SESSION_EXISTS"
+
+
+class SessionBusyError(QuireError):
+    """The session has a turn under way."""
+
+    code = grpc.StatusCode.ABORTED
+    default_reason = "SESSION_BUSY"
+
+
+class SessionLimitError(QuireError):
+    """The gateway keeps as many sessions as it may."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "SESSION_LIMIT"
 
 
 class BlockPoolExhaustedError(QuireError):

@@ -308,7 +308,7 @@ def new_request_id() -> str:
 def specification(
     prompt: Prompt | None, messages: Messages | None, options: Mapping[str, Any]
 ) -> gateway_pb2.GenerationSpec:
-    """Returns the request for `prompt` or `messages`, whichever is given.
+    """Returns the request for `prompt` or `messages`, whichever is given, if one is.
 
     Ranges are the server's to check; only what cannot be put on the wire is refused here.
 
@@ -323,9 +323,9 @@ def specification(
             spec.chat.CopyFrom(_chat(messages))
         elif isinstance(prompt, str):
             spec.text = prompt
-        else:
+        elif prompt is not None:
             spec.token_ids.SetInParent()
-            spec.token_ids.ids.extend(prompt or ())
+            spec.token_ids.ids.extend(prompt)
         spec.request_id = options.get("request_id") or new_request_id()
         spec.model = options.get("model", "")
         _set(spec.sampling, options, _SAMPLING)

@@ -62,6 +62,10 @@ class RequestSettings:
     echo: bool = False
     grammar: str = ""
     """What the completion must look like; see `quire.execsvc.v1.SamplingParams`."""
+    session_id: str = ""
+    """Session whose turn it is; its blocks are retained."""
+    retention_ttl: int = 0
+    """Seconds for which the session's blocks are retained after a turn."""
 
     @property
     def selects(self) -> bool:

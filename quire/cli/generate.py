@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from typing import Annotated
 
 from rich.text import Text
@@ -12,8 +13,11 @@ import typer
 from quire.cli import options, sampling
 from quire.cli.output import notices, print_error, print_json, print_text
 from quire.client import DEFAULT_TIMEOUT, Client, Stream
-from quire.errors import InvalidRequestError, PromptTooLongError, QuireError
+from quire.errors import InvalidRequestError, PromptTooLongError, QuireError, SessionNotFoundError
 from quire.generation import Delta, Generation, Message, Options
+
+_FORGET_SECONDS = 2.0
+_POLL_SECONDS = 0.05
 
 
 def _given(**values: object) -> Options:
@@ -160,7 +164,7 @@ def chat(
     timeout: sampling.Timeout = DEFAULT_TIMEOUT,
     address: options.Address = options.GATEWAY_ADDRESS,
 ) -> None:
-    """Talk with the model; each line is a turn, and the conversation so far is sent along (and found in the cache).
+    """Talk with the model; each line is a turn. The server keeps the conversation, and computes what a turn adds.
 
     `/clear` forgets the conversation, `/exit` or Ctrl-D ends, Ctrl-C interrupts an answer.
 
@@ -203,10 +207,25 @@ class _Conversation:
         self._wanted = wanted
         self._start = [Message("system", system)] if system else []
         self._messages = list(self._start)
+        self._session_id = ""
         self._at_terminal = sys.stdin.isatty()
 
     def run(self) -> None:
         """Answers turn after turn until the input ends. Over a pipe the first failure ends it."""
+        try:
+            self._talk()
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Ends the session, if there is one and the server can be reached."""
+        session_id, self._session_id = self._session_id, ""
+        if session_id:
+            with contextlib.suppress(QuireError):
+                self._client.delete_session(session_id, timeout=_FORGET_SECONDS)
+
+    def _talk(self) -> None:
+        """Answers turn after turn."""
         if self._at_terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401, PLC0415 - gives input() history and editing
@@ -218,6 +237,7 @@ class _Conversation:
                 case "/exit":
                     return
                 case "/clear":
+                    self._forget()
                     self._messages = list(self._start)
                 case command if command.startswith("/"):
                     print_error(f"{command.split()[0]} is not a command", "there are /clear and /exit")
@@ -237,7 +257,7 @@ class _Conversation:
         """Prints the answer to one turn. A turn that failed or was interrupted is forgotten."""
         messages = [*self._messages, Message("user", said)]
         try:
-            with self._client.stream_chat(messages, **self._wanted) as stream:
+            with self._stream(messages) as stream:
                 answer = _print_stream(stream)
         except KeyboardInterrupt:
             if not self._at_terminal:
@@ -251,3 +271,23 @@ class _Conversation:
             print_error(error.message, hint)
         else:
             self._messages = [*messages, Message("assistant", answer.text)]
+
+    def _stream(self, messages: list[Message]) -> Stream:
+        """Starts the answer to a conversation, whose last message the server does not know yet."""
+        new = messages[-1:]
+        if self._session_id:
+            try:
+                session = self._client.session(self._session_id)
+                deadline = time.monotonic() + _FORGET_SECONDS
+                while session.busy and time.monotonic() < deadline:
+                    # The turn that was interrupted is on its way out.
+                    time.sleep(_POLL_SECONDS)
+                    session = self._client.session(self._session_id)
+                new = messages if session.turn_count == 0 else new
+            except SessionNotFoundError:
+                # It has expired, or the server was started anew: we know what was said.
+                self._session_id = ""
+        if not self._session_id:
+            self._session_id = self._client.create_session(model=self._wanted.get("model", "")).session_id
+            new = messages
+        return self._client.append_chat(self._session_id, new, **self._wanted)

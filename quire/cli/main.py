@@ -27,6 +27,7 @@ from quire.cli import (
     replay,
     residencies,
     serve,
+    sessions,
     simulate,
     sizes,
 )
@@ -90,6 +91,7 @@ app.command()(serve.serve)
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(generate.chat)
+app.command()(sessions.sessions)
 app.command()(inspect.health)
 app.command()(inspect.pools)
 app.command()(inspect.sequences)

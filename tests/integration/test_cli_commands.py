@@ -127,6 +127,8 @@ def test_a_conversation_over_a_pipe_remembers_its_turns() -> None:
     assert forgot.returncode == 0
     assert forgot.stdout != talk.stdout
     assert "not sent" not in forgot.stdout
+    left = quire("sessions", "--json")
+    assert (left.returncode, json.loads(left.stdout)) == (0, []), "a conversation that is over is not kept"
 
 
 def test_a_live_sequence_can_be_listed_and_drawn_by_the_beginning_of_its_id(

@@ -175,6 +175,30 @@ async def test_what_is_reported_of_tokens_fits_them(stack: Stack) -> None:
     stack.wait_idle()
 
 
+async def test_a_chat_of_twenty_turns_computes_only_what_each_turn_adds(stack: Stack) -> None:
+    """Otherwise a long conversation costs its square; the answers are those of it as a whole."""
+    history: list[dict[str, str]] = []
+    async with AsyncClient(stack.address) as client:
+        session = await client.create_session()
+        said = 0
+        for turn in range(20):
+            history.append({"role": "user", "content": f"Say the number {turn}."})
+            answer = await client.append_chat(session.session_id, history[-1:], max_tokens=8, **GREEDY).result()
+            cached = answer.usage.cached_token_count
+            assert cached >= max(0, said - 1 - 3), "all but the last token, and less than a quarter of a block"
+            said = answer.usage.prompt_token_count + answer.usage.completion_token_count
+            history.append({"role": "assistant", "content": answer.text})
+        assert (await client.session(session.session_id)).turn_count == 20
+        (fork,) = await client.fork_session(session.session_id)
+        question = {"role": "user", "content": "What was the first number?"}
+        branched = await client.append_chat(fork.session_id, [question], max_tokens=12, **GREEDY).result()
+        whole = await client.chat([*history, question], max_tokens=12, **GREEDY)
+        assert branched.text == whole.text
+        assert len(await client.list_sessions()) == 2
+        await client.delete_session(session.session_id)
+    stack.wait_idle()
+
+
 async def test_memory_pressure_changes_no_text(small_stack: Stack) -> None:
     """A pool half the size of the demand must preempt, finish everyone, and change nothing."""
     prompts = [f"{number}. {SENTENCE * 6}" for number in range(8)]

@@ -1,0 +1,230 @@
+"""SessionService: conversations as RPCs."""
+
+from __future__ import annotations
+
+from array import array
+import asyncio
+import dataclasses
+import math
+import secrets
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+
+from gateway.core.session import Message, Session, SessionTable, TurnEnd
+from gateway.refusal import refusal
+from gateway.validation import chat_messages, check_request_id, check_spec, encode_prompt
+from protos.gateway.v1 import gateway_pb2, session_pb2_grpc
+from protos.gateway.v1 import session_pb2 as pb
+from quire.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from gateway.config import GatewayConfig
+    from gateway.core.request import RequestSettings
+    from gateway.engine import Engine
+    from gateway.models import ServedModel
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_FORK_LIMIT = 64
+_PAGE_DEFAULT = 100
+_PAGE_LIMIT = 1_000
+_RETENTION_LIMIT = 2**19
+
+
+class SessionService(session_pb2_grpc.SessionServiceServicer):
+    """Sessions on an engine."""
+
+    def __init__(self, engine: Engine, config: GatewayConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._table = SessionTable(config.max_sessions)
+
+    async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
+        """Opens an empty session."""
+        session_id = _checked_id(request.session_id) or secrets.token_hex(8)
+        ttl = self._config.session_ttl
+        if request.HasField("ttl"):
+            ttl = request.ttl.ToNanoseconds() / 1e9
+            if not 0 < ttl <= self._config.session_ttl:
+                raise refusal("ttl", f"{ttl:g} s", f"more than 0, at most {self._config.session_ttl:g} s")
+        model = self._engine.find_model(request.model)
+        now = _now()
+        return pb.CreateSessionResponse(session=_message(self._table.create(session_id, model.name, ttl, now), now))
+
+    async def AppendSession(self, request: pb.AppendSessionRequest, context: Context) -> None:  # type: ignore[override]
+        """Adds a turn and streams the answer; writes, as GenerateStream does."""
+        session = self._table.begin_turn(request.session_id, _now())
+        try:
+            turn = await self._prepare(session, request.turn)
+            await self._answer(session, turn, context)
+        finally:
+            self._table.end_turn(session, _now())
+
+    async def _prepare(self, session: Session, spec: gateway_pb2.GenerationSpec) -> _Turn:
+        """Returns what a turn adds and how it is to be answered; raises QuireError."""
+        if spec.model not in {"", session.model}:
+            raise refusal("turn.model", repr(spec.model), f"{session.model!r}, the session's, or none")
+        if max(spec.sampling.n, spec.sampling.best_of) > 1:
+            raise refusal(
+                "turn.sampling.n", max(spec.sampling.n, spec.sampling.best_of), "1: fork the session for more"
+            )
+        model = self._engine.find_model(session.model)
+        self._engine.check_request_id(check_request_id(spec.request_id))
+        prompt, messages, text = await _grow(session, spec, model)
+        settings = await check_spec(
+            spec,
+            model,
+            max_tokens_default=self._config.max_tokens_default,
+            max_queue_time=self._config.max_queue_time,
+            caching=self._config.enable_prefix_caching,
+            priorities=self._config.scheduling_policy == "priority",
+            prompt=prompt,
+        )
+        retention = min(_RETENTION_LIMIT, math.ceil(session.ttl))
+        settings = dataclasses.replace(settings, session_id=session.session_id, retention_ttl=retention)
+        return _Turn(model, settings, messages, text)
+
+    async def _answer(self, session: Session, turn: _Turn, context: Context) -> None:
+        """Generates the answer; once it is whole the turn is part of the session, before the client hears the end."""
+        stream = self._engine.submit(turn.settings)
+        try:
+            while messages := await stream.take():
+                for message in messages:
+                    for sample in message.delta.samples:
+                        turn.add(sample)
+                    if message.HasField("finished") and turn.complete:
+                        # What is in the last block can be found only once the table is closed.
+                        await stream.wait_released()
+                        turn.keep(session)
+                    await context.write(pb.AppendSessionResponse(event=message))
+        finally:
+            self._engine.abandon(stream)
+
+    async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> pb.ForkSessionResponse:
+        """Opens sessions that begin with the same tokens."""
+        count = request.count if request.HasField("count") else 1
+        if not 1 <= count <= _FORK_LIMIT:
+            raise refusal("count", count, f"1 .. {_FORK_LIMIT}")
+        at_token = request.at_token if request.HasField("at_token") else None
+        now = _now()
+        new_ids = [secrets.token_hex(8) for _ in range(count)]
+        forks = self._table.fork(request.session_id, new_ids, at_token, now)
+        return pb.ForkSessionResponse(sessions=[_message(fork, now) for fork in forks])
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
+        """Returns one session."""
+        now = _now()
+        return pb.GetSessionResponse(session=_message(self._table.get(request.session_id, now), now))
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
+        """Lists sessions by id."""
+        size = request.page_size or _PAGE_DEFAULT
+        if size > _PAGE_LIMIT:
+            raise refusal("page_size", size, f"1 .. {_PAGE_LIMIT}")
+        now = _now()
+        found = self._table.page(request.page_token, size + 1, now)
+        return pb.ListSessionsResponse(
+            sessions=[_message(session, now) for session in found[:size]],
+            next_page_token=found[size - 1].session_id if len(found) > size else "",
+        )
+
+    async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
+        """Ends a session."""
+        self._table.delete(request.session_id, _now())
+        return pb.DeleteSessionResponse()
+
+
+class _Turn:
+    """A turn under way."""
+
+    def __init__(self, model: ServedModel, settings: RequestSettings, messages: list[Message], text: str) -> None:
+        self.settings = settings
+        self._model = model
+        self._messages = messages
+        self._text = text
+        self._answer: list[str] = []
+        self._tokens = array("I")
+        self._reason = gateway_pb2.FINISH_REASON_UNSPECIFIED
+
+    def add(self, sample: gateway_pb2.SampleDelta) -> None:
+        """Notes a piece of the answer."""
+        self._answer.append(sample.text)
+        self._tokens.extend(sample.token_ids)
+        if sample.HasField("ending"):
+            self._reason = sample.ending.reason
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has ended by itself."""
+        return self._reason not in {gateway_pb2.FINISH_REASON_UNSPECIFIED, gateway_pb2.FINISH_REASON_CANCELLED}
+
+    def keep(self, session: Session) -> None:
+        """Makes the turn part of the session."""
+        session.tokens = self.settings.prompt + self._tokens
+        answer, written = "".join(self._answer), self._model.tokenizer.written(self._tokens)
+        if self._messages:
+            session.messages += [*self._messages, Message("assistant", answer)]
+            session.text = self._text + written
+        elif session.is_chat:
+            # It went on where its last answer had ended.
+            last = session.messages.pop()
+            session.messages.append(Message(last.role, last.content + answer))
+            session.text += written
+        session.turns.append(TurnEnd(len(session.tokens), len(session.messages), len(session.text)))
+
+
+async def _grow(
+    session: Session, spec: gateway_pb2.GenerationSpec, model: ServedModel
+) -> tuple[array[int], list[Message], str]:
+    """Returns the session's tokens with those of a turn; of a chat also the new messages, and what all of it spells.
+
+    Raises:
+        InvalidRequestError: there is nothing to continue, or a chat is to be continued as text, or the other way round.
+    """
+    kind = spec.WhichOneof("prompt")
+    if kind is None and session.tokens:
+        return session.tokens, [], ""
+    if kind in {"text", "token_ids"} and session.is_chat:
+        raise refusal(f"turn.{kind}", "a text", "messages (chat): the session is a chat; fork it to go on as text")
+    if kind == "chat":
+        if session.tokens and not session.is_chat:
+            raise refusal("turn.chat", "messages", "text or token_ids: the session is no chat")
+        new = [Message(message["role"], message["content"]) for message in chat_messages(spec.chat)]
+        rendered = model.tokenizer.render_chat([message._asdict() for message in (*session.messages, *new)])
+        if session.tokens and rendered.startswith(session.text):
+            return session.tokens + await model.tokenizer.encode_more(rendered[len(session.text) :]), new, rendered
+        # The template writes the conversation otherwise than it was said: what is equal is found in the cache.
+        return await model.tokenizer.encode_more(rendered), new, rendered
+    if kind == "text" and session.tokens and spec.text:
+        return session.tokens + await model.tokenizer.encode_more(spec.text), [], ""
+    return session.tokens + await encode_prompt(spec, model), [], ""
+
+
+def _checked_id(session_id: str) -> str:
+    """Returns a session's id, which may be empty; raises InvalidRequestError."""
+    if not session_id:
+        return ""
+    try:
+        return check_request_id(session_id)
+    except InvalidRequestError as error:
+        raise refusal("session_id", repr(session_id[:140]), "1 .. 128 characters of A-Z a-z 0-9 . _ : -") from error
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _message(session: Session, now: float) -> pb.Session:
+    """Returns a session as it is answered."""
+    message = pb.Session(
+        session_id=session.session_id,
+        model=session.model,
+        token_count=len(session.tokens),
+        turn_count=len(session.turns),
+        busy=session.busy,
+        parent_session_id=session.parent_id,
+    )
+    message.ttl.FromNanoseconds(int(session.ttl * 1e9))
+    message.expires_in.FromNanoseconds(max(0, int((session.expires_at - now) * 1e9)))
+    return message
