@@ -1,4 +1,4 @@
-"""The whole gateway over gRPC: three services in processes of their own, an executor without a model, many streams."""
+"""Many streams over gRPC, counted at their clients, and the processor time of whoever serves them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import time
 from typing import Any
 
+from gateway.bench.bare_server import BareStack
 from gateway.bench.null_executor import VOCAB_SIZE
 from gateway.bench.null_stack import NullStack
 from protos.gateway.v1 import gateway_pb2 as pb
@@ -52,18 +53,18 @@ class Window:
 
 
 class Front:
-    """memsvc, an executor without a model, a gateway, and clients whose streams never end.
+    """Clients whose streams never end, and what serves them.
 
     Args:
         running: streams.
-        step_seconds: time that a step takes at the executor; 0 for none.
+        services: what serves them; not started yet.
         block_size: tokens in a block.
     """
 
-    def __init__(self, running: int, step_seconds: float, block_size: int = 16) -> None:
+    def __init__(self, running: int, services: NullStack | BareStack, block_size: int = 16) -> None:
         self._running = running
         self._block_size = block_size
-        self._services = NullStack(running, step_seconds, block_size)
+        self._services = services
         self._stack = contextlib.AsyncExitStack()
         self._stack.push_async_callback(self._services.close)
         self._clients: list[asyncio.Task[None]] = []

@@ -47,6 +47,7 @@ PARTS = {
     },
     **{f"encoding_{count}": f"beside it: the plan to protobuf, the result from it ({count})" for count in (FEW, MANY)},
     f"gateway_message_{FEW}": "processor time of the gateway for a message with one token, all threads",
+    f"bare_message_{FEW}": "the same of a server that does nothing but write such messages at the same pace",
     **{
         f"{service}_step_{FEW}": f"processor time of {service} for a step of {FEW} sequences, as fast as they go"
         for service in ("gateway", "memsvc", "execsvc", "clients")
@@ -60,6 +61,7 @@ def build_document(
     ours: Samples,
     theirs: Samples,
     paced: list[Window],
+    bare: list[Window],
     unpaced: list[Window],
     *,
     environment: Mapping[str, object],
@@ -71,6 +73,7 @@ def build_document(
         ours: samples of `LoopSteps`, in seconds.
         theirs: the peer's, by the same names; empty without a peer.
         paced: windows in which no two tokens share a message.
+        bare: windows of a server that does nothing else.
         unpaced: windows in which steps follow each other as fast as they can.
         environment: machine and versions.
         peer: the peer's versions.
@@ -82,6 +85,7 @@ def build_document(
     }
     parts = {name: median(microseconds(ours[name])) for name in PARTS if name in ours}
     parts[f"gateway_message_{FEW}"] = median([1e6 / window.messages_per_core_second for window in paced])
+    parts[f"bare_message_{FEW}"] = median([1e6 / window.messages_per_core_second for window in bare])
     for service in unpaced[0].cpu_seconds:
         seconds = [window.step_cpu_seconds(service, FEW) for window in unpaced]
         parts[f"{service}_step_{FEW}"] = median(microseconds(seconds))

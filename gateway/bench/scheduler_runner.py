@@ -8,7 +8,9 @@ import gc
 from pathlib import Path
 from typing import Any
 
+from gateway.bench.bare_server import BareStack
 from gateway.bench.front import Front, Window
+from gateway.bench.null_stack import NullStack
 from gateway.bench.runner import environment, local_memory
 from gateway.bench.scheduler_report import FEW, MANY, build_document
 from gateway.bench.scheduling import LoopSteps
@@ -54,12 +56,20 @@ async def run(
                 merge(ours, {f"{name}_{count}": values for name, values in taken.items()})
                 if peer is not None:
                     merge(theirs, await peer.sample(f"steps {count}"))
-    paced = await _windows(rounds, _PACED_STEP_SECONDS, block_size, window_seconds, progress)
-    unpaced = await _windows(rounds, 0.0, block_size, window_seconds, progress)
+    pace = _PACED_STEP_SECONDS
+    windows = []
+    for stack_of, what in (
+        (NullStack(FEW, pace, block_size), f"streams, steps of {pace * 1e3:g} ms"),
+        (BareStack(pace), f"bare streams, messages every {pace * 1e3:g} ms"),
+        (NullStack(FEW, 0.0, block_size), "streams, as fast as they go"),
+    ):
+        windows.append(await _windows(stack_of, what, rounds, window_seconds, progress))
+    paced, bare, unpaced = windows
     return build_document(
         ours,
         theirs,
         paced,
+        bare,
         unpaced,
         environment=environment(block_size, rounds),
         peer=peer.about if peer is not None else {},
@@ -67,19 +77,19 @@ async def run(
 
 
 async def _windows(
-    rounds: int, step_seconds: float, block_size: int, window_seconds: float, progress: Callable[[str], None]
+    services: NullStack | BareStack, what: str, rounds: int, seconds: float, progress: Callable[[str], None]
 ) -> list[Window]:
-    """Counts on three services started anew."""
-    progress("starting memsvc, an executor without a model, and a gateway")
-    front = Front(FEW, step_seconds, block_size)
+    """Counts on services started anew."""
+    progress(f"starting {what}")
+    front = Front(FEW, services)
     try:
         await front.start()
         windows = []
         for number in range(rounds):
-            progress(f"round {number + 1} of {rounds}: streams, steps of {step_seconds * 1e3:g} ms")
+            progress(f"round {number + 1} of {rounds}: {what}")
             # The first messages of a window are not those of the one before.
             await front.count(_SETTLE_SECONDS)
-            windows.append(await front.count(window_seconds))
+            windows.append(await front.count(seconds))
         return windows
     finally:
         await front.close()

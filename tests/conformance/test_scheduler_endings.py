@@ -118,3 +118,25 @@ async def test_row_50_min_tokens_defers_every_kind_of_stop() -> None:
         patient.min_tokens = 0
         assert len((await ending(world, patient, seed))[0]) < 40
         await world.settle()
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_stop_that_nobody_foresaw_wastes_a_token_for_each_further_step_in_flight_and_shows_none(depth: int) -> None:
+    """The next step is under way before the last one's tokens are known; a stop must cost that, and not be seen."""
+    rig = Rig(64, depth=depth)
+    sequences = [rig.submit(20 + number, max_tokens=100, stop_at=5 + number) for number in range(4)]
+    rig.run()
+    needed = sum(20 + number + 5 + number - 1 for number in range(4))
+    for number, sequence in enumerate(sequences):
+        assert rig.output[sequence] == rig.expected(sequence)[: 5 + number]
+    assert needed < rig.executor.computed_token_count <= needed + (depth - 1) * len(sequences)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_an_end_by_length_wastes_nothing(depth: int) -> None:
+    """It is known beforehand, so no step may plan beyond it."""
+    rig = Rig(64, depth=depth)
+    for number in range(4):
+        rig.submit(20 + number, max_tokens=5 + number)
+    rig.run()
+    assert rig.executor.computed_token_count == sum(20 + number + 5 + number - 1 for number in range(4))

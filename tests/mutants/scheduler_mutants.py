@@ -313,6 +313,13 @@ MUTANTS: Final = (
         "row 53: order",
     ),
     Mutant(
+        "a step goes on behind an end that is known beforehand",
+        f"{_SCHEDULER}.schedule",
+        "if total >= sequence.total_limit",
+        "if total > sequence.total_limit",
+        "late: length",
+    ),
+    Mutant(
         "a tenant that comes back has saved up what it did not use",
         "gateway.core.fairness:FairShares.arrived",
         "min(map(self.counter, waiting), default=self.counter(self._last))",

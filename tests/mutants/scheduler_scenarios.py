@@ -78,6 +78,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     ),
     "row 52: both": returns.test_row_52_who_is_cancelled_while_it_is_preempted_does_not_come_back,
     "row 53: each": returns.test_row_53_returns_go_in_the_order_of_their_fences_each_at_its_own,
+    "late: stop": functools.partial(
+        endings.test_a_stop_that_nobody_foresaw_wastes_a_token_for_each_further_step_in_flight_and_shows_none, 2
+    ),
+    "late: length": functools.partial(endings.test_an_end_by_length_wastes_nothing, 2),
     "fair: many requests": fairness.test_a_tenant_with_many_requests_does_not_keep_another_waiting,
     "fair: long answers": fairness.test_what_a_tenant_generates_counts_and_not_how_many_requests_it_sends,
     "fair: long prompts": fairness.test_long_prompts_count,
