@@ -12,6 +12,10 @@ import numpy.typing as npt
 import torch
 
 from execsvc.gpu.runtime import Event, Runtime
+from quire.units import round_up
+
+_ALIGNMENT = 4
+"""Words; 16 bytes."""
 
 
 class Staging:
@@ -39,8 +43,8 @@ class Staging:
 
     @property
     def room(self) -> int:
-        """Words that still fit."""
-        return self.size - self._used
+        """Words that still fit, if they are put at most four times."""
+        return self.size - self._used - 4 * _ALIGNMENT
 
     def put(self, values: npt.NDArray[np.integer], padded_size: int = 0, fill: int = 0) -> torch.Tensor:
         """Adds words, filled up to `padded_size` of them; returns where they will be on the device.
@@ -48,7 +52,8 @@ class Staging:
         The caller has made the buffers large enough.
         """
         count = max(len(values), padded_size)
-        start, array = self._used, self._arrays[self._turn]
+        # Compiled kernels differ by whether a pointer is aligned: ours always is, so there is one of each.
+        start, array = round_up(self._used, _ALIGNMENT), self._arrays[self._turn]
         array[start : start + len(values)] = values
         array[start + len(values) : start + count] = fill
         self._used = start + count

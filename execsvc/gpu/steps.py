@@ -38,6 +38,8 @@ from execsvc.steps import Observe
 from kernels.step_state.tensors import Staged
 
 _STAGING_DEPTH: Final = 4
+_PADDING: Final = 128
+"""Words that go to the alignment of what is put into a buffer."""
 _WRITE_ROOM: Final = 65536
 """Changes of the state that go with a step; more are sent in portions before it."""
 
@@ -138,7 +140,7 @@ class GpuSteps:
         self.row_observer = ResidentRows(max_num_seqs, block_max, runtime.device)
         self._resident = self.row_observer.device_state
         self._max_num_seqs = max_num_seqs
-        room = 2 * _WRITE_ROOM + 9 * max_num_seqs + 4 * max_num_batched_tokens + 1
+        room = 2 * _WRITE_ROOM + 9 * max_num_seqs + 4 * max_num_batched_tokens + _PADDING
         self._staging = Staging(runtime, room, _STAGING_DEPTH)
         self._returns = TokenReturn(runtime, max_num_seqs)
         self._staged = Staged.allocate(max_num_seqs, block_max, runtime.device)
