@@ -67,6 +67,27 @@ class TorchSampler:
         out.copy_(torch.where(torch.isfinite(best_values), torch.where(greedy, best, drawn), -1))
 
 
+class TritonSampler:
+    """Triton kernels: one pass over the logits and a part of them again, no sorting."""
+
+    def __init__(self, row_count: int, vocabulary: int, device: torch.device) -> None:
+        """Prepares for up to `row_count` rows of `vocabulary` logits."""
+        from kernels.sampling import choose, tensors  # noqa: PLC0415 - triton is imported only where it is used
+
+        self._choose, self._choice = choose, tensors.Choice
+        self._workspace = tensors.Workspace.allocate(row_count, vocabulary, device)
+
+    def most_likely(self, logits: torch.Tensor, out: torch.Tensor) -> None:
+        """See DeviceSampler."""
+        self._choose.most_likely(logits, out, self._workspace)
+
+    def sample(self, logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        """See DeviceSampler."""
+        floats = params.view(torch.float32)
+        choice = self._choice(floats[0], params[1], floats[2], floats[3], params[4], params[5])
+        self._choose.sample(logits, choice, positions, out, self._workspace)
+
+
 def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Returns one number in [0, 1) for each row, `[row]` float64: the bits of `execsvc.philox.uniform`.
 

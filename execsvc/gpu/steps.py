@@ -29,7 +29,7 @@ from execsvc.gpu.ladder import ladder, rung_of_size
 from execsvc.gpu.operations import TritonOperations
 from execsvc.gpu.resident import ResidentRows
 from execsvc.gpu.runtime import Graph, Runtime, runtime_of
-from execsvc.gpu.sampling import DeviceSampler, TorchSampler
+from execsvc.gpu.sampling import DeviceSampler, TritonSampler
 from execsvc.gpu.staging import ReturnedTokens, Staging, TokenReturn
 from execsvc.kv_cache import KVCache
 from execsvc.model.llama import Llama
@@ -407,7 +407,7 @@ def gpu_steps(
     return GpuSteps(
         Decoder(model, operations),
         cache,
-        TorchSampler(),
+        TritonSampler(max_num_seqs, config.vocab_size, cache.device),
         runtime_of(cache.device),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

@@ -16,7 +16,7 @@ from execsvc.engine import Engine
 from execsvc.gpu.decoder import Decoder
 from execsvc.gpu.operations import TorchOperations, TritonOperations
 from execsvc.gpu.runtime import EagerRuntime, Runtime
-from execsvc.gpu.sampling import TorchSampler
+from execsvc.gpu.sampling import DeviceSampler, TorchSampler, TritonSampler
 from execsvc.gpu.steps import GpuSteps
 from execsvc.kv_cache import KVCache
 from execsvc.model import llama
@@ -265,7 +265,10 @@ def gpu_engine_of(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max_model_len,
     }
-    steps = GpuSteps(Decoder(model, chosen), cache, TorchSampler(), runtime, **limits)
+    sampler: DeviceSampler = TorchSampler()
+    if operations == "triton":
+        sampler = TritonSampler(max_num_seqs, config.vocab_size, runtime.device)
+    steps = GpuSteps(Decoder(model, chosen), cache, sampler, runtime, **limits)
     steps.capture(sizes)
     engine = Engine(steps, cache, swap_slot_count=swap_slots, **limits)
     engine.begin_epoch(1)
