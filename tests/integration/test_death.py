@@ -81,7 +81,7 @@ async def test_an_executor_whose_device_fails_is_a_pause(tmp_path: Path) -> None
     with running_stack(tmp_path, model=model, execsvc=EXECUTOR_FLAGS, failing=failing) as stack:
         async with AsyncClient(stack.address, timeout=60) as client:
             interrupted = asyncio.create_task(_answers(client))
-            assert await asyncio.to_thread(stack.execsvc.process.wait, 30) == EXIT_DEVICE
+            assert await asyncio.to_thread(stack.execsvc.process.wait, 150) == EXIT_DEVICE
             (event,) = stack.execsvc.events("device_failed")
             assert event["error"] == "CUDA error: an illegal memory access was encountered"
             assert event["kind"] == "device_error"
