@@ -101,9 +101,12 @@ def run_part(part: Part, seconds_left: float) -> dict[str, Any]:
     output = done.stdout.strip().splitlines()
     if part.reads_json:
         try:
-            return found | {"document": json.loads(output[-1])}
+            document = json.loads(output[-1])
         except (ValueError, IndexError):
             found["failed"] = "printed no document"
+        else:
+            error = document.get("error")
+            return found | ({"document": document} if error is None else {"failed": error["message"]})
     elif done.returncode:
         found["failed"] = f"ended with status {done.returncode}"
     return found | {"tail": (output + done.stderr.strip().splitlines())[-_TAIL:]}
@@ -145,6 +148,17 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def kernel_rows(document: dict[str, Any]) -> list[str]:
+    """Returns a line for each kernel: its time, its shares of the ceilings, its ratios to peers."""
+    lines = []
+    for row in document.get("kernels", ()):
+        shares = [f"{row[name]:.0%} of {name[9:]}" for name in ("share_of_copy", "share_of_matmul") if name in row]
+        peers = row.get("peers", {}).items()
+        ratios = [f"{found['times_faster']:.2f}x as fast as {name}" for name, found in peers if "failed" not in found]
+        lines.append(f"{row['name']:<44}{row['us']['median']:>10.1f} us  {', '.join([*shares, *ratios])}")
+    return ["", *lines] if lines else []
+
+
 def table(document: dict[str, Any]) -> str:
     """Returns the short table that is printed last."""
     lines = [f"{document['environment']['device']}, torch {document['environment']['torch']}"]
@@ -152,6 +166,7 @@ def table(document: dict[str, Any]) -> str:
         state = part.get("failed") or f"{part['seconds']:.0f} s"
         last = part["tail"][-1] if part.get("tail") else ""
         lines.append(f"{name:<14}{state}{'  ' + last if last else ''}")
+    lines += kernel_rows(document["parts"].get("kernels", {}).get("document", {}))
     engine = document["parts"].get("engine", {}).get("document", {})
     peers = {(row["batch"], row["context"]): row for row in engine.get("peer", {}).get("decode", ())}
     if "ceilings" in engine:

@@ -42,6 +42,8 @@ def _run(gpu: ModuleType, code: str, limit: float = 30.0, **options: Any) -> dic
 def test_a_part_that_fails_is_named_and_the_others_go_on(gpu: ModuleType) -> None:
     """Eight minutes of a rare machine must not be lost to one broken part."""
     assert _run(gpu, "print('noise'); print('{\"a\": 1}')")["document"] == {"a": 1}
+    refused = _run(gpu, 'print(\'{"error": {"message": "no room"}}\')')
+    assert refused["failed"] == "no room"
     assert _run(gpu, "print('no document')")["failed"] == "printed no document"
     broken = _run(gpu, "print('last words'); raise SystemExit(3)", reads_json=False)
     assert broken["failed"] == "ended with status 3"
@@ -76,10 +78,13 @@ def test_the_table_tells_the_figures_and_what_failed(gpu: ModuleType) -> None:
         "prefill": [{"length": 2048, "tokens_per_second": 5000.0, "share_of_matmul_rate": 0.4}],
         "peer": {"decode": [{"batch": 64, "context": 512, "tokens_per_second": 3000.0}]},
     }
+    peers = {"flashinfer": {"times_faster": 1.25}, "other": {"failed": "ImportError"}}
+    kernel = {"name": "decode", "us": {"median": 50.0}, "share_of_copy": 0.87, "peers": peers}
     document = {
         "environment": {"device": "a device", "torch": "2.11"},
         "parts": {
             "kernel tests": {"failed": "ended with status 1", "tail": ["1 failed"]},
+            "kernels": {"seconds": 80.0, "document": {"kernels": [kernel]}},
             "engine": {"seconds": 90.0, "document": engine},
         },
     }
