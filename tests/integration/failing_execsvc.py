@@ -6,14 +6,14 @@ import sys
 from typing import Any
 
 from execsvc import server
-from execsvc.runner import Runner
+from execsvc.runner import HostSteps
 
-_launch = Runner.launch
+_launch = HostSteps.launch
 _steps = itertools.count()
 _failing_step = int(os.environ["FAILING_STEP"])
 
 
-def launch(self: Runner, *arguments: Any) -> Any:
+def launch(self: HostSteps, *arguments: Any) -> Any:
     """The runner's own until it fails."""
     if next(_steps) == _failing_step:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
@@ -21,5 +21,5 @@ def launch(self: Runner, *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    Runner.launch = launch  # type: ignore[method-assign]
+    HostSteps.launch = launch  # type: ignore[method-assign]
     sys.exit(server.main(sys.argv[1:], os.environ))
