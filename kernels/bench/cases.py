@@ -29,7 +29,7 @@ class Case:
 
     name: str
     kernel: str
-    """Its name in the launch tables; attention has a table of its own."""
+    """Its name in the launch tables, where it is tuned."""
     ours: Work
     moved_bytes: int = 0
     """Bytes that must be read or written; 0 for work that is bound by products."""
