@@ -114,7 +114,8 @@ class Assembly:
             started = time.monotonic()
             gpu.capture([] if self.config.enforce_eager else sizes)
             seconds = round(time.monotonic() - started, 1)
-            log.info(events.GRAPHS_CAPTURED, size_count=len(gpu.sizes), seconds=seconds)
+            if gpu.sizes:
+                log.info(events.GRAPHS_CAPTURED, size_count=len(gpu.sizes), seconds=seconds)
             return Engine(gpu, cache, swap_slot_count=swap_slot_count, **limits), "triton"
         backend = attention.create(self.config.attention_backend, cache, self.model.config.sliding_window)
         steps = Runner(self.model, backend, cache)
