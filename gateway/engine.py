@@ -247,10 +247,11 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------
 
-    def check_request_id(self, request_id: str) -> None:
-        """Raises RequestExistsError if a live request has this id."""
+    def check_request(self, request_id: str, model: str) -> None:
+        """Raises RequestExistsError if a live request has this id, AdmissionError if the model's queue is full."""
         if request_id in self._live:
             raise RequestExistsError(f"request_id: {request_id!r} is the id of a live request", field="request_id")
+        self._models[model].queue.check_room()
 
     def submit(self, settings: RequestSettings) -> RequestStream:
         """Queues a request.
@@ -262,7 +263,7 @@ class Engine:
         """
         if self._draining:
             raise NotReadyError("the gateway is draining; try another one", reason="DRAINING", retry_after=1.0)
-        self.check_request_id(settings.request_id)
+        self.check_request(settings.request_id, settings.model)
         model = self._models[settings.model]
         request = Request(settings, model.served.max_model_len, time.monotonic(), self._config.priority_ageing)
         model.queue.push_request(request)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import re
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
+from gateway.tenants import tenant_of
 from gateway.validation import check_request_id, check_spec, encode_prompt
 from protos.gateway.v1 import gateway_pb2 as pb
 from protos.gateway.v1 import gateway_pb2_grpc
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from gateway.streams import RequestStream
 
 _MAX_CANCELS = 1_000
-_TENANT = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -35,7 +34,8 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
     async def _submit(self, spec: pb.GenerationSpec, context: Context) -> RequestStream:
         """Checks and queues a request; raises QuireError."""
         model = self._engine.find_model(spec.model)
-        self._engine.check_request_id(check_request_id(spec.request_id))
+        # Before the prompt is looked at: a flood must not cost a tokenisation for each refusal.
+        self._engine.check_request(check_request_id(spec.request_id), model.name)
         settings = await check_spec(
             spec,
             model,
@@ -45,18 +45,8 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
             priorities=self._config.scheduling_policy == "priority",
         )
         if self._config.tenant_metadata:
-            settings = dataclasses.replace(settings, tenant=self._tenant(context))
+            settings = dataclasses.replace(settings, tenant=tenant_of(context, self._config.tenant_metadata))
         return self._engine.submit(settings)
-
-    def _tenant(self, context: Context) -> str:
-        """Returns the tenant that the proxy names; raises InvalidRequestError if it names none."""
-        key = self._config.tenant_metadata
-        values = [value for name, value in context.invocation_metadata() or () if name == key]
-        if len(values) != 1 or not isinstance(values[0], str) or not _TENANT.fullmatch(values[0]):
-            found = f"{len(values)} values" if len(values) != 1 else repr(values[0])
-            message = f"metadata {key}: found {found}, expected one name of 1 .. 128 characters of [A-Za-z0-9._:-]"
-            raise InvalidRequestError(message, field=key)
-        return str(values[0])
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> None:  # type: ignore[override]
         """Streams a completion: writes, where generators inside each other would take their share of every message."""

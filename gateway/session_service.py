@@ -13,6 +13,7 @@ import grpc
 
 from gateway.core.session import Message, Session, SessionTable, TurnEnd
 from gateway.refusal import refusal
+from gateway.tenants import tenant_of
 from gateway.validation import chat_messages, check_request_id, check_spec, encode_prompt
 from protos.gateway.v1 import gateway_pb2, session_pb2_grpc
 from protos.gateway.v1 import session_pb2 as pb
@@ -30,6 +31,8 @@ _FORK_LIMIT = 64
 _PAGE_DEFAULT = 100
 _PAGE_LIMIT = 1_000
 _RETENTION_LIMIT = 2**19
+_SCOPE_END = "/"
+"""Ends the tenant in the table's ids; neither a tenant nor a client's id contains it."""
 
 
 class SessionService(session_pb2_grpc.SessionServiceServicer):
@@ -40,9 +43,14 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         self._config = config
         self._table = SessionTable(config.max_sessions)
 
+    def _scope(self, context: Context) -> str:
+        """Returns what the table's ids of a call's tenant begin with: nobody reaches the sessions of another."""
+        tenant = tenant_of(context, self._config.tenant_metadata)
+        return f"{tenant}{_SCOPE_END}" if tenant else ""
+
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """Opens an empty session."""
-        session_id = _checked_id(request.session_id) or secrets.token_hex(8)
+        session_id = self._scope(context) + (_checked_id(request.session_id) or secrets.token_hex(8))
         ttl = self._config.session_ttl
         if request.HasField("ttl"):
             ttl = request.ttl.ToNanoseconds() / 1e9
@@ -54,9 +62,11 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
 
     async def AppendSession(self, request: pb.AppendSessionRequest, context: Context) -> None:  # type: ignore[override]
         """Adds a turn and streams the answer; writes, as GenerateStream does."""
-        session = self._table.begin_turn(request.session_id, _now())
+        scope = self._scope(context)
+        session = self._table.begin_turn(scope + request.session_id, _now())
         try:
             turn = await self._prepare(session, request.turn)
+            turn.settings = dataclasses.replace(turn.settings, tenant=scope.removesuffix(_SCOPE_END))
             await self._answer(session, turn, context)
         finally:
             self._table.end_turn(session, _now())
@@ -70,7 +80,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
                 "turn.sampling.n", max(spec.sampling.n, spec.sampling.best_of), "1: fork the session for more"
             )
         model = self._engine.find_model(session.model)
-        self._engine.check_request_id(check_request_id(spec.request_id))
+        self._engine.check_request(check_request_id(spec.request_id), model.name)
         prompt, messages, text = await _grow(session, spec, model)
         settings = await check_spec(
             spec,
@@ -108,14 +118,17 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
             raise refusal("count", count, f"1 .. {_FORK_LIMIT}")
         at_token = request.at_token if request.HasField("at_token") else None
         now = _now()
-        new_ids = [secrets.token_hex(8) for _ in range(count)]
-        forks = self._table.fork(request.session_id, new_ids, at_token, now)
+        scope = self._scope(context)
+        new_ids = [scope + secrets.token_hex(8) for _ in range(count)]
+        forks = self._table.fork(scope + request.session_id, new_ids, at_token, now)
         return pb.ForkSessionResponse(sessions=[_message(fork, now) for fork in forks])
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         """Returns one session."""
         now = _now()
-        return pb.GetSessionResponse(session=_message(self._table.get(request.session_id, now), now))
+        return pb.GetSessionResponse(
+            session=_message(self._table.get(self._scope(context) + request.session_id, now), now)
+        )
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
         """Lists sessions by id."""
@@ -123,15 +136,18 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         if size > _PAGE_LIMIT:
             raise refusal("page_size", size, f"1 .. {_PAGE_LIMIT}")
         now = _now()
-        found = self._table.page(request.page_token, size + 1, now)
+        scope = self._scope(context)
+        found = self._table.page(scope + request.page_token, size + 1, now)
+        # Ids with one beginning follow each other.
+        found = [session for session in found if session.session_id.startswith(scope)]
         return pb.ListSessionsResponse(
             sessions=[_message(session, now) for session in found[:size]],
-            next_page_token=found[size - 1].session_id if len(found) > size else "",
+            next_page_token=_own_id(found[size - 1]) if len(found) > size else "",
         )
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
         """Ends a session."""
-        self._table.delete(request.session_id, _now())
+        self._table.delete(self._scope(context) + request.session_id, _now())
         return pb.DeleteSessionResponse()
 
 
@@ -215,15 +231,20 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
+def _own_id(session: Session) -> str:
+    """Returns a session's id as its tenant knows it."""
+    return session.session_id.rpartition(_SCOPE_END)[2]
+
+
 def _message(session: Session, now: float) -> pb.Session:
     """Returns a session as it is answered."""
     message = pb.Session(
-        session_id=session.session_id,
+        session_id=_own_id(session),
         model=session.model,
         token_count=len(session.tokens),
         turn_count=len(session.turns),
         busy=session.busy,
-        parent_session_id=session.parent_id,
+        parent_session_id=session.parent_id.rpartition(_SCOPE_END)[2],
     )
     message.ttl.FromNanoseconds(int(session.ttl * 1e9))
     message.expires_in.FromNanoseconds(max(0, int((session.expires_at - now) * 1e9)))

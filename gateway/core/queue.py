@@ -53,6 +53,16 @@ class WaitingQueue:
         Raises:
             AdmissionError: the queue is full.
         """
+        self.check_room()
+        request.arrival_no = next(self._arrivals)
+        if self._shares is not None:
+            self._shares.arrived(request.settings.tenant, [tenant for tenant in self._heaps if tenant is not None])
+        request.samples[0].state = SequenceState.WAITING
+        self._enter(request.samples[0])
+        self._new.add(request.samples[0])
+
+    def check_room(self) -> None:
+        """Raises AdmissionError if the queue is full."""
         if len(self._new) >= self._max_size:
             message = (
                 f"the queue is full: {len(self._new)} requests wait, allowed are {self._max_size}; try again later"
@@ -62,12 +72,6 @@ class WaitingQueue:
                 metadata={"queue_depth": len(self._new), "max_queue_size": self._max_size},
                 retry_after=_RETRY_SECONDS,
             )
-        request.arrival_no = next(self._arrivals)
-        if self._shares is not None:
-            self._shares.arrived(request.settings.tenant, [tenant for tenant in self._heaps if tenant is not None])
-        request.samples[0].state = SequenceState.WAITING
-        self._enter(request.samples[0])
-        self._new.add(request.samples[0])
 
     def put_back(self, sequences: list[Sequence]) -> None:
         """Enters preempted sequences, refused ones, and further samples of an admitted request, at their places.
