@@ -31,21 +31,21 @@ Place: TypeAlias = tuple[float | str, ...]
 def place_in_queue(sequence: Sequence, policy: SchedulingPolicy) -> Place:
     """Returns the place of a sequence that waits; it is the same whenever the sequence comes back to the queue.
 
-    Under `fcfs` by arrival in the queue, and so under `fair` within one tenant; under `priority` by rank, time of
+    Under `fcfs` by arrival in the queue, and so under `fair` within one tenant; under `priority` by aged priority, time of
     arrival and request id; samples of one request follow each other.
     """
     request = sequence.request
     if policy is not SchedulingPolicy.PRIORITY:
         return (request.arrival_no, sequence.index)
-    return (request.rank, request.arrived_at, request.settings.request_id, sequence.index)
+    return (request.aged_priority, request.arrived_at, request.settings.request_id, sequence.index)
 
 
 def place_in_step(sequence: Sequence, policy: SchedulingPolicy) -> Place:
     """Returns the place of a sequence that runs: the first gets tokens and blocks first, the last gives way first.
 
-    Under `fcfs` and `fair` by admission, under `priority` by rank, then time of arrival, then admission.
+    Under `fcfs` and `fair` by admission, under `priority` by aged priority, then time of arrival, then admission.
     """
     if policy is not SchedulingPolicy.PRIORITY:
         return (sequence.admission_no,)
     request = sequence.request
-    return (request.rank, request.arrived_at, sequence.admission_no)
+    return (request.aged_priority, request.arrived_at, sequence.admission_no)

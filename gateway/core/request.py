@@ -78,6 +78,7 @@ class Request:
 
     __slots__ = (
         "admitted_at",
+        "aged_priority",
         "arrival_no",
         "arrived_at",
         "cached_token_count",
@@ -86,7 +87,6 @@ class Request:
         "known_prompt_logprobs",
         "max_model_len",
         "peak_block_count",
-        "rank",
         "samples",
         "settings",
     )
@@ -104,7 +104,7 @@ class Request:
         self.max_model_len = max_model_len
         self.arrived_at = arrived_at
         # Who is a step less urgent but came so many seconds earlier is equal, now and later.
-        self.rank = settings.priority + (arrived_at / ageing if ageing else 0.0)
+        self.aged_priority = settings.priority + (arrived_at / ageing if ageing else 0.0)
         self.arrival_no = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None

@@ -7,8 +7,8 @@ from typing import Final
 from tests.mutants.mutation import Mutant
 
 _SCHEDULER: Final = "gateway.core.scheduler:Scheduler"
-_PRIORITY_IN_STEP: Final = "(request.rank, request.arrived_at, sequence.admission_no)"
-_PRIORITY_IN_QUEUE: Final = "(request.rank, request.arrived_at, request.settings.request_id, sequence.index)"
+_PRIORITY_IN_STEP: Final = "(request.aged_priority, request.arrived_at, sequence.admission_no)"
+_PRIORITY_IN_QUEUE: Final = "(request.aged_priority, request.arrived_at, request.settings.request_id, sequence.index)"
 
 MUTANTS: Final = (
     Mutant(
@@ -50,7 +50,7 @@ MUTANTS: Final = (
         "of equal priorities the latest admitted gives way, not the latest to arrive",
         "gateway.core.preemption:place_in_step",
         _PRIORITY_IN_STEP,
-        "(request.rank, sequence.admission_no)",
+        "(request.aged_priority, sequence.admission_no)",
         "row 37: the lowest",
     ),
     Mutant(
@@ -190,14 +190,14 @@ MUTANTS: Final = (
         "equal priorities go by id, whoever came first",
         "gateway.core.queue:place_in_queue",
         _PRIORITY_IN_QUEUE,
-        "(request.rank, request.settings.request_id, sequence.index)",
+        "(request.aged_priority, request.settings.request_id, sequence.index)",
         "row 45: order",
     ),
     Mutant(
         "requests that came at one moment go in any order",
         "gateway.core.queue:place_in_queue",
         _PRIORITY_IN_QUEUE,
-        "(request.rank, request.arrived_at, sequence.index)",
+        "(request.aged_priority, request.arrived_at, sequence.index)",
         "row 45: order",
     ),
     Mutant(
