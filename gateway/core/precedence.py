@@ -31,8 +31,8 @@ Place: TypeAlias = tuple[float | str, ...]
 def place_in_queue(sequence: Sequence, policy: SchedulingPolicy) -> Place:
     """Returns the place of a sequence that waits; it is the same whenever the sequence comes back to the queue.
 
-    Under `fcfs` by arrival in the queue, and so under `fair` within one tenant; under `priority` by aged priority, time of
-    arrival and request id; samples of one request follow each other.
+    Under `fcfs` by arrival in the queue, and so under `fair` within one tenant; under `priority` by aged priority, time
+    of arrival and request id; samples of one request follow each other.
     """
     request = sequence.request
     if policy is not SchedulingPolicy.PRIORITY:
