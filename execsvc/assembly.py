@@ -110,7 +110,7 @@ class Assembly:
         if self.on_gpu:
             from execsvc.gpu.steps import gpu_steps  # noqa: PLC0415 - imports triton's kernels
 
-            gpu = gpu_steps(self.model, cache, **limits)
+            gpu = gpu_steps(self.model, cache, batch_invariant=self.config.batch_invariant, **limits)
             started = time.monotonic()
             gpu.capture([] if self.config.enforce_eager else sizes)
             seconds = round(time.monotonic() - started, 1)

@@ -52,6 +52,10 @@ class ExecsvcConfig(ServiceConfig):
         choices=("auto", "native", "torch", "triton"),
     )
     enforce_eager: bool = setting(False, "Launch decode steps piece by piece on CUDA, without captured graphs.")
+    batch_invariant: bool = setting(
+        False,
+        "On CUDA, share out attention so that a result does not depend on company, at some cost for few, long ones.",
+    )
     num_threads: int | None = setting(None, "CPU threads of the model; none: one less than there are cores.", minimum=1)
 
     @property

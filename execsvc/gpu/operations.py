@@ -184,11 +184,28 @@ class TritonOperations(TorchOperations):
 
     name = "triton"
 
-    def __init__(self, cache: KVCache, rotary: Rotary, num_heads: int, window: int, max_num_seqs: int) -> None:
-        """As TorchOperations; a step has at most `max_num_seqs` sequences."""
+    def __init__(
+        self,
+        cache: KVCache,
+        rotary: Rotary,
+        num_heads: int,
+        window: int,
+        max_num_seqs: int,
+        invariant_len: int = 0,
+    ) -> None:
+        """As TorchOperations.
+
+        Args:
+            cache: KV cache.
+            rotary: rotation of queries and keys.
+            num_heads: query heads.
+            window: each query sees its last so many positions; 0 for all.
+            max_num_seqs: most sequences of a step.
+            invariant_len: longest sequence, where attention must not depend on company; 0 where it may.
+        """
         super().__init__(cache, rotary, num_heads, window)
         from kernels.kv_write import rotate_write  # noqa: PLC0415 - triton is imported only where it is used
-        from kernels.paged_attention import decode, options, prefill, workspace  # noqa: PLC0415 - the same
+        from kernels.paged_attention import configs, decode, options, prefill, workspace  # noqa: PLC0415 - the same
         from kernels.rms_norm import norm  # noqa: PLC0415 - the same
         from kernels.silu_mul import gate  # noqa: PLC0415 - the same
         from kernels.step_state import state  # noqa: PLC0415 - the same
@@ -198,7 +215,19 @@ class TritonOperations(TorchOperations):
         layout = cache.layout
         shape = options.HeadShape(num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size)
         self._options = options.AttentionOptions(self._scale, window=window)
-        self._workspace = workspace.DecodeWorkspace(shape, max_num_seqs, layout.dtype, cache.device, windows=(window,))
+        split_size = 0
+        if invariant_len:
+            tile = configs.decode_config(cache.device, shape, layout.dtype).tile
+            split_size = workspace.invariant_split(invariant_len, tile)
+        self._workspace = workspace.DecodeWorkspace(
+            shape,
+            max_num_seqs,
+            layout.dtype,
+            cache.device,
+            windows=(window,),
+            split_size=split_size,
+            context_max=invariant_len,
+        )
         self._views = [layer_views(cache.data, layer) for layer in range(cache.layout.num_layers)]
         self.apply_writes = state.apply_writes
         self.stage_decode = state.stage_decode

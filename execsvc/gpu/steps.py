@@ -399,11 +399,27 @@ class GpuSteps:
 
 
 def gpu_steps(
-    model: Llama, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    model: Llama,
+    cache: KVCache,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    batch_invariant: bool = False,
 ) -> GpuSteps:
-    """Returns the steps of a model on the device of its cache, with the fastest operations that there are."""
+    """Returns the steps of a model on the device of its cache, with the fastest operations that there are.
+
+    With `batch_invariant`, with the fastest of which none lets a sequence's attention depend on others.
+    """
     config = model.config
-    operations = TritonOperations(cache, model.rotary, config.num_heads, config.sliding_window, max_num_seqs)
+    operations = TritonOperations(
+        cache,
+        model.rotary,
+        config.num_heads,
+        config.sliding_window,
+        max_num_seqs,
+        max_model_len if batch_invariant else 0,
+    )
     return GpuSteps(
         Decoder(model, operations),
         cache,

@@ -8,6 +8,19 @@ from kernels.checks import check_shape
 from kernels.paged_attention.configs import decode_config, worker_count
 from kernels.paged_attention.options import HeadShape
 from kernels.paged_attention.partition import Partition
+from quire.units import round_up
+
+
+_SPLITS = 32
+_SHORTEST_SPLIT = 512
+
+
+def invariant_split(context_max: int, tile: int) -> int:
+    """Returns a split size for contexts of up to `context_max` positions: at most 32 splits, none below 512 positions.
+
+    It depends on nothing else, so that results are the same in whatever company.
+    """
+    return round_up(max(_SHORTEST_SPLIT, -(-context_max // _SPLITS)), tile)
 
 
 class DecodeWorkspace:

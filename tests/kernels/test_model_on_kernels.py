@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from execsvc.gpu.operations import TritonOperations
+from execsvc.kv_cache import KVCache
+from execsvc.model.layers import Rotary
+from kernels.layout import KVLayout
 from tests.unit.execsvc import tiny
 from tests.unit.execsvc.tiny import Driver, start
 
@@ -21,3 +27,24 @@ def test_the_triton_backend_gives_the_tokens_of_the_torch_backend(kernels: Any) 
     for table, logits in drivers[0].logits.items():
         for mine, theirs in zip(logits, drivers[1].logits[table], strict=True):
             assert (mine - theirs).abs().max() < 1e-4
+
+
+def test_attention_is_the_same_in_company_where_that_was_asked_for(kernels: Any) -> None:
+    """Otherwise `--batch-invariant` promises what it does not do; without it, company shows, which is what it is for."""
+    generator = torch.Generator().manual_seed(5)
+    layout = KVLayout(60, 1, 2, 16, 32, torch.float32)
+    cache = KVCache(layout, torch.device("cpu"))
+    cache.data.copy_(torch.randn(layout.shape, generator=generator))
+    lens = torch.tensor([600, 33, 200], dtype=torch.int32)
+    tables = torch.arange(1, 60, dtype=torch.int32).repeat(3, 1)
+    q = torch.randn(3, 4, 32, generator=generator)
+    same = {}
+    for invariant_len in (0, 1024):
+        rotary = Rotary.build(torch.ones(16), 1, cache.device)
+        operations = TritonOperations(cache, rotary, 4, 0, 3, invariant_len)
+        rows = []
+        for count in (1, 3):
+            rows.append(operations.attend_last(0, q[:count], tables[:count], lens[:count])[0].clone())
+        same[invariant_len] = torch.equal(*rows)
+        assert torch.allclose(*rows, atol=1e-5)
+    assert same == {0: False, 1024: True}

@@ -250,6 +250,7 @@ def gpu_engine_of(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 256,
     max_model_len: int = 256,
+    batch_invariant: bool = False,
 ) -> Engine:
     """Returns an engine in epoch 1 that works as on a GPU, on CPU tensors."""
     runtime = EagerRuntime() if runtime is None else runtime
@@ -259,7 +260,10 @@ def gpu_engine_of(
     layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, kv_dtype)
     cache = KVCache(layout, runtime.device)
     common = (cache, model.rotary, config.num_heads, config.sliding_window)
-    chosen = TorchOperations(*common) if operations == "torch" else TritonOperations(*common, max_num_seqs)
+    if operations == "torch":
+        chosen = TorchOperations(*common)
+    else:
+        chosen = TritonOperations(*common, max_num_seqs, max_model_len if batch_invariant else 0)
     limits = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
