@@ -10,7 +10,6 @@ from kernels.paged_attention.options import HeadShape
 from kernels.paged_attention.partition import Partition
 from quire.units import round_up
 
-
 _SPLITS = 32
 _SHORTEST_SPLIT = 512
 

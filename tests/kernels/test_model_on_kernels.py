@@ -30,7 +30,7 @@ def test_the_triton_backend_gives_the_tokens_of_the_torch_backend(kernels: Any) 
 
 
 def test_attention_is_the_same_in_company_where_that_was_asked_for(kernels: Any) -> None:
-    """Otherwise `--batch-invariant` promises what it does not do; without it, company shows, which is what it is for."""
+    """Otherwise `--batch-invariant` promises what it does not do. Without it company shows: it is needed."""
     generator = torch.Generator().manual_seed(5)
     layout = KVLayout(60, 1, 2, 16, 32, torch.float32)
     cache = KVCache(layout, torch.device("cpu"))
@@ -42,9 +42,7 @@ def test_attention_is_the_same_in_company_where_that_was_asked_for(kernels: Any)
     for invariant_len in (0, 1024):
         rotary = Rotary.build(torch.ones(16), 1, cache.device)
         operations = TritonOperations(cache, rotary, 4, 0, 3, invariant_len)
-        rows = []
-        for count in (1, 3):
-            rows.append(operations.attend_last(0, q[:count], tables[:count], lens[:count])[0].clone())
+        rows = [operations.attend_last(0, q[:count], tables[:count], lens[:count])[0].clone() for count in (1, 3)]
         same[invariant_len] = torch.equal(*rows)
         assert torch.allclose(*rows, atol=1e-5)
     assert same == {0: False, 1024: True}
