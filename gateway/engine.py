@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.accounts import log_finished, usage_of
+from gateway.beams import Beams
 from gateway.core.precedence import SchedulingPolicy
 from gateway.core.queue import WaitingQueue
 from gateway.core.request import Request, RequestSettings
@@ -83,6 +85,8 @@ class _Live:
 
     prompt: pb.PromptLogprobs = dataclasses.field(default_factory=pb.PromptLogprobs)
     """Log-probabilities of the prompt, as far as they are known."""
+    beams: Beams | None = None
+    """Of a beam search."""
 
     def cancel_timers(self) -> None:
         """Stops both timers."""
@@ -122,6 +126,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pool_locks: dict[str, asyncio.Lock] = {}
+        self._forks: list[tuple[Sequence, list[Sequence]]] = []
         self._draining = False
 
     # --- life ---------------------------------------------------------------------------------------------------
@@ -275,6 +280,8 @@ class Engine:
         live.timer = loop.call_later(settings.max_queue_time, self._queue_timeout, settings.request_id)
         if settings.time_limit:
             live.limit_timer = loop.call_later(settings.time_limit, self._time_limit, settings.request_id)
+        if settings.beam is not None:
+            live.beams = Beams(request, token_bytes)
         self._live[settings.request_id] = live
         for lane in self._lanes.values():
             lane.wake()
@@ -302,7 +309,8 @@ class Engine:
         for sample in live.stream.request.samples:
             if not sample.ended:
                 ending = pb.Ending(reason=pb.FINISH_REASON_TIME_LIMIT)
-                live.stream.end(sample.index, ending, live.detokenizers[sample.index].flush())
+                held = "" if live.beams is not None else live.detokenizers[sample.index].flush()
+                live.stream.end(sample.index, ending, held)
         self._end_samples(live)
 
     async def cancel(self, request_id: str) -> bool:
@@ -335,8 +343,12 @@ class Engine:
         """Ends every sample that has not: queued ones at once, running ones through the next step."""
         live.stream.request.note_blocks()
         for sample in live.stream.request.samples:
-            if sample.ended:
-                continue
+            self._end_sample(live, sample, CloseReason.CANCELLED)
+        self._check_done(live)
+
+    def _end_sample(self, live: _Live, sample: Sequence, reason: CloseReason) -> None:
+        """Ends a sample that has not: a queued one at once, a running one through the next step."""
+        if not sample.ended:
             sample.ended = True
             if sample.state is SequenceState.NEW:
                 sample.state = SequenceState.FINISHED
@@ -346,8 +358,7 @@ class Engine:
                     sample.state = SequenceState.FINISHED
             else:
                 for lane in self._lanes.values():
-                    lane.finish(sample, CloseReason.CANCELLED)
-        self._check_done(live)
+                    lane.finish(sample, reason)
 
     # --- what lanes tell ------------------------------------------------------------------------------------------
 
@@ -378,7 +389,9 @@ class Engine:
         settings = request.settings
         live = self._live[settings.request_id]
         token_bytes = live.model.served.tokenizer.token_bytes
-        if row.position >= sequence.prompt_length:
+        if live.beams is not None:
+            live.beams.note(sequence, row)
+        elif row.position >= sequence.prompt_length:
             sequence.cumulative_logprob += row.values[0]
             if settings.logprobs is not None:
                 live.stream.push_logprob(sequence.index, token_logprob(row, settings.logprobs, token_bytes))
@@ -398,6 +411,9 @@ class Engine:
             request.first_token_at = time.monotonic()
             if settings.echo:
                 live.stream.begin(live.model.served.tokenizer.token_bytes.text(settings.prompt))
+        if live.beams is not None:
+            self._advance_beams(live, live.beams)
+            return False
         detokenizer = live.detokenizers[sequence.index]
         ending: pb.Ending | None = None
         text = ""
@@ -427,6 +443,27 @@ class Engine:
             self._finish(live)
         return True
 
+    def _advance_beams(self, live: _Live, beams: Beams) -> None:
+        """A beam has a new token: once all have, some go on."""
+        if not beams.advance():
+            return
+        live.stream.request.note_blocks()
+        if beams.done:
+            self._end_samples(live)
+            return
+        self._forks += beams.forks
+        beams.forks = []
+        for sample in beams.dropped:
+            self._end_sample(live, sample, CloseReason.FINISHED)
+        beams.dropped = []
+        for lane in self._lanes.values():
+            lane.wake()
+
+    def take_forks(self) -> list[tuple[Sequence, list[Sequence]]]:
+        """See LaneOwner."""
+        forks, self._forks = self._forks, []
+        return forks
+
     def released(self, sequence: Sequence) -> None:
         """See LaneOwner."""
         live = self._live.get(sequence.request.settings.request_id)
@@ -449,51 +486,14 @@ class Engine:
         if request.released and self._live.pop(request.settings.request_id, None) is not None:
             live.cancel_timers()
             live.stream.release()
-            self._log_finished(live)
+            log_finished(live.stream)
 
     def _finish(self, live: _Live) -> None:
         """Delivers the end of a request, all of whose samples have ended."""
         request = live.stream.request
         if request.settings.selects and not live.stream.finished:
-            live.stream.select(best_samples(request.samples, request.settings.answer_count))
-        live.stream.finish(self._usage(live))
-
-    @staticmethod
-    def _usage(live: _Live) -> pb.Usage:
-        """Returns what a request has cost so far."""
-        request = live.stream.request
-        now = time.monotonic()
-        usage = pb.Usage(
-            prompt_token_count=len(request.settings.prompt),
-            cached_token_count=request.cached_token_count,
-            completion_token_count=request.completion_token_count,
-            preemption_count=request.preemption_count,
-            peak_block_count=request.peak_block_count,
-            stored_token_count=request.stored_token_count,
-            shared_block_count=request.shared_block_count,
-            block_seconds=request.block_seconds(now),
-            recomputed_token_count=request.recomputed_token_count,
-        )
-        usage.queue_time.FromNanoseconds(int(((request.admitted_at or now) - request.arrived_at) * 1e9))
-        if request.first_token_at is not None:
-            usage.time_to_first_token.FromNanoseconds(int((request.first_token_at - request.arrived_at) * 1e9))
-        usage.total_time.FromNanoseconds(int((now - request.arrived_at) * 1e9))
-        return usage
-
-    def _log_finished(self, live: _Live) -> None:
-        """Writes the request's one line."""
-        request, now = live.stream.request, time.monotonic()
-        first = request.first_token_at
-        log.info(
-            "request_finished",
-            request_id=request.settings.request_id,
-            model=request.settings.model,
-            outcome=live.stream.outcome,
-            prompt_token_count=len(request.settings.prompt),
-            cached_token_count=request.cached_token_count,
-            completion_token_count=request.completion_token_count,
-            preemption_count=request.preemption_count,
-            queue_ms=round(((request.admitted_at or now) - request.arrived_at) * 1e3, 3),
-            ttft_ms=None if first is None else round((first - request.arrived_at) * 1e3, 3),
-            total_ms=round((now - request.arrived_at) * 1e3, 3),
-        )
+            if live.beams is not None:
+                live.beams.answer(live.stream)
+            else:
+                live.stream.select(best_samples(request.samples, request.settings.answer_count))
+        live.stream.finish(usage_of(live.stream.request))

@@ -59,7 +59,7 @@ class Forking:
         living = [index for index, sample in enumerate(samples) if not sample.ended]
         # Tables are numbered on from the first sample: one that has ended between others gets one too, for a moment.
         count = min(living[-1] + 1 if living else 0, max(0, scheduler.free_count - taken))
-        if not count:
+        if not count or not scheduler.holds(source):
             return samples
         request = ForkRequest(
             pool_id=self._pool.pool_id,

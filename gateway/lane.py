@@ -320,7 +320,7 @@ class Lane:
         if queue.policy is SchedulingPolicy.FAIR:
             for sequence in update.reported:
                 queue.served(sequence)
-        for source, samples in update.siblings:
+        for source, samples in [*update.siblings, *self._owner.take_forks()]:
             self._spawn(self._fork(queue, source, samples), "fork")
         update.journal.replaced += self._merges.done(result.step)
         # Growth is told of with the next result, whether that fills a block or not.

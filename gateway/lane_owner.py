@@ -42,6 +42,10 @@ class LaneOwner(Protocol):
         """A sequence has a new token; returns whether that ends it."""
         ...
 
+    def take_forks(self) -> list[tuple[Sequence, list[Sequence]]]:
+        """Returns, once, what is to be forked besides: held sequences, with those that begin on their blocks."""
+        ...
+
     def released(self, sequence: Sequence) -> None:
         """A sequence that has ended holds nothing any more."""
         ...

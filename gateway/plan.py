@@ -61,8 +61,8 @@ def _special_params(sequence: Sequence) -> dict[str, Any]:
     if settings.grammar:
         params["grammar"] = settings.grammar
         params["prompt_token_count"] = sequence.prompt_length
-    if settings.logprobs is not None or settings.selects:
-        params["logprobs"] = settings.logprobs or 0
+    if settings.logprob_count is not None:
+        params["logprobs"] = settings.logprob_count
     if not sequence.index and sequence.request.wants_prompt_logprobs:
         params["prompt_logprobs"] = settings.prompt_logprobs
         params["prompt_token_count"] = sequence.prompt_length

@@ -6,6 +6,7 @@ import math
 import secrets
 from typing import Final
 
+from gateway.core.beam import BeamSettings
 from gateway.core.request import SamplingSettings
 from gateway.refusal import refusal
 from protos.gateway.v1 import gateway_pb2 as pb
@@ -17,6 +18,11 @@ MAX_PENALTY: Final = 2.0
 MAX_BIASED_TOKENS: Final = 1_024
 MAX_BIAS: Final = 100.0
 MAX_LOGPROBS: Final = 20
+_MAX_POWER: Final = 10.0
+_NOT_IN_A_SEARCH: Final = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "best_of"),
+)
 
 
 def _within(field: str, value: float, allowed: str, *, inside: bool) -> float:
@@ -106,3 +112,41 @@ def check_output(output: pb.Output) -> tuple[int | None, int | None]:
         output.logprobs if output.HasField("logprobs") else None,
         output.prompt_logprobs if output.HasField("prompt_logprobs") else None,
     )
+
+
+def check_beam(spec: pb.GenerationSpec, answer_count: int, end_count: int) -> BeamSettings | None:
+    """Returns what a beam search is to find, None for none.
+
+    Args:
+        spec: the request.
+        answer_count: completions that are answered.
+        end_count: tokens that end a completion.
+
+    Raises:
+        InvalidRequestError: a value out of range, or an option that a search does not have.
+    """
+    sampling = spec.sampling
+    if not sampling.HasField("beam_width"):
+        for field in ("length_penalty", "early_stopping"):
+            if getattr(sampling, field):
+                raise refusal(f"sampling.{field}", getattr(sampling, field), "nothing without beam_width")
+        return None
+    penalty = sampling.length_penalty if sampling.HasField("length_penalty") else 1.0
+    _within(
+        "length_penalty", penalty, f"-{_MAX_POWER:g} .. {_MAX_POWER:g}", inside=-_MAX_POWER <= penalty <= _MAX_POWER
+    )
+    for message, prefix, fields in (
+        (sampling, "sampling", _NOT_IN_A_SEARCH),
+        (spec.stopping, "stopping", ("stop", "stop_token_ids", "min_tokens", "include_stop_str_in_output")),
+        (spec.output, "output", ("logprobs", "prompt_logprobs", "echo")),
+    ):
+        for field in fields:
+            if getattr(message, field):
+                raise refusal(f"{prefix}.{field}", getattr(message, field), "nothing together with beam_width")
+    if spec.constraint.WhichOneof("kind"):
+        raise refusal("constraint", spec.constraint.WhichOneof("kind"), "nothing together with beam_width")
+    settings = BeamSettings(sampling.beam_width, penalty, sampling.early_stopping)
+    most = MAX_LOGPROBS // BeamSettings(1).candidate_count(end_count)
+    if not answer_count <= settings.width <= most:
+        raise refusal("sampling.beam_width", settings.width, f"{answer_count} (n) .. {most}")
+    return settings

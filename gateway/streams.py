@@ -104,6 +104,15 @@ class RequestStream:
         news, self._selects = self._news, False
         self._news = {place: news[index] for place, index in enumerate(indexes) if index in news}
 
+    def answer(self, samples: list[tuple[str, list[int], pb.Ending]]) -> None:
+        """Answers these samples (text, tokens, ending), and nothing of what was pushed."""
+        self._news, self._selects = {}, False
+        for index, (text, tokens, ending) in enumerate(samples):
+            news = self._news[index] = _News()
+            news.tokens = tokens
+            news.texts = [text]
+            news.ending = ending
+
     def end(self, index: int, ending: pb.Ending, text: str = "") -> None:
         """A sample has its last token; `text` was held back until then."""
         news = self._news.setdefault(index, _News())

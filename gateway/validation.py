@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+import dataclasses
 import re
 import secrets
 from typing import Final
@@ -12,7 +13,7 @@ from gateway.constraint import check_constraint
 from gateway.core.request import RequestSettings
 from gateway.models import ServedModel
 from gateway.refusal import refusal
-from gateway.sampling_options import check_output, check_sample_counts, check_sampling
+from gateway.sampling_options import check_beam, check_output, check_sample_counts, check_sampling
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import InvalidRequestError, PromptTooLongError
 
@@ -176,6 +177,10 @@ async def check_spec(
     sampling = check_sampling(spec.sampling, model.vocab_size)
     answer_count, sample_count = check_sample_counts(spec.sampling)
     logprobs, prompt_logprobs = check_output(spec.output)
+    ends = frozenset() if spec.stopping.ignore_eos else model.eos_token_ids
+    beam = check_beam(spec, answer_count, len(ends))
+    if beam is not None:
+        sampling, sample_count = dataclasses.replace(sampling, temperature=0.0), 1
     grammar = await check_constraint(spec)
     stop, stop_token_ids = _check_stopping(spec.stopping, model.vocab_size)
     if len(spec.caching.salt) > MAX_SALT_CHARACTERS:
@@ -204,7 +209,8 @@ async def check_spec(
         include_stop_str=spec.stopping.include_stop_str_in_output,
         stop=stop,
         stop_token_ids=stop_token_ids,
-        eos_token_ids=frozenset() if spec.stopping.ignore_eos else model.eos_token_ids,
+        eos_token_ids=ends,
+        beam=beam,
         cache_salt=spec.caching.salt,
         skip_cache_read=spec.caching.skip_read or not caching,
         skip_cache_write=spec.caching.skip_write or not caching,

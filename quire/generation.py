@@ -56,6 +56,12 @@ class Options(TypedDict, total=False):
     """Samples of the same prompt; 1 .. 64."""
     best_of: int
     """Samples to generate, of which the `n` most likely are answered; n .. 64."""
+    beam_width: int
+    """Search for the most likely completions with this many beams instead of sampling."""
+    length_penalty: float
+    """Of a search: longer completions are worth more above 0; default 1."""
+    early_stopping: bool
+    """End a search as soon as `beam_width` completions have ended."""
     typical_p: float
     """Keep the tokens of nearly the expected surprise whose probabilities reach this sum; 0 < p <= 1."""
     repetition_penalty: float
@@ -297,6 +303,9 @@ _SAMPLING = (
     "seed",
     "n",
     "best_of",
+    "beam_width",
+    "length_penalty",
+    "early_stopping",
 )
 
 

@@ -218,6 +218,9 @@ class _Owner:
         self.changed.set()
         return False
 
+    def take_forks(self) -> list[tuple[Sequence, list[Sequence]]]:
+        return []
+
     def released(self, sequence: Sequence) -> None:
         pass
 

@@ -25,7 +25,8 @@ def report_at(sequence: Sequence, block_size: int, window: int = 0, *, copying: 
         copying: whether its first write follows a copy.
     """
     computed = sequence.computed
-    if copying:
+    # A beam may be forked after every token.
+    if copying or sequence.stepwise:
         return computed + 1
     filled = computed - computed % block_size + block_size
     if window:

@@ -420,6 +420,10 @@ class Scheduler:
             sequence.release(outside)
             self.lease.exhausted = False
 
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether a sequence has its table here."""
+        return self._find(sequence.table) is sequence
+
     def _find(self, table: int) -> Sequence | None:
         """Returns the sequence of a table, closing ones included."""
         sequence = self._running.get(table)

@@ -40,6 +40,7 @@ class Sequence:
         total: tokens known and tokens being sampled.
         room: tokens for which its blocks have slots that it may write to.
         cumulative_logprob: sum of the log-probabilities of its generated tokens, where they are known.
+        stepwise: whether it is held after every token: a beam.
         length_limit: most tokens that it may ever have, prompt included.
         total_limit: most tokens that it may have for now: less than `length_limit` while further samples are to begin
             on its blocks, into which nobody may write meanwhile.
@@ -79,6 +80,7 @@ class Sequence:
         "scheduled",
         "shared_block_count",
         "state",
+        "stepwise",
         "stored_token_count",
         "table",
         "tokens",
@@ -106,6 +108,7 @@ class Sequence:
         self.admission_no = 0
         self.cached_token_count = 0
         self.cumulative_logprob = 0.0
+        self.stepwise = False
         self.table = 0
         self.epoch = 0
         self.blocks: list[int] = []
@@ -142,8 +145,11 @@ class Sequence:
         self.total_limit = min(self.length_limit, len(self.tokens) + 1)
 
     def resume(self) -> None:
-        """Lets it go on to its end."""
-        self.total_limit = self.length_limit
+        """Lets it go on to its end, or by one token if it goes step by step."""
+        if self.stepwise:
+            self.hold()
+        else:
+            self.total_limit = self.length_limit
 
     @property
     def held_block_count(self) -> int:

@@ -55,6 +55,15 @@ LogitBias: TypeAlias = Annotated[
 BestOf: TypeAlias = Annotated[
     int | None, typer.Option(help="Generate this many samples and print the n most likely. [default: n]")
 ]
+BeamWidth: TypeAlias = Annotated[
+    int | None, typer.Option(help="Search for the likeliest completions with this many beams instead of sampling.")
+]
+LengthPenalty: TypeAlias = Annotated[
+    float | None, typer.Option(help="Of a search: above 0 longer completions are worth more. [default: 1]")
+]
+EarlyStopping: TypeAlias = Annotated[
+    bool, typer.Option("--early-stopping", help="End a search once as many completions have ended as it has beams.")
+]
 GuidedJson: TypeAlias = Annotated[
     str | None,
     typer.Option(metavar="SCHEMA", help="Generate a JSON document of this schema; @FILE reads a file."),

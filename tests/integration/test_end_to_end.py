@@ -168,6 +168,12 @@ async def test_what_is_reported_of_tokens_fits_them(stack: Stack) -> None:
         assert banned.token_ids[0] == said.logprobs[0].top[1].token_id
         best = await client.generate(SENTENCE, max_tokens=6, n=1, best_of=4, seed=5, stop=["."], logprobs=0)
         assert len(best.completions) == 1
+        found = await client.generate(SENTENCE, max_tokens=8, n=2, beam_width=4, ignore_eos=True)
+        greedy = await client.generate(SENTENCE, max_tokens=8, logprobs=0, ignore_eos=True, **GREEDY)
+        read = await client.generate([*ids, *found.token_ids], max_tokens=1, prompt_logprobs=0, **GREEDY)
+        likelihood = sum(entry.logprob for entry in read.prompt_logprobs[count - 1 :])
+        assert likelihood >= sum(entry.logprob for entry in greedy.completions[0].logprobs) - 0.02
+        assert len(found.completions) == 2 and found.completions[0].text != found.completions[1].text
         schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
         schema |= {"required": ["name", "age"], "additionalProperties": False}
         document = await client.generate("A person as JSON: ", guided_json=schema, max_tokens=60, **GREEDY)

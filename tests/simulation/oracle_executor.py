@@ -47,6 +47,13 @@ def logprob_of(digest: bytes, token: int) -> tuple[int, float]:
     return drawn[0] + 1, -(drawn[1] + 1) / 8
 
 
+def likely_tokens(digest: bytes, count: int) -> list[tuple[int, float]]:
+    """Returns the likeliest tokens after a digest for a search, with their log-probabilities, the likeliest first."""
+    drawn = hashlib.shake_128(digest).digest(VOCAB_SIZE)
+    order = sorted(range(VOCAB_SIZE), key=lambda token: (-drawn[token], token))[:count]
+    return [(token, -place / 2 - (255 - drawn[token]) / 64) for place, token in enumerate(order)]
+
+
 def expected_logprobs(tokens: Sequence[int], start: int) -> list[tuple[int, float]]:
     """Returns rank and log-probability of each token from index `start` on."""
     digest, found = b"", []
@@ -125,6 +132,15 @@ class _Logprobs:
         self.counts.append(1 + count)
         self.tokens += [token] * (1 + count)
         self.values += [value] * (1 + count)
+
+    def add_likely(self, table: int, position: int, likely: list[tuple[int, float]]) -> None:
+        """Adds a row with the first of the likeliest tokens, and all of them."""
+        self.tables.append(table)
+        self.positions.append(position)
+        self.ranks.append(1)
+        self.counts.append(1 + len(likely))
+        self.tokens += [likely[0][0], *(token for token, _ in likely)]
+        self.values += [likely[0][1], *(value for _, value in likely)]
 
     def message(self) -> pb.Logprobs:
         """Returns them as they travel."""
@@ -285,8 +301,13 @@ class OracleExecutor:
                 sibling_tables += [table] * len(siblings)
                 sibling_tokens += siblings
                 row.sibling_seeds.clear()
-                row.tokens.append(next_token(digest, row.seed, withheld))
-                if row.sampling.HasField("logprobs"):
+                if row.sampling.HasField("logprobs") and row.sampling.temperature == 0:
+                    likely = likely_tokens(digest, row.sampling.logprobs)
+                    row.tokens.append(likely[0][0])
+                    logprobs.add_likely(table, len(row.tokens) - 1, likely)
+                else:
+                    row.tokens.append(next_token(digest, row.seed, withheld))
+                if row.sampling.HasField("logprobs") and row.sampling.temperature:
                     for token in (row.tokens[-1], *siblings):
                         logprobs.add(table, len(row.tokens) - 1, digest, token, row.sampling.logprobs)
                 sampled_tables.append(table)
