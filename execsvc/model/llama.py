@@ -126,7 +126,7 @@ def load(
     layers = []
     for index in range(config.num_layers):
         progress((index + 1) / (config.num_layers + 2))
-        layers.append(load_layer(config, get, f"model.layers.{index}."))
+        layers.append(_load_layer(config, get, f"model.layers.{index}."))
     if config.tie_word_embeddings:
         head = project(embeddings)
     else:
@@ -148,14 +148,8 @@ def fetch(source: ModelSource, name: str, shape: tuple[int, ...]) -> torch.Tenso
     return tensor
 
 
-def load_layer(config: ModelConfig, get: Callable[..., torch.Tensor], prefix: str) -> Layer:
-    """Returns one layer's weights, the stacked projections put together.
-
-    Args:
-        config: geometry.
-        get: returns a tensor by name and shape.
-        prefix: of the layer's names.
-    """
+def _load_layer(config: ModelConfig, get: Callable[..., torch.Tensor], prefix: str) -> Layer:
+    """Returns one layer's weights, the stacked projections put together; `get` takes a name and a shape."""
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     projections = (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size))
     hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps

@@ -1,4 +1,4 @@
-"""The decoder of the Llama family as the compiled CPU step computes it: bfloat16 weights, packed."""
+"""The decoder of the Llama family as the compiled CPU step computes it: weights in bfloat16, or in the file's 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 from execsvc.model import llama
 from execsvc.model.config import ModelConfig
-from execsvc.model.layers import Linear, Projection, Rotary, inverse_frequencies
+from execsvc.model.layers import Rotary, inverse_frequencies
 from execsvc.model.source import ModelSource
 from kernels.cpu import library, panels
 from kernels.cpu.decoder import Decoder, DecoderWeights, Geometry, LayerWeights
 from kernels.cpu.library import Variant
+from kernels.cpu.panels import Matrix, Quantised
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class NativeModel:
     parameter_count: int
     """Number of weights; tied ones once."""
     weight_bytes: int
-    """Bytes of the weights. Tied embeddings are there twice: as rows to look up, and as panels."""
+    """Bytes of the weights. Tied embeddings in bfloat16 are there twice: as rows to look up, and as panels."""
 
 
 def geometry_of(config: ModelConfig, block_size: int) -> Geometry:
@@ -57,6 +58,8 @@ def load(
     variant: Variant,
     thread_count: int,
     progress: Callable[[float], None] = lambda _: None,
+    *,
+    keep_bits: bool = True,
 ) -> NativeModel:
     """Returns the decoder with the weights of `source`, each packed as soon as it is read.
 
@@ -67,63 +70,116 @@ def load(
         variant: from `choose_variant`.
         thread_count: threads that compute.
         progress: told the share that is loaded, 0 .. 1.
+        keep_bits: whether matrices that the file has in 4 or 8 bits stay so; else they become bfloat16.
 
     Raises:
         ModelFormatError: a tensor is missing or has another shape than the configuration says.
     """
     config = source.config
-    count = 0
-
-    def fetch(name: str, *shape: int) -> torch.Tensor:
-        nonlocal count
-        tensor = llama.fetch(source, name, shape)
-        count += tensor.numel()
-        # Vectors are few and read in float32; matrices are what bandwidth goes to.
-        return tensor.float() if len(shape) == 1 else tensor.to(torch.bfloat16)
-
-    embeddings = fetch("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    packer = _Packer(source, keep_bits=keep_bits)
     layers = []
     for index in range(config.num_layers):
         progress((index + 1) / (config.num_layers + 2))
-        layers.append(_pack(llama.load_layer(config, fetch, f"model.layers.{index}.")))
+        layers.append(packer.layer(f"model.layers.{index}."))
+    embedding, size = "model.embed_tokens.weight", config.vocab_size
+    tied = config.tie_word_embeddings
+    embeddings = packer.table(embedding, size)
     head = embeddings
-    if not config.tie_word_embeddings:
-        head = fetch("lm_head.weight", config.vocab_size, config.hidden_size)
+    # Panels in few bits are looked up as well as multiplied; of bfloat16 there are rows and panels.
+    if not tied or embeddings.format == panels.BF16:
+        head = packer.matrix([(embedding if tied else "lm_head.weight", size)], config.hidden_size, again=tied)
     frequencies = inverse_frequencies(config.rope, config.head_dim, source.rope_factors())
     rotary = Rotary.build(frequencies, max_model_len, torch.device("cpu"))
     weights = DecoderWeights(
-        embeddings=embeddings.contiguous(),
+        embeddings=embeddings,
         layers=tuple(layers),
-        final_norm=fetch("model.norm.weight", config.hidden_size),
-        head=panels.pack(head),
+        final_norm=packer.vector("model.norm.weight", config.hidden_size),
+        head=head,
         cosines=rotary.cosines,
         sines=rotary.sines,
     )
     decoder = Decoder(geometry_of(config, block_size), weights, variant, thread_count)
     progress(1.0)
-    return NativeModel(config, decoder, count, sum(tensor.nbytes for tensor in weights.tensors()))
+    return NativeModel(config, decoder, packer.count, sum(tensor.nbytes for tensor in weights.tensors()))
 
 
-def _pack(layer: llama.Layer) -> LayerWeights:
-    """Returns one layer's weights as the step reads them."""
+class _Packer:
+    """Reads weights and packs them."""
 
-    def matrix(projection: Projection) -> torch.Tensor:
-        assert isinstance(projection, Linear), "bfloat16 is not packed for torch"
-        return projection.weight
+    def __init__(self, source: ModelSource, *, keep_bits: bool) -> None:
+        self._source = source
+        self._config = source.config
+        # Only files that may have few bits offer this.
+        self._quantised = getattr(source, "load_quantised", None) if keep_bits else None
+        self.count = 0
+        """Weights read so far."""
 
-    def bias(projection: Projection) -> torch.Tensor | None:
-        assert isinstance(projection, Linear), "bfloat16 is not packed for torch"
-        return None if projection.bias is None else panels.pad_bias(projection.bias)
+    def vector(self, name: str, size: int) -> torch.Tensor:
+        """Returns a vector: they are few, and read in float32."""
+        self.count += size
+        return llama.fetch(self._source, name, (size,)).float()
 
-    return LayerWeights(
-        qkv=panels.pack(matrix(layer.qkv)),
-        output=panels.pack(matrix(layer.output)),
-        gate_up=panels.pack_gate_up(matrix(layer.gate_up)),
-        down=panels.pack(matrix(layer.down)),
-        input_norm=layer.input_norm.weight,
-        mlp_norm=layer.mlp_norm.weight,
-        q_norm=None if layer.q_norm is None else layer.q_norm.weight,
-        k_norm=None if layer.k_norm is None else layer.k_norm.weight,
-        qkv_bias=bias(layer.qkv),
-        output_bias=bias(layer.output),
-    )
+    def table(self, name: str, size: int) -> Matrix:
+        """Returns embeddings, `[size, hidden]`: rows of bfloat16, or panels in few bits."""
+        hidden = self._config.hidden_size
+        self.count += size * hidden
+        small = self._in_few_bits([(name, size)], hidden)
+        if small is not None:
+            return panels.pack(small)
+        return Matrix(llama.fetch(self._source, name, (size, hidden)).bfloat16().contiguous(), panels.BF16)
+
+    def matrix(
+        self, parts: list[tuple[str, int]], inputs: int, order: torch.Tensor | None = None, *, again: bool = False
+    ) -> Matrix:
+        """Returns matrices (name, outputs) stacked and packed, in the file's own bits if all are alike.
+
+        Args:
+            parts: name and outputs of each.
+            inputs: of all of them.
+            order: of the stacked rows; None leaves them.
+            again: whether they were counted already.
+        """
+        self.count += 0 if again else sum(rows for _, rows in parts) * inputs
+        small = self._in_few_bits(parts, inputs)
+        if small is not None:
+            return panels.pack(small if order is None else small.rows(order))
+        whole = torch.cat([llama.fetch(self._source, name, (rows, inputs)).bfloat16() for name, rows in parts])
+        return panels.pack(whole if order is None else whole[order])
+
+    def _in_few_bits(self, parts: list[tuple[str, int]], inputs: int) -> Quantised | None:
+        """Returns matrices stacked, in the bits that the file has them in, if they have 4 or 8 and are all alike."""
+        if self._quantised is None:
+            return None
+        found = []
+        for name, rows in parts:
+            one = self._quantised(name)
+            # A wrong shape is refused where the matrix is read as a whole.
+            if one is None or tuple(one.quants.shape) != (rows, inputs):
+                return None
+            found.append(one)
+        return panels.stack(found)
+
+    def layer(self, prefix: str) -> LayerWeights:
+        """Returns one layer's weights."""
+        config = self._config
+        hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        heads = [
+            (f"{prefix}self_attn.{name}_proj", size)
+            for name, size in zip("qkv", (q_size, kv_size, kv_size), strict=True)
+        ]
+        gate_up = [(f"{prefix}mlp.{name}_proj.weight", inner) for name in ("gate", "up")]
+        output = f"{prefix}self_attn.o_proj"
+        bias = torch.cat([self.vector(f"{name}.bias", size) for name, size in heads]) if config.qkv_bias else None
+        return LayerWeights(
+            qkv=self.matrix([(f"{name}.weight", size) for name, size in heads], hidden),
+            output=self.matrix([(f"{output}.weight", hidden)], q_size),
+            gate_up=self.matrix(gate_up, hidden, panels.woven(2 * inner)),
+            down=self.matrix([(f"{prefix}mlp.down_proj.weight", hidden)], inner),
+            input_norm=self.vector(f"{prefix}input_layernorm.weight", hidden),
+            mlp_norm=self.vector(f"{prefix}post_attention_layernorm.weight", hidden),
+            q_norm=self.vector(f"{prefix}self_attn.q_norm.weight", head_dim) if config.qk_norm else None,
+            k_norm=self.vector(f"{prefix}self_attn.k_norm.weight", head_dim) if config.qk_norm else None,
+            qkv_bias=None if bias is None else panels.pad_bias(bias),
+            output_bias=panels.pad_bias(self.vector(f"{output}.bias", hidden)) if config.output_bias else None,
+        )

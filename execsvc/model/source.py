@@ -20,6 +20,7 @@ from execsvc.model.config import ModelConfig
 from execsvc.model.gguf_file import GGUFFile
 from execsvc.model.safetensors_file import SafetensorsFiles, open_directory
 from execsvc.model.tokenizer import TokenizerFiles
+from kernels.cpu.panels import Quantised
 from quire.errors import ModelFormatError
 
 PACKAGED: Final = "smollm2"
@@ -89,6 +90,15 @@ class GGUFSource:
             if "self_attn.k_proj" in name:
                 return _unpermute(tensor, self.config.num_kv_heads)
         return tensor
+
+    def load_quantised(self, name: str) -> Quantised | None:
+        """Returns a matrix in the 4 or 8 bits that the file has it in, rows as `load` has them, or None."""
+        matrix = self.file.load_quantised(_gguf_name(name))
+        heads = {"self_attn.q_proj": self.config.num_heads, "self_attn.k_proj": self.config.num_kv_heads}
+        for part, head_count in heads.items():
+            if matrix is not None and part in name and self.config.architecture == "LlamaForCausalLM":
+                return matrix.rows(_unpermute(torch.arange(len(matrix.quants)), head_count))
+        return matrix
 
     def rope_factors(self) -> torch.Tensor | None:
         """Returns the tensor `rope_freqs.weight`, which holds the scaling of Llama 3.1 and later."""

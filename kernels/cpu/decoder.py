@@ -13,8 +13,9 @@ import torch
 
 from kernels.checks import check_dtype, check_shape
 from kernels.cpu import library, panels
-from kernels.cpu.library import BatchArguments, LayerArguments, ModelArguments, Variant
+from kernels.cpu.library import BatchArguments, LayerArguments, MatrixArguments, ModelArguments, Variant
 from kernels.cpu.memory import advise_huge_pages
+from kernels.cpu.panels import Matrix
 
 HEAD_LIMIT: Final = 512
 """Largest head, in elements."""
@@ -55,12 +56,12 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer, packed. Matrices are bfloat16 panels, vectors float32."""
+    """One layer, packed. Vectors are float32."""
 
-    qkv: torch.Tensor
-    output: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    qkv: Matrix
+    output: Matrix
+    gate_up: Matrix
+    down: Matrix
     input_norm: torch.Tensor
     mlp_norm: torch.Tensor
     q_norm: torch.Tensor | None = None
@@ -70,20 +71,20 @@ class LayerWeights:
 
     def tensors(self) -> list[torch.Tensor]:
         """Returns those that are there."""
-        found = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return [tensor for tensor in found if tensor is not None]
+        found = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [part.panels if isinstance(part, Matrix) else part for part in found if part is not None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecoderWeights:
     """A whole decoder, packed."""
 
-    embeddings: torch.Tensor
-    """`[vocab, hidden]` bfloat16."""
+    embeddings: Matrix
+    """`[vocab, hidden]`: in bfloat16 not packed, but rows as they are; in few bits it may be the head."""
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
-    head: torch.Tensor
-    """Panels, of the embeddings where they are tied."""
+    head: Matrix
+    """Of the embeddings where they are tied."""
     cosines: torch.Tensor
     """`[position, head_dim / 2]` float32."""
     sines: torch.Tensor
@@ -91,7 +92,8 @@ class DecoderWeights:
 
     def tensors(self) -> list[torch.Tensor]:
         """Returns all of them."""
-        own = [self.embeddings, self.final_norm, self.head, self.cosines, self.sines]
+        own = [self.final_norm, self.head.panels, self.cosines, self.sines]
+        own += [] if self.embeddings is self.head else [self.embeddings.panels]
         return own + [tensor for layer in self.layers for tensor in layer.tensors()]
 
 
@@ -188,8 +190,10 @@ class Decoder:
         return logits[:, : geometry.vocab], best
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(part: torch.Tensor | Matrix | None) -> int | MatrixArguments | None:
+    if isinstance(part, Matrix):
+        return MatrixArguments(part.panels.data_ptr(), part.format)
+    return None if part is None else part.data_ptr()
 
 
 def _model_arguments(geometry: Geometry, weights: DecoderWeights) -> ModelArguments:

@@ -21,15 +21,18 @@ _pointer = ctypes.c_void_p
 _int = ctypes.c_int32
 
 
+class MatrixArguments(ctypes.Structure):
+    """`QuireMatrix` of abi.h."""
+
+    _fields_ = [("panels", _pointer), ("format", ctypes.c_int64)]
+
+
 class LayerArguments(ctypes.Structure):
     """`QuireLayer` of abi.h."""
 
     _fields_ = [
-        (name, _pointer)
-        for name in (
-            *("qkv", "output", "gate_up", "down"),
-            *("input_norm", "mlp_norm", "q_norm", "k_norm", "qkv_bias", "output_bias"),
-        )
+        *((name, MatrixArguments) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, _pointer) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm", "qkv_bias", "output_bias")),
     ]
 
 
@@ -41,7 +44,9 @@ class ModelArguments(ctypes.Structure):
         *((name, _int) for name in ("layer_count", "vocab", "block_size", "window")),
         ("eps", ctypes.c_float),
         ("layers", ctypes.POINTER(LayerArguments)),
-        *((name, _pointer) for name in ("embeddings", "head", "final_norm", "cosines", "sines")),
+        ("embeddings", MatrixArguments),
+        ("head", MatrixArguments),
+        *((name, _pointer) for name in ("final_norm", "cosines", "sines")),
     ]
 
 

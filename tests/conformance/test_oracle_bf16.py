@@ -18,12 +18,16 @@ pytestmark = [
     pytest.mark.skipif(not oracle_available(), reason="no .venv-oracle: run scripts/setup_oracle.sh"),
     pytest.mark.skipif(VARIANT is None, reason="the CPU step was not compiled: no C++ compiler"),
 ]
-GAP = 0.1
-"""Logits of the reference that are closer than this may change places: weights in bfloat16 move them by as much."""
+FLOAT_ACTIVATIONS = VARIANT is not None and not VARIANT.name.endswith("bf16")
+GAP = 0.01 if FLOAT_ACTIVATIONS else 0.1
+"""Logits of the reference that are closer than this may change places: rounded keys and values move them by as much.
+
+Measured 3 of 1,280 tokens over all prompts (AVX2; the weights are the file's own), the furthest with a gap of 0.0093.
+"""
 DIFFERENT_SHARE = 0.01
-"""Of the tokens; measured 5 of 1,280 over all prompts (AVX2), the furthest with a gap of 0.050."""
-LOGIT_TOLERANCE = 0.2
-"""Absolute; measured 0.09 (AVX2). Transformers' own bfloat16 is off by 0.29 to 0.47."""
+"""Of the tokens."""
+LOGIT_TOLERANCE = 0.1 if FLOAT_ACTIVATIONS else 0.25
+"""Absolute; measured 0.042 (AVX2). Transformers' own bfloat16 is off by 0.29 to 0.47."""
 
 
 def test_tokens_are_those_of_float32_where_it_is_sure() -> None:

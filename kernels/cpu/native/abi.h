@@ -4,9 +4,15 @@
 
 extern "C" {
 
-// One layer. Weights are panels (see panels.h); a null pointer stands for what a model does not have.
+// A matrix as panels, in one of the formats of formats.h.
+struct QuireMatrix {
+    const void *panels;
+    int64_t format;
+};
+
+// One layer. A null pointer stands for what a model does not have.
 struct QuireLayer {
-    const uint16_t *qkv, *output, *gate_up, *down;
+    QuireMatrix qkv, output, gate_up, down;
     const float *input_norm, *mlp_norm, *q_norm, *k_norm;
     const float *qkv_bias, *output_bias;
 };
@@ -16,8 +22,8 @@ struct QuireModel {
     int32_t hidden, inner, heads, kv_heads, head_dim, layer_count, vocab, block_size, window;
     float eps;
     const QuireLayer *layers;
-    const uint16_t *embeddings;  // [vocab][hidden] bf16
-    const uint16_t *head;        // panels
+    QuireMatrix embeddings;  // in bf16 not panels, but rows [vocab][hidden]
+    QuireMatrix head;
     const float *final_norm;
     const float *cosines, *sines;  // [position][head_dim / 2]
 };

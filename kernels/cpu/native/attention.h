@@ -169,21 +169,23 @@ class SpanAttention {
     void score(int base, int first, int end) {
         for (int column = first; column < end; column += kPair) {
             const bool two = column + kLane < end;
-            const uint16_t *panels[2] = {keys(base + column), two ? keys(base + column + kLane) : nullptr};
+            const void *panels[2] = {keys(base + column), two ? keys(base + column + kLane) : nullptr};
             prefetch(base + column + 2 * kPair);
             prefetch(base + column + 2 * kPair + kLane);
             float *out = scratch_.scores + column;
             if (two)
-                multiply_two<L>(panels, job_.head_dim / 2, scratch_.queries, job_.head_dim, rows_, out, kTile);
+                multiply_two<L, Bf16Reader<L>>(panels, job_.head_dim / 2, scratch_.queries, job_.head_dim, rows_, out, kTile);
             else
-                multiply_rows<L>(panels, 1, 1, job_.head_dim / 2, scratch_.queries, job_.head_dim, rows_, out, kTile);
+                multiply_rows<L, Bf16Reader<L>>(panels, 1, 1, job_.head_dim / 2, scratch_.queries, job_.head_dim, rows_,
+                                               out, kTile);
         }
     }
 
     void mix(int base, int first, int end) {
         const int segments = (end - first) / kLane, parts = job_.head_dim / kLane;
-        const int together = rows_ <= L::kRowsOfTwo || L::kRowsOfTwo >= L::kRowsOfOne ? 2 : 1;
-        const uint16_t *starts[kTile / kLane], *panels[kTile / kLane * 2];
+        const int together = in_pairs<L>(rows_) ? 2 : 1;
+        const uint16_t *starts[kTile / kLane];
+        const void *panels[kTile / kLane * 2];
         for (int s = 0; s < segments; ++s) {
             const int position = base + first + s * kLane;
             starts[s] = position + kLane > span_.context ? scratch_.tail : values(position);
@@ -192,7 +194,7 @@ class SpanAttention {
             const int count = min_of(together, parts - part);
             for (int s = 0; s < segments; ++s)
                 for (int p = 0; p < count; ++p) panels[s * count + p] = starts[s] + (part + p) * kLane * kLane;
-            multiply_rows<L>(panels, count, segments, kLane / 2, scratch_.weights + first, kTile, rows_,
+            multiply_rows<L, Bf16Reader<L>>(panels, count, segments, kLane / 2, scratch_.weights + first, kTile, rows_,
                              scratch_.mixed + part * kLane, job_.head_dim);
             part += count;
         }

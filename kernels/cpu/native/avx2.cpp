@@ -9,11 +9,15 @@
 namespace quire {
 namespace {
 
+template <class L>
+struct FloatReader;
+
 struct Lanes {
+    using Decoded = FloatReader<Lanes>;
     using Vector = __m256;
     using Operand = __m256;
     using Activation = float;
-    static constexpr int kCount = 8, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2;
+    static constexpr int kCount = 8, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2, kRowsDecoding = 10;
 
     static Vector set(float x) { return _mm256_set1_ps(x); }
     static Vector load(const float *p) { return _mm256_loadu_ps(p); }
@@ -49,6 +53,18 @@ struct Lanes {
         const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
         return _mm256_castsi256_ps(half ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))
                                         : _mm256_slli_epi32(pairs, 16));
+    }
+    static Vector nibbles(const uint8_t *p, int high) {
+        const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+        return _mm256_cvtepi32_ps(high ? _mm256_srli_epi32(bytes, 4) : _mm256_and_si256(bytes, _mm256_set1_epi32(15)));
+    }
+    static Vector signed_bytes(const int8_t *p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+    }
+    static Operand operand(Vector even, Vector odd, int half) { return half ? odd : even; }
+    static void put_pair(float *p, int v, Vector even, Vector odd) {
+        store(p + v * kCount, even);
+        store(p + kLane + v * kCount, odd);
     }
     static Operand input(const float *p, int half) { return _mm256_broadcast_ss(p + half); }
     // Spelt out, because compilers turn a sum into another operand's register and then run out of registers.

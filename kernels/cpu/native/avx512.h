@@ -21,6 +21,13 @@ struct Avx512 {
         const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
     }
+    static Vector nibbles(const uint8_t *p, int high) {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+        return _mm512_cvtepi32_ps(high ? _mm512_srli_epi32(bytes, 4) : _mm512_and_si512(bytes, _mm512_set1_epi32(15)));
+    }
+    static Vector signed_bytes(const int8_t *p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+    }
     // To nearest, ties to even; NaN becomes a quiet NaN.
     static void narrow_bf16(uint16_t *p, Vector v) {
         const __m512i bits = _mm512_castps_si512(v);

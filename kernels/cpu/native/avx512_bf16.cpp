@@ -11,16 +11,29 @@ namespace {
 
 #include "avx512.h"
 
+template <class L>
+struct Bf16Reader;
+
 struct Lanes : Avx512 {
+    using Decoded = Bf16Reader<Lanes>;
     using Operand = __m512bh;
     using Activation = uint16_t;
-    static constexpr int kHalves = 1, kRowsOfOne = 10, kRowsOfTwo = 10;
+    static constexpr int kHalves = 1, kRowsOfOne = 10, kRowsOfTwo = 10, kRowsDecoding = 10;
 
     static void narrow(uint16_t *p, Vector v) { narrow_bf16(p, v); }
     static void narrow_bf16(uint16_t *p, Vector v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), (__m256i)_mm512_cvtneps_pbh(v));
     }
     static Operand weights(const uint16_t *p, int) { return (__m512bh)_mm512_loadu_si512(p); }
+    // Weights are rounded to bf16 here, so that they are those of the same model stored in bf16.
+    static Operand operand(Vector even, Vector odd, int) {
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+        return (__m512bh)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    }
+    static void put_pair(uint16_t *p, int, Vector even, Vector odd) {
+        _mm512_storeu_si512(p, (__m512i)operand(even, odd, 0));
+    }
     static Operand input(const uint16_t *p, int) {
         int pair;
         __builtin_memcpy(&pair, p, sizeof pair);

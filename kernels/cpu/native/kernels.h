@@ -7,6 +7,7 @@ constexpr int kHeadLimit = 512;   // largest head_dim
 constexpr int kGroupLimit = 256;  // most query heads of a key/value head, or rows that attend together
 
 #include "rows.h"
+#include "formats.h"
 #include "panels.h"
 #include "attention.h"
 
@@ -16,6 +17,8 @@ constexpr Variant variant_of(const char *name) {
             sizeof(typename L::Activation),
             &norm<L>,
             &embed<L>,
+            &embed_panels<L>,
+            &product_scratch<L>,
             &product<L>,
             &rotate<L>,
             &AttentionScratch<L>::bytes,

@@ -9,11 +9,15 @@
 namespace quire {
 namespace {
 
+template <class L>
+struct FloatReader;
+
 struct Lanes {
+    using Decoded = FloatReader<Lanes>;
     using Vector = float32x4_t;
     using Operand = float32x4_t;
     using Activation = float;
-    static constexpr int kCount = 4, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2;
+    static constexpr int kCount = 4, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2, kRowsDecoding = 10;
 
     static Vector set(float x) { return vdupq_n_f32(x); }
     static Vector load(const float *p) { return vld1q_f32(p); }
@@ -41,6 +45,21 @@ struct Lanes {
     static Operand weights(const uint16_t *p, int half) {
         const uint32x4_t pairs = vld1q_u32(reinterpret_cast<const uint32_t *>(p));
         return vreinterpretq_f32_u32(half ? vandq_u32(pairs, vdupq_n_u32(0xffff0000u)) : vshlq_n_u32(pairs, 16));
+    }
+    static Vector nibbles(const uint8_t *p, int high) {
+        Vector v = {};
+        for (int i = 0; i < kCount; ++i) v[i] = static_cast<float>(high ? p[i] >> 4 : p[i] & 15);
+        return v;
+    }
+    static Vector signed_bytes(const int8_t *p) {
+        Vector v = {};
+        for (int i = 0; i < kCount; ++i) v[i] = static_cast<float>(p[i]);
+        return v;
+    }
+    static Operand operand(Vector even, Vector odd, int half) { return half ? odd : even; }
+    static void put_pair(float *p, int v, Vector even, Vector odd) {
+        store(p + v * kCount, even);
+        store(p + kLane + v * kCount, odd);
     }
     static Operand input(const float *p, int half) { return vdupq_n_f32(p[half]); }
     static Vector dot(Vector sum, Operand a, Operand b) { return vfmaq_f32(sum, a, b); }

@@ -25,10 +25,8 @@ struct Ahead {
     ptrdiff_t step;  // bytes for each row of a panel
 };
 
-constexpr int kRowBytes = 2 * kLane * static_cast<int>(sizeof(uint16_t));
-
-template <class L, int Rows, int Panels>
-void multiply(const uint16_t *const *panels, int segments, int pairs, const typename L::Activation *rows,
+template <class L, class Reader, int Rows, int Panels>
+void multiply(const void *const *panels, int segments, int pairs, const typename L::Activation *rows,
               int row_stride, float *out, int out_stride, Ahead ahead) {
     constexpr int kVectors = kLane / L::kCount;
     typename L::Vector sums[Rows][Panels * kVectors];
@@ -38,31 +36,36 @@ void multiply(const uint16_t *const *panels, int segments, int pairs, const type
         for (int v = 0; v < Panels * kVectors; ++v) sums[r][v] = L::set(0.0f);
     const ptrdiff_t stride = row_stride;
     for (int segment = 0; segment < segments; ++segment) {
-        const uint16_t *panel[Panels];
+        Reader reader[Panels];
 #pragma GCC unroll 2
-        for (int p = 0; p < Panels; ++p) panel[p] = panels[segment * Panels + p];
-        for (const auto *end = rows + 2 * pairs; rows != end; rows += 2) {
+        for (int p = 0; p < Panels; ++p) reader[p].start(panels[segment * Panels + p]);
+        const auto *const end = rows + 2 * pairs;
+        while (rows != end) {
 #pragma GCC unroll 2
-            for (int p = 0; p < Panels; ++p) __builtin_prefetch(ahead.from + p * kRowBytes, 0, 2);
-            ahead.from += ahead.step;
+            for (int p = 0; p < Panels; ++p) reader[p].open();
+            for (const auto *group = Reader::kGroup ? rows + 2 * Reader::kGroup : end; rows != group; rows += 2) {
 #pragma GCC unroll 2
-            for (int half = 0; half < L::kHalves; ++half) {
-                typename L::Operand weights[Panels * kVectors];
-#pragma GCC unroll 16
-                for (int v = 0; v < Panels * kVectors; ++v)
-                    weights[v] = L::weights(panel[v / kVectors] + v % kVectors * L::kCount * 2, half);
-#pragma GCC unroll 16
-                for (int r = 0; r < Rows; ++r) {
-                    const typename L::Operand input = L::input(rows + r * stride, half);
+                for (int p = 0; p < Panels; ++p) __builtin_prefetch(ahead.from + p * Reader::kPairBytes, 0, 2);
+                ahead.from += ahead.step;
+#pragma GCC unroll 2
+                for (int half = 0; half < L::kHalves; ++half) {
+                    typename L::Operand weights[Panels * kVectors];
 #pragma GCC unroll 16
                     for (int v = 0; v < Panels * kVectors; ++v)
-                        sums[r][v] = L::dot(sums[r][v], weights[v], input);
-                    // Nothing is loaded ahead of its use: it would push sums out of the registers.
-                    asm volatile("" ::: "memory");
+                        weights[v] = reader[v / kVectors].weights(v % kVectors, half);
+#pragma GCC unroll 16
+                    for (int r = 0; r < Rows; ++r) {
+                        const typename L::Operand input = L::input(rows + r * stride, half);
+#pragma GCC unroll 16
+                        for (int v = 0; v < Panels * kVectors; ++v)
+                            sums[r][v] = L::dot(sums[r][v], weights[v], input);
+                        // Nothing is loaded ahead of its use: it would push sums out of the registers.
+                        asm volatile("" ::: "memory");
+                    }
                 }
-            }
 #pragma GCC unroll 2
-            for (int p = 0; p < Panels; ++p) panel[p] += 2 * kLane;
+                for (int p = 0; p < Panels; ++p) reader[p].next();
+            }
         }
     }
 #pragma GCC unroll 16
@@ -72,29 +75,29 @@ void multiply(const uint16_t *const *panels, int segments, int pairs, const type
 }
 
 template <class L>
-using Multiply = void (*)(const uint16_t *const *, int, int, const typename L::Activation *, int, float *, int, Ahead);
+using Multiply = void (*)(const void *const *, int, int, const typename L::Activation *, int, float *, int, Ahead);
 
 // Routines for 1, 2, ... rows.
-template <class L, int Panels, int... Index>
+template <class L, class Reader, int Panels, int... Index>
 Multiply<L> routine(int rows, std::integer_sequence<int, Index...>) {
-    static constexpr Multiply<L> kRoutines[] = {&multiply<L, Index + 1, Panels>...};
+    static constexpr Multiply<L> kRoutines[] = {&multiply<L, Reader, Index + 1, Panels>...};
     return kRoutines[rows - 1];
 }
 
 // Any number of rows, cut as evenly as the registers allow. `panels` holds, for each segment, `panel_count` (1 or 2);
 // as much is asked for from `next` on.
-template <class L>
-void multiply_rows(const uint16_t *const *panels, int panel_count, int segments, int pairs,
+template <class L, class Reader>
+void multiply_rows(const void *const *panels, int panel_count, int segments, int pairs,
                    const typename L::Activation *rows, int row_stride, int row_count, float *out, int out_stride,
-                   const uint16_t *next = nullptr) {
+                   const char *next = nullptr) {
     const int limit = panel_count == 2 ? L::kRowsOfTwo : L::kRowsOfOne;
     const int blocks = (row_count + limit - 1) / limit;
-    Ahead ahead{reinterpret_cast<const char *>(next), next ? panel_count * kRowBytes / blocks : 0};
+    Ahead ahead{next, next ? panel_count * Reader::kPairBytes / blocks : 0};
     for (int block = 0, first = 0; block < blocks; ++block) {
         const int count = (row_count - first) / (blocks - block);
         const auto run = panel_count == 2
-                             ? routine<L, 2>(count, std::make_integer_sequence<int, L::kRowsOfTwo>{})
-                             : routine<L, 1>(count, std::make_integer_sequence<int, L::kRowsOfOne>{});
+                             ? routine<L, Reader, 2>(count, std::make_integer_sequence<int, L::kRowsOfTwo>{})
+                             : routine<L, Reader, 1>(count, std::make_integer_sequence<int, L::kRowsOfOne>{});
         run(panels, segments, pairs, rows + static_cast<ptrdiff_t>(first) * row_stride, row_stride,
             out + static_cast<ptrdiff_t>(first) * out_stride, out_stride, ahead);
         ahead.from += ahead.step * pairs;
@@ -102,18 +105,45 @@ void multiply_rows(const uint16_t *const *panels, int panel_count, int segments,
     }
 }
 
-// Outputs of two neighbouring panels: together while rows are few and latency counts, else one after the other, which
-// leaves more registers for rows.
+// Whether so many rows take two panels at once: while rows are few and latency counts, or where registers suffice.
 template <class L>
-void multiply_two(const uint16_t *const panels[2], int pairs, const typename L::Activation *rows, int row_stride,
-                  int row_count, float *out, int out_stride, const uint16_t *next = nullptr) {
-    if (row_count <= L::kRowsOfTwo || L::kRowsOfTwo >= L::kRowsOfOne) {
-        multiply_rows<L>(panels, 2, 1, pairs, rows, row_stride, row_count, out, out_stride, next);
+constexpr bool in_pairs(int row_count) {
+    return row_count <= L::kRowsOfTwo || L::kRowsOfTwo >= L::kRowsOfOne;
+}
+
+// Outputs of two neighbouring panels; `next` is where the two after them begin.
+template <class L, class Reader>
+void multiply_two(const void *const panels[2], int pairs, const typename L::Activation *rows, int row_stride,
+                  int row_count, float *out, int out_stride, const char *next = nullptr) {
+    if (in_pairs<L>(row_count)) {
+        multiply_rows<L, Reader>(panels, 2, 1, pairs, rows, row_stride, row_count, out, out_stride, next);
         return;
     }
     for (int p = 0; p < 2; ++p)
-        multiply_rows<L>(panels + p, 1, 1, pairs, rows, row_stride, row_count, out + p * kLane, out_stride,
-                         next ? next + p * pairs * 2 * kLane : nullptr);
+        multiply_rows<L, Reader>(panels + p, 1, 1, pairs, rows, row_stride, row_count, out + p * kLane, out_stride,
+                                 next ? next + p * Reader::bytes(pairs) : nullptr);
+}
+
+// The same for panels that are stored in few bits. For few rows weights are decoded in registers, for more of them once
+// into `scratch`: the weights are the same, and so are the sums.
+template <class L, class Reader>
+void multiply_decoded(const void *const panels[2], int pairs, const typename L::Activation *rows, int row_stride,
+                      int row_count, float *out, int out_stride, const char *next, char *scratch) {
+    if (row_count <= L::kRowsDecoding) {
+        multiply_two<L, Reader>(panels, pairs, rows, row_stride, row_count, out, out_stride, next);
+        return;
+    }
+    const void *decoded[2];
+    for (int p = 0; p < 2; ++p) {
+        decoded[p] = scratch + p * L::Decoded::bytes(pairs);
+        decode<L, Reader>(panels[p], pairs, scratch + p * L::Decoded::bytes(pairs));
+    }
+    multiply_two<L, typename L::Decoded>(decoded, pairs, rows, row_stride, row_count, out, out_stride);
+}
+
+template <class L>
+size_t product_scratch(int inputs) {
+    return 2 * L::Decoded::bytes(inputs / 2);
 }
 
 template <class L>
@@ -140,17 +170,34 @@ void finish(const Product &job, const float *tile, int first_row, int row_count,
     }
 }
 
-template <class L>
-void product(const Product &job, int first_row, int end_row, int first_pair, int end_pair) {
+template <class L, class Reader>
+void product_of(const Product &job, int first_row, int end_row, int first_pair, int end_pair, char *scratch) {
     alignas(64) float tile[kRowTile * kPair];
     const auto *rows = static_cast<const typename L::Activation *>(job.rows) +
                        static_cast<ptrdiff_t>(first_row) * job.row_stride;
-    const size_t panel_size = static_cast<size_t>(job.pairs) * kLane * 2;
+    const int row_count = end_row - first_row;
+    const size_t size = Reader::bytes(job.pairs);
     for (int pair = first_pair; pair < end_pair; ++pair) {
-        const uint16_t *const panels[2] = {job.panels + 2 * pair * panel_size,
-                                           job.panels + (2 * pair + 1) * panel_size};
-        multiply_two<L>(panels, job.pairs, rows, job.row_stride, end_row - first_row, tile, kPair,
-                        panels[1] + panel_size);
-        finish<L>(job, tile, first_row, end_row - first_row, pair);
+        const char *panel = static_cast<const char *>(job.panels) + 2 * pair * size;
+        const void *const panels[2] = {panel, panel + size};
+        if constexpr (Reader::kGroup == 0)
+            multiply_two<L, Reader>(panels, job.pairs, rows, job.row_stride, row_count, tile, kPair, panel + 2 * size);
+        else
+            multiply_decoded<L, Reader>(panels, job.pairs, rows, job.row_stride, row_count, tile, kPair,
+                                        panel + 2 * size, scratch);
+        finish<L>(job, tile, first_row, row_count, pair);
+    }
+}
+
+template <class L>
+void product(const Product &job, int first_row, int end_row, int first_pair, int end_pair, void *scratch) {
+    auto *memory = static_cast<char *>(scratch);
+    switch (job.format) {
+        case Format::kBf16:
+            return product_of<L, Bf16Reader<L>>(job, first_row, end_row, first_pair, end_pair, memory);
+        case Format::kFourBits:
+            return product_of<L, FourBitReader<L>>(job, first_row, end_row, first_pair, end_pair, memory);
+        case Format::kEightBits:
+            return product_of<L, EightBitReader<L>>(job, first_row, end_row, first_pair, end_pair, memory);
     }
 }

@@ -13,7 +13,7 @@ using Ints = int32_t __attribute__((vector_size(64)));
 struct Portable {
     using Vector = Floats;
     using Operand = Floats;
-    static constexpr int kCount = 16, kHalves = 2, kRowsOfOne = 2, kRowsOfTwo = 2;
+    static constexpr int kCount = 16, kHalves = 2, kRowsOfOne = 2, kRowsOfTwo = 2, kRowsDecoding = 1;
 
     static Vector set(float x) { return x - Floats{}; }
     static Vector load(const float *p) {
@@ -49,6 +49,16 @@ struct Portable {
         __builtin_memcpy(&pairs, p, sizeof pairs);
         return (Floats)(half ? pairs & static_cast<int32_t>(0xffff0000u) : pairs << 16);
     }
+    static Vector nibbles(const uint8_t *p, int high) {
+        Vector v;
+        for (int i = 0; i < kCount; ++i) v[i] = static_cast<float>(high ? p[i] >> 4 : p[i] & 15);
+        return v;
+    }
+    static Vector signed_bytes(const int8_t *p) {
+        Vector v;
+        for (int i = 0; i < kCount; ++i) v[i] = static_cast<float>(p[i]);
+        return v;
+    }
     static Vector dot(Vector sum, Operand a, Operand b) { return a * b + sum; }
     static float widened(uint16_t x) {
         const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -58,15 +68,39 @@ struct Portable {
     }
 };
 
+template <class L>
+struct FloatReader;
+template <class L>
+struct Bf16Reader;
+
 struct Lanes : Portable {
+    using Decoded = FloatReader<Lanes>;
     using Activation = float;
     static void narrow(float *p, Vector v) { store(p, v); }
+    static Operand operand(Vector even, Vector odd, int half) { return half ? odd : even; }
+    static void put_pair(float *p, int, Vector even, Vector odd) {
+        store(p, even);
+        store(p + kLane, odd);
+    }
     static Operand input(const float *p, int half) { return set(p[half]); }
 };
 
 struct Bf16Lanes : Portable {
+    using Decoded = Bf16Reader<Bf16Lanes>;
     using Activation = uint16_t;
     static void narrow(uint16_t *p, Vector v) { narrow_bf16(p, v); }
+    // Weights are rounded to bf16 here, so that they are those of the same model stored in bf16.
+    static Operand operand(Vector even, Vector odd, int half) {
+        uint16_t narrow[kCount];
+        narrow_bf16(narrow, half ? odd : even);
+        return widen(narrow);
+    }
+    static void put_pair(uint16_t *p, int, Vector even, Vector odd) {
+        uint16_t narrow[2][kCount];
+        narrow_bf16(narrow[0], even);
+        narrow_bf16(narrow[1], odd);
+        for (int i = 0; i < 2 * kCount; ++i) p[i] = narrow[i % 2][i / 2];
+    }
     static Operand input(const uint16_t *p, int half) { return set(widened(p[half])); }
 };
 

@@ -13,7 +13,10 @@ constexpr int kRunsPerThread = 6;       // runs of panels: what a slower thread 
 constexpr int kChunkRows = 8;           // rows of a phase that works row by row
 
 int up_to(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+size_t up_to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
 int parts(int value, int size) { return (value + size - 1) / size; }
+
+Format format_of(const QuireMatrix &matrix) { return static_cast<Format>(matrix.format); }
 
 }  // namespace
 
@@ -40,9 +43,11 @@ Runner::Runner(const QuireModel &model, const Variant &variant, int thread_count
       span_rows_(std::max(kQueryRows, group_)),
       head_size_(static_cast<size_t>(model.block_size) * model.head_dim),
       layer_size_(2 * model.kv_heads * head_size_),
-      scratch_size_(variant.attention_scratch(span_rows_, model.head_dim)),
+      scratch_size_(up_to_line(std::max(
+          variant.attention_scratch(span_rows_, model.head_dim),
+          variant.product_scratch(std::max({model.hidden, model.inner, model.heads * model.head_dim}))))),
       phases_(thread_count) {
-    attention_.reserve(scratch_size_ * thread_count);
+    working_.reserve(scratch_size_ * thread_count);
 }
 
 void Runner::step(const QuireBatch &batch) {
@@ -141,20 +146,20 @@ void Runner::work(int phase, int chunk, int thread) {
     const int hidden = model_.hidden, inner = model_.inner;
     switch (stage) {
         case kQkv:
-            return multiply(qkv_cut_, {layer->qkv, hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore,
-                                       layer->qkv_bias, qkv_.as<float>(), nullptr, qkv_stride_}, chunk);
+            return multiply(qkv_cut_, {layer->qkv.panels, format_of(layer->qkv), hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore,
+                                       layer->qkv_bias, qkv_.as<float>(), nullptr, qkv_stride_}, chunk, thread);
         case kOutput:
-            return multiply(output_cut_, {layer->output, query_size_ / 2, mixed_.as<void>(), query_size_, Epilogue::kAdd,
-                                          layer->output_bias, stream_.as<float>(), nullptr, hidden_stride_}, chunk);
+            return multiply(output_cut_, {layer->output.panels, format_of(layer->output), query_size_ / 2, mixed_.as<void>(), query_size_, Epilogue::kAdd,
+                                          layer->output_bias, stream_.as<float>(), nullptr, hidden_stride_}, chunk, thread);
         case kGateUp:
-            return multiply(gate_up_cut_, {layer->gate_up, hidden / 2, normed_.as<void>(), hidden, Epilogue::kSwiGLU,
-                                           nullptr, nullptr, inner_.as<void>(), inner}, chunk);
+            return multiply(gate_up_cut_, {layer->gate_up.panels, format_of(layer->gate_up), hidden / 2, normed_.as<void>(), hidden, Epilogue::kSwiGLU,
+                                           nullptr, nullptr, inner_.as<void>(), inner}, chunk, thread);
         case kDown:
-            return multiply(down_cut_, {layer->down, inner / 2, inner_.as<void>(), inner, Epilogue::kAdd, nullptr,
-                                        stream_.as<float>(), nullptr, hidden_stride_}, chunk);
+            return multiply(down_cut_, {layer->down.panels, format_of(layer->down), inner / 2, inner_.as<void>(), inner, Epilogue::kAdd, nullptr,
+                                        stream_.as<float>(), nullptr, hidden_stride_}, chunk, thread);
         case kHead:
-            return multiply(head_cut_, {model_.head, hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore, nullptr,
-                                        batch_->logits, nullptr, vocab_stride_}, chunk);
+            return multiply(head_cut_, {model_.head.panels, format_of(model_.head), hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore, nullptr,
+                                        batch_->logits, nullptr, vocab_stride_}, chunk, thread);
         case kAttend:
             return attend(index, chunk, thread);
         case kRotate:
@@ -180,24 +185,33 @@ void Runner::work_rows(Stage stage, const QuireLayer *layer, int chunk) {
     const int end = std::min((chunk + 1) * row_run_, batch_->token_count);
     for (int index = chunk * row_run_; index < end; ++index)
         if (stage == kEmbed)
-            variant_.embed(model_.embeddings + batch_->tokens[index] * hidden, hidden, stream(index));
+            embed(batch_->tokens[index], stream(index));
         else
             variant_.norm(stream(index), stage == kInputNorm ? layer->input_norm : layer->mlp_norm, model_.eps, hidden,
                           row(normed_, index, hidden));
 }
 
-void Runner::multiply(const Cut &cut, const Product &job, int chunk) const {
+void Runner::embed(int64_t token, float *out) const {
+    const QuireMatrix &table = model_.embeddings;
+    if (format_of(table) == Format::kBf16)
+        variant_.embed(static_cast<const uint16_t *>(table.panels) + token * model_.hidden, model_.hidden, out);
+    else
+        variant_.embed_panels(table.panels, format_of(table), token, model_.hidden, out);
+}
+
+void Runner::multiply(const Cut &cut, const Product &job, int chunk, int thread) const {
     // Tiles change fastest: the same weights are then still near.
     const int tile = chunk % cut.tile_count, run = chunk / cut.tile_count;
     variant_.product(job, tile * cut.tile_rows, std::min((tile + 1) * cut.tile_rows, cut.rows), run * cut.run_pairs,
-                     std::min((run + 1) * cut.run_pairs, cut.pairs));
+                     std::min((run + 1) * cut.run_pairs, cut.pairs),
+                     working_.as<char>() + thread * scratch_size_);
 }
 
 void Runner::attend(int layer, int chunk, int thread) {
     const Attention job{queries_.as<void>(), mixed_.as<void>(), layer_cache(layer), layer_size_ * model_.layer_count,
                         model_.heads, model_.kv_heads, model_.head_dim, model_.block_size, model_.window};
     variant_.attend(job, spans_[chunk / model_.kv_heads], chunk % model_.kv_heads,
-                    attention_.as<char>() + thread * scratch_size_);
+                    working_.as<char>() + thread * scratch_size_);
 }
 
 void Runner::rotate(int layer, int first, int end) {

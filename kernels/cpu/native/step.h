@@ -44,7 +44,8 @@ class Runner {
     void add(Stage stage, int layer, int chunks);
     void work(int phase, int chunk, int thread);
     void work_rows(Stage stage, const QuireLayer *layer, int chunk);
-    void multiply(const Cut &cut, const Product &job, int chunk) const;
+    void multiply(const Cut &cut, const Product &job, int chunk, int thread) const;
+    void embed(int64_t token, float *out) const;
     void attend(int layer, int chunk, int thread);
     void rotate(int layer, int first, int end);
     uint16_t *layer_cache(int layer) const;
@@ -55,7 +56,7 @@ class Runner {
     const Variant &variant_;
     const int hidden_stride_, qkv_stride_, vocab_stride_, query_size_, group_, span_rows_;
     const size_t head_size_, layer_size_;
-    size_t scratch_size_;
+    const size_t scratch_size_;
 
     std::mutex mutex_;
     const QuireBatch *batch_ = nullptr;
@@ -71,7 +72,7 @@ class Runner {
     Scratch queries_;  // [row][query_size] activations
     Scratch mixed_;    // [row][query_size] activations
     Scratch inner_;    // [row][inner] activations
-    Scratch attention_;
+    Scratch working_;  // of each thread: attention, or decoded panels
     Phases phases_;  // last: its threads end before what they work on
 };
 

@@ -15,9 +15,13 @@ constexpr int kRowTile = 96;    // most rows of a product in one go
 
 enum class Epilogue { kStore, kAdd, kSwiGLU };
 
+// How a matrix is stored: see formats.h.
+enum class Format { kBf16, kFourBits, kEightBits };
+
 // rows [row][2 * pairs] times the transpose of a weight in panels.
 struct Product {
-    const uint16_t *panels;
+    const void *panels;
+    Format format;
     int pairs;
     const void *rows;
     int row_stride;
@@ -62,7 +66,11 @@ struct Variant {
     // out [row][size] = rows of `in`, normalised to root mean square 1, times weight.
     void (*norm)(const float *in, const float *weight, float eps, int size, void *out);
     void (*embed)(const uint16_t *row, int size, float *out);
-    void (*product)(const Product &, int first_row, int end_row, int first_pair, int end_pair);
+    // The same from row `index` of a matrix in panels.
+    void (*embed_panels)(const void *panels, Format format, int64_t index, int size, float *out);
+    // Bytes that `product` needs for a matrix of that many inputs.
+    size_t (*product_scratch)(int inputs);
+    void (*product)(const Product &, int first_row, int end_row, int first_pair, int end_pair, void *scratch);
     void (*rotate)(const Rotation &, int first_row, int end_row);
     size_t (*attention_scratch)(int rows, int head_dim);
     void (*attend)(const Attention &, const Span &, int kv_head, void *scratch);

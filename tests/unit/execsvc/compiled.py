@@ -14,8 +14,9 @@ from execsvc.model.config import ModelConfig
 from execsvc.model.source import ModelSource
 from execsvc.runner import HostSteps, NativeRunner, Runner
 from kernels.cpu import library
+from kernels.cpu.panels import GROUP, Quantised
 from kernels.layout import KVLayout
-from tests.unit.execsvc.tiny import RandomSource
+from tests.unit.execsvc.tiny import RandomSource, shape_of
 
 
 def runnable_variants() -> list[str]:
@@ -33,9 +34,30 @@ class RoundedSource(RandomSource):
         return tensor if tensor.dim() == 1 else tensor.bfloat16().float()
 
 
-def torch_engine(config: ModelConfig) -> Engine:
-    """Returns an engine that computes in float32, on weights, keys and values in bfloat16."""
-    model = llama.load(RoundedSource(config), torch.float32, torch.device("cpu"), 1024)
+class FewBitsSource(RandomSource):
+    """Random weights whose matrices are in 4 bits, and the head in 8."""
+
+    def load_quantised(self, name: str) -> Quantised:
+        """Returns a matrix."""
+        weight = super().load(name)
+        groups = weight.view(len(weight), -1, GROUP)
+        if "lm_head" in name or "embed" in name:
+            scales = (groups.abs().amax(-1) / 127).half().float()
+            return Quantised((groups / scales[:, :, None]).round().to(torch.int8).flatten(1), scales, None)
+        offsets = groups.amin(-1).half().float()
+        scales = ((groups.amax(-1) - offsets) / 15).half().float()
+        quants = ((groups - offsets[:, :, None]) / scales[:, :, None]).round().clamp(0, 15)
+        return Quantised(quants.to(torch.uint8).flatten(1), scales, offsets)
+
+    def load(self, name: str) -> torch.Tensor:
+        """Returns what `load_quantised` stands for."""
+        return self.load_quantised(name).dequantise() if len(shape_of(self.config, name)) == 2 else super().load(name)
+
+
+def torch_engine(source: ModelSource) -> Engine:
+    """Returns an engine that computes in float32, on keys and values in bfloat16."""
+    config = source.config
+    model = llama.load(source, torch.float32, torch.device("cpu"), 1024)
     return _engine(lambda cache: Runner(model, attention.create("torch", cache, config.sliding_window), cache), config)
 
 

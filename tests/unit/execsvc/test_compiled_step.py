@@ -12,7 +12,7 @@ import torch
 from execsvc.engine import Engine
 from execsvc.model.config import ModelConfig
 from tests.unit.execsvc import tiny
-from tests.unit.execsvc.compiled import RoundedSource, compiled_engine, runnable_variants, torch_engine
+from tests.unit.execsvc.compiled import FewBitsSource, RoundedSource, compiled_engine, runnable_variants, torch_engine
 from tests.unit.execsvc.tiny import Driver, start
 
 VARIANTS = runnable_variants()
@@ -58,7 +58,7 @@ def answer(engine: Engine, chunks: list[int], length: int, table: int = 1) -> to
 def test_every_variant_computes_the_model(variant: str, name: str) -> None:
     """A user's answers would be another model's if a size, a bias, a norm or a window were misread."""
     config = CONFIGS[name]
-    expected = answer(torch_engine(config), [100], 100)
+    expected = answer(torch_engine(RoundedSource(config)), [100], 100)
     block_size = {"llama": 16, "mistral": 32}.get(name, 64)
     found = answer(compiled_engine(RoundedSource(config), variant, block_size=block_size), [100], 100)
     assert float((found - expected).abs().max()) < TOLERANCE.get(variant, FLOAT_TOLERANCE)
@@ -133,6 +133,18 @@ def test_logits_that_are_not_finite_fail_one_sequence(variant: str) -> None:
     result = driver.run({1: 1, 2: 1})
     assert [(error.table, error.reason) for error in result.errors] == [(2, "LOGITS_NOT_FINITE")]
     assert len(driver.tokens[1]) == 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_in_few_bits_are_the_file_s_own_in_any_batch(variant: str, tied: bool) -> None:
+    """A model in 4 bits would get other weights, or others for many rows than for one."""
+    source = FewBitsSource(dataclasses.replace(TINY, tie_word_embeddings=tied))
+    expected = answer(torch_engine(source), [100], 100)
+    whole = answer(compiled_engine(source, variant), [100], 100)
+    assert float((whole - expected).abs().max()) < TOLERANCE.get(variant, FLOAT_TOLERANCE)
+    for chunks in ([1], [3, 12, 5], [40]):
+        assert torch.equal(answer(compiled_engine(source, variant, threads=2), chunks, 100), whole), chunks
 
 
 def test_two_models_compute_side_by_side() -> None:

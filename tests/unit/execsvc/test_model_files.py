@@ -16,8 +16,9 @@ import torch
 
 from execsvc.model import llama
 from execsvc.model.config import from_hf
+from execsvc.model.gguf_file import GGUFFile
 from execsvc.model.layers import inverse_frequencies
-from execsvc.model.source import open_model, packaged_model
+from execsvc.model.source import GGUFSource, open_model, packaged_model
 from quire.errors import ModelFormatError, QuireError, UnsupportedError
 from tests.unit.execsvc import tiny
 from tests.unit.execsvc.tiny import CONFIG, Driver, start
@@ -258,3 +259,34 @@ def test_rope_settings_are_read_in_both_spellings() -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": 64}
     assert from_hf({**base, **mistral}, "config.json").sliding_window == 64
     assert dataclasses.replace(CONFIG, sliding_window=0).sliding_window == 0
+
+
+def test_a_matrix_in_few_bits_stands_for_the_dequantised_one() -> None:
+    """Otherwise the compiled step would compute another model than torch does from the same file."""
+    source = open_model("smollm2")
+    assert isinstance(source, GGUFSource)
+    for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+        name = f"model.layers.3.{part}.weight"
+        matrix = source.load_quantised(name)
+        assert matrix is not None
+        assert torch.equal(matrix.dequantise(), source.load(name)), name
+    source.close()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_every_kind_of_few_bits_is_read_as_its_inventor_means_it(tmp_path: Path, kind: str) -> None:
+    """Otherwise a file of that kind would be served as noise."""
+    wanted = gguf.GGMLQuantizationType[kind]
+    weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(1)).numpy()
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("few", gguf.quants.quantize(weight, wanted), raw_dtype=wanted)
+    writer.add_tensor("many", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        matrix = file.load_quantised("few")
+        assert matrix is not None
+        assert torch.equal(matrix.dequantise(), file.load("few"))
+        assert file.load_quantised("many") is None

@@ -1,0 +1,131 @@
+// Formats of panels (see panels.h). Included by each variant.
+//
+//     kBf16         [input / 2][16][2] bf16
+//     kFourBits     for each 32 inputs: 16 scales, 16 offsets (float), then [16][16] bytes:
+//                   low half the even input of a pair, high half the odd one;   weight = scale * quant + offset
+//     kEightBits    for each 32 inputs: 16 scales (float), then [16][2][16] signed bytes;   weight = scale * quant
+//
+// Scales and offsets come from halves, so scale * quant is exact and a weight is rounded once, as when a file is
+// dequantised to float. A reader hands out the weights of one pair of inputs after the other, in groups of kGroup pairs.
+
+constexpr int kGroupInputs = 32;
+constexpr int kScaleBytes = kLane * static_cast<int>(sizeof(float));
+
+template <class L>
+struct Bf16Reader {
+    static constexpr int kGroup = 0;  // no groups
+    static constexpr int kPairBytes = 2 * kLane * static_cast<int>(sizeof(uint16_t));
+    static constexpr size_t bytes(int pairs) { return static_cast<size_t>(pairs) * kPairBytes; }
+
+    const uint16_t *at;
+
+    void start(const void *panel) { at = static_cast<const uint16_t *>(panel); }
+    void open() {}
+    typename L::Operand weights(int v, int half) const { return L::weights(at + v * L::kCount * 2, half); }
+    void next() { at += 2 * kLane; }
+};
+
+// [input][16] float: what a panel of a variant with float activations is decoded to.
+template <class L>
+struct FloatReader {
+    static constexpr int kGroup = 0;
+    static constexpr int kPairBytes = 2 * kLane * static_cast<int>(sizeof(float));
+    static constexpr size_t bytes(int pairs) { return static_cast<size_t>(pairs) * kPairBytes; }
+
+    const float *at;
+
+    void start(const void *panel) { at = static_cast<const float *>(panel); }
+    void open() {}
+    typename L::Operand weights(int v, int half) const { return L::load(at + half * kLane + v * L::kCount); }
+    void next() { at += 2 * kLane; }
+};
+
+template <class L>
+struct FourBitReader {
+    static constexpr int kGroup = kGroupInputs / 2;
+    static constexpr int kPairBytes = kLane;
+    static constexpr int kGroupBytes = 2 * kScaleBytes + kGroup * kPairBytes;
+    static constexpr size_t bytes(int pairs) { return static_cast<size_t>(pairs / kGroup) * kGroupBytes; }
+
+    const uint8_t *at;
+    typename L::Vector scale[kLane / L::kCount], offset[kLane / L::kCount];
+
+    void start(const void *panel) { at = static_cast<const uint8_t *>(panel); }
+    void open() {
+        const float *scales = reinterpret_cast<const float *>(at);
+#pragma GCC unroll 4
+        for (int v = 0; v < kLane / L::kCount; ++v) {
+            scale[v] = L::load(scales + v * L::kCount);
+            offset[v] = L::load(scales + kLane + v * L::kCount);
+        }
+        at += 2 * kScaleBytes;
+    }
+    typename L::Vector weight(int v, int odd) const {
+        return L::fma(scale[v], L::nibbles(at + v * L::kCount, odd), offset[v]);
+    }
+    typename L::Operand weights(int v, int half) const { return L::operand(weight(v, 0), weight(v, 1), half); }
+    void next() { at += kPairBytes; }
+};
+
+template <class L>
+struct EightBitReader {
+    static constexpr int kGroup = kGroupInputs / 2;
+    static constexpr int kPairBytes = 2 * kLane;
+    static constexpr int kGroupBytes = kScaleBytes + kGroup * kPairBytes;
+    static constexpr size_t bytes(int pairs) { return static_cast<size_t>(pairs / kGroup) * kGroupBytes; }
+
+    const uint8_t *at;
+    typename L::Vector scale[kLane / L::kCount];
+
+    void start(const void *panel) { at = static_cast<const uint8_t *>(panel); }
+    void open() {
+#pragma GCC unroll 4
+        for (int v = 0; v < kLane / L::kCount; ++v)
+            scale[v] = L::load(reinterpret_cast<const float *>(at) + v * L::kCount);
+        at += kScaleBytes;
+    }
+    typename L::Vector weight(int v, int odd) const {
+        return scale[v] * L::signed_bytes(reinterpret_cast<const int8_t *>(at) + odd * kLane + v * L::kCount);
+    }
+    typename L::Operand weights(int v, int half) const { return L::operand(weight(v, 0), weight(v, 1), half); }
+    void next() { at += kPairBytes; }
+};
+
+// Writes a panel as L::Decoded reads it.
+template <class L, class Reader>
+void decode(const void *panel, int pairs, void *out) {
+    Reader reader;
+    reader.start(panel);
+    auto *to = static_cast<typename L::Activation *>(out);
+    for (int pair = 0; pair < pairs; ++pair, to += 2 * kLane) {
+        if (pair % Reader::kGroup == 0) reader.open();
+        for (int v = 0; v < kLane / L::kCount; ++v) L::put_pair(to, v, reader.weight(v, 0), reader.weight(v, 1));
+        reader.next();
+    }
+}
+
+// One output's weights, in float.
+template <class L, class Reader>
+void embed_row(const void *panels, int64_t index, int size, float *out) {
+    const size_t panel_bytes = Reader::bytes(size / 2);
+    Reader reader;
+    reader.start(static_cast<const char *>(panels) + index / kLane * panel_bytes);
+    const int v = index % kLane / L::kCount, lane = index % L::kCount;
+    alignas(64) float parts[L::kCount];
+    for (int input = 0; input < size; input += 2) {
+        if (input / 2 % Reader::kGroup == 0) reader.open();
+        for (int odd = 0; odd < 2; ++odd) {
+            L::store(parts, reader.weight(v, odd));
+            out[input + odd] = parts[lane];
+        }
+        reader.next();
+    }
+}
+
+template <class L>
+void embed_panels(const void *panels, Format format, int64_t index, int size, float *out) {
+    if (format == Format::kFourBits)
+        embed_row<L, FourBitReader<L>>(panels, index, size, out);
+    else
+        embed_row<L, EightBitReader<L>>(panels, index, size, out);
+}
