@@ -1,4 +1,4 @@
-"""The decoder of the Llama family as the compiled CPU step computes it: weights in bfloat16, or in the file's 4 or 8 bits."""
+"""The decoder of the Llama family on the compiled CPU step: weights in bfloat16, or in the file's 4 or 8 bits."""
 
 from __future__ import annotations
 
