@@ -7,7 +7,6 @@ import time
 
 from gateway.bench.batch import admit_request, make_sequence
 from gateway.core.scheduler import Scheduler
-from gateway.core.stopping import stop_by_length, stop_by_token
 from gateway.plan import to_outcome, to_plan
 from memsvc.bench.samples import Samples
 from protos.execsvc.v1 import execsvc_pb2 as pb
@@ -83,6 +82,7 @@ class LoopSteps:
         self._device = NullDevice()
         self._in_flight: deque[pb.StepResult] = deque()
         self._appended: list[int] = []
+        self._stop_tokens: dict[str, frozenset[int]] = {}
         self._step_no = 0
 
     async def start(self) -> None:
@@ -90,6 +90,8 @@ class LoopSteps:
         size = self._pool.spec.block_size
         for index in range(self._count):
             sequence = make_sequence(f"w{index}", PROMPT_BLOCKS * size + index % size, self._pool.spec.max_model_len)
+            settings = sequence.request.settings
+            self._stop_tokens[settings.request_id] = settings.eos_token_ids | settings.stop_token_ids
             self._scheduler.start(sequence, await self._memory.admit(admit_request(self._pool, sequence)))
         await self.steps(2 * size)
 
@@ -123,8 +125,10 @@ class LoopSteps:
         decoded = time.thread_time()
         update = self._scheduler.update(outcome)
         updated = time.thread_time()
-        for sequence, _ in update.tokens:
-            if stop_by_token(sequence) is not None or stop_by_length(sequence) is not None:
+        for sequence, token in update.tokens:
+            # As the gateway asks it: by the request's id, and no further for a token that ends nothing.
+            stop_tokens = self._stop_tokens[sequence.request.settings.request_id]
+            if token in stop_tokens or len(sequence.tokens) >= sequence.length_limit:
                 raise AssertionError("a sequence that never ends has ended")
         asked = time.thread_time()
         update.journal.appended, self._appended = self._appended, []
