@@ -96,7 +96,8 @@ def test_a_deadline_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_interrupted_answer_ends_with_130(stack: Stack) -> None:
     """Ctrl-C must end the command at once, and free what it held."""
-    command = [sys.executable, "-m", "quire.cli.main", "generate", PROMPT, "--max-tokens", "1500", "--min-tokens", "1500"]
+    command = [sys.executable, "-m", "quire.cli.main", "generate", PROMPT]
+    command += ["--max-tokens", "1500", "--min-tokens", "1500"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
