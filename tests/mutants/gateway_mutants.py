@@ -89,7 +89,7 @@ GATEWAY: Final = (
     Mutant(
         "the source of a copy is held until a block is full",
         "gateway.core.scheduler:report_at",
-        "if copying:",
+        "if copying or sequence.stepwise:",
         "if False:",
         "a_copy_is_told_when_it_has_run",
     ),
