@@ -313,10 +313,10 @@ class Engine:
                 live.stream.end(sample.index, ending, held)
         self._end_samples(live)
 
-    async def cancel(self, request_id: str) -> bool:
-        """Cancels a request and waits until its blocks are back; returns whether it was live."""
+    async def cancel(self, request_id: str, tenant: str = "") -> bool:
+        """Cancels a request of a tenant and waits until its blocks are back; returns whether it was live."""
         live = self._live.get(request_id)
-        if live is None:
+        if live is None or live.stream.request.settings.tenant != tenant:
             return False
         live.stream.request.cancelled = True
         for sample in live.stream.request.samples:

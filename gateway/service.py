@@ -93,7 +93,8 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
             message = f"request_ids: found {count} ids, allowed are 1 .. {_MAX_CANCELS}"
             raise InvalidRequestError(message, field="request_ids")
         ids = list(dict.fromkeys(request.request_ids))
-        found = await asyncio.gather(*(self._engine.cancel(request_id) for request_id in ids))
+        tenant = tenant_of(context, self._config.tenant_metadata)
+        found = await asyncio.gather(*(self._engine.cancel(request_id, tenant) for request_id in ids))
         return pb.CancelRequestsResponse(
             cancelled_request_ids=[request_id for request_id, live in zip(ids, found, strict=True) if live],
             unknown_request_ids=[request_id for request_id, live in zip(ids, found, strict=True) if not live],

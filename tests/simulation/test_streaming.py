@@ -150,3 +150,17 @@ async def test_usage_says_how_many_tokens_were_computed_twice() -> None:
         once = sum(30 + 200 - 1 - usage.cached_token_count for usage in usages)
         assert once + twice <= world.executor.computed_token_count <= once + twice + 2 * len(usages)
         await world.settle()
+
+
+async def test_no_tenant_cancels_the_requests_of_another() -> None:
+    """Whoever guesses the name of a stranger's request could otherwise end it."""
+    async with running(World(64)) as world:
+        spec = {"token_ids": ids([1] * 20), "stopping": pb.Stopping(max_tokens=200, ignore_eos=True)}
+        stream = await world.submit(tenant="acme", request_id="mine", sampling=pb.Sampling(seed=3), **spec)
+        assert not await world.engine.cancel("mine", "other")
+        assert not await world.engine.cancel("mine")
+        (tokens,), _ = await world.collect(stream)
+        assert tokens == expected_tokens([1] * 20, 3, 200, ignore_eos=True)
+        stream = await world.submit(tenant="acme", request_id="next", sampling=pb.Sampling(seed=3), **spec)
+        assert await world.engine.cancel("next", "acme")
+        await world.settle()
