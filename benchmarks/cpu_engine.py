@@ -203,7 +203,7 @@ def main() -> None:
         "variant": str(library.choose()[0].name),  # type: ignore[union-attr]
         "threads": threads,
         "rounds": arguments.rounds,
-        "torch": torch.__version__,
+        "torch_version": torch.__version__,
     }
     for name, by_case in times.items():
         result[name] = {
