@@ -130,8 +130,6 @@ def _copy(memory: PoolMemory, gateway: int, replacement: Replacement, now: float
     memory.pool.adopt(block, now)
     memory.pool.tenant[block] = record.tenant_tag
     if memory.tenancy is not None:
-        memory.tenancy.entered(block, memory.tenancy.numbers(memory.pool.tenant[block]))
-    if memory.tenancy is not None:
         memory.tenancy.entered(block, memory.tenancy.known(record.tenant_tag))
     memory.grants_of(gateway).leased -= 1
     memory.prefix.tokens[replacement.block] = memory.prefix.tokens[old]

@@ -151,6 +151,16 @@ QUOTAS: Final = (
     ),
 )
 
+COPIES: Final = (
+    Mutant(
+        "a tenant's copy at its first write is not counted",
+        "memsvc.core.replacement:_copy",
+        "memory.tenancy.entered(block, memory.tenancy.known(record.tenant_tag))",
+        "pass",
+        "what_forks_copy_is_counted_once",
+    ),
+)
+
 RETENTION: Final = (
     Mutant(
         "a retained block is taken like any other",
@@ -310,4 +320,4 @@ SIZES: Final = tuple(
     )
 )
 
-MUTANTS: Final = RESET + QUOTAS + RETENTION + RESIDENCY + PINS + FORGOTTEN + SIZES
+MUTANTS: Final = RESET + QUOTAS + RETENTION + RESIDENCY + COPIES + PINS + FORGOTTEN + SIZES

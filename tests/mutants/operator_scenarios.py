@@ -133,6 +133,25 @@ def found(world: World, tokens: list[int], **fields: str) -> int:
     return world.core.locate(AdmitRequest(POOL, world.epoch, "r", 0, pack([*tokens, 1]), **fields))  # type: ignore[arg-type]
 
 
+def what_forks_copy_is_counted_once() -> None:
+    """A tenant's count is what its tables name: a shared block once, and a copy from the first write on."""
+    world = World()
+    world.core.set_quota(POOL, "", TenantQuota(ceiling=6))
+    source = world.admit(prompt(SIZE + 8))
+    world.write(source)
+    child, other = world.fork(source, 2)
+    count = world.core.pool(POOL).memory.tenant_use
+    tag = world.core.tenant_tag(POOL, "")
+    assert count(tag).held == 2
+    for number, held in enumerate((child, other)):
+        world.replace(held)
+        world.extend(held, [100 + number])
+        assert count(tag).held == 3 + number
+    for held in (source, child, other):
+        world.close(held)
+    assert count(tag).held == 0
+
+
 def lives_are_followed_to_their_end() -> None:
     """A block's life runs from being taken to the loss of its content; leased blocks that come back had none."""
     world = World(residency_every=1)
@@ -243,6 +262,7 @@ SCENARIOS = {
         a_floor_shelters,
         a_floor_does_not_bind_its_own_tenant,
         what_is_retained_outlives_strangers,
+        what_forks_copy_is_counted_once,
         lives_are_followed_to_their_end,
         a_pin_holds,
         what_must_go_goes_and_nothing_else,

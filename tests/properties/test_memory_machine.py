@@ -23,6 +23,7 @@ from memsvc.core.pool import BlockState
 from memsvc.core.prefix_views import PrefixSelector
 from memsvc.core.replay import decode_entry, encode_entry, replay, replay_segments
 from memsvc.core.snapshot import clone, decode, digest, encode
+from memsvc.core.tenancy import NO_QUOTA
 from memsvc.core.validation import PoolRegistration
 from memsvc.local import packed
 from quire.columns import pack
@@ -278,6 +279,11 @@ class MemoryMachine(SharingRules):
             written_counts=[table.written],
             appended=appended,
         )
+
+    @rule(tenant=TENANTS)
+    def count(self, tenant: str) -> None:
+        """Has tenants' blocks counted from now on, which limits nobody: all invariants of the counts are checked."""
+        self.core.set_quota(POOL, tenant, NO_QUOTA)
 
     @rule(which=st.integers(0, 1), pieces=PIECES, tenant=TENANTS)
     def run_to_the_end(self, which: int, pieces: list[tuple[int, int]], tenant: str) -> None:
