@@ -155,29 +155,22 @@ class SpanAttention {
                 }
     }
 
-    // Asks for the keys and values that come after these: tables lead anywhere, which no processor can guess.
-    void prefetch(int position) const {
-        if (position >= span_.context) return;
-        const auto *line = reinterpret_cast<const char *>(keys(position));
-        const auto *other = reinterpret_cast<const char *>(values(position));
-        for (int byte = 0; byte < kLane * job_.head_dim * 2; byte += 64) {
-            __builtin_prefetch(line + byte, 0, 2);
-            __builtin_prefetch(other + byte, 0, 2);
-        }
+    // Asks for 16 positions of keys or values: tables lead anywhere, which no processor can guess.
+    void prefetch(const uint16_t *panel) const {
+        const auto *line = reinterpret_cast<const char *>(panel);
+        for (int byte = 0; byte < kLane * job_.head_dim * 2; byte += 64) __builtin_prefetch(line + byte, 0, 2);
     }
 
+    // Scores 16 positions after the other. The keys four steps ahead are asked for line by line meanwhile, the values of
+    // these positions at once: they are needed when the tile is scored.
     void score(int base, int first, int end) {
-        for (int column = first; column < end; column += kPair) {
-            const bool two = column + kLane < end;
-            const void *panels[2] = {keys(base + column), two ? keys(base + column + kLane) : nullptr};
-            prefetch(base + column + 2 * kPair);
-            prefetch(base + column + 2 * kPair + kLane);
-            float *out = scratch_.scores + column;
-            if (two)
-                multiply_two<L, Bf16Reader<L>>(panels, job_.head_dim / 2, scratch_.queries, job_.head_dim, rows_, out, kTile);
-            else
-                multiply_rows<L, Bf16Reader<L>>(panels, 1, 1, job_.head_dim / 2, scratch_.queries, job_.head_dim, rows_,
-                                               out, kTile);
+        for (int column = first; column < end; column += kLane) {
+            const int position = base + column, later = position + 4 * kLane;
+            prefetch(values(position));
+            const void *panel = keys(position);
+            const auto *next = later < span_.context ? reinterpret_cast<const char *>(keys(later)) : nullptr;
+            multiply_rows<L, Bf16Reader<L>>(&panel, 1, 1, job_.head_dim / 2, scratch_.queries, job_.head_dim, rows_,
+                                            scratch_.scores + column, kTile, next);
         }
     }
 
