@@ -1,4 +1,6 @@
-"""Builds what is not Python: the accelerator of the memory core (C) and the step on CPUs (C++); see also pyproject.toml.
+"""Builds what is not Python: the accelerator of the memory core (C) and the step on CPUs (C++).
+
+The rest is in pyproject.toml.
 
 Both are optional. Without a compiler, or with QUIRE_NATIVE=off, there is neither and the package is plain Python: see
 `quire.native` and `kernels.cpu.library`.
