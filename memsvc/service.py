@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+import contextlib
 from typing import Any
 
 import grpc
@@ -47,14 +48,19 @@ class MemoryServicer(memsvc_pb2_grpc.MemoryServiceServicer):
             epoch=self._keeper.heartbeat(request.executor_id, request.executor_incarnation)
         )
 
-    async def Connect(
+    async def Connect(  # type: ignore[override]
         self,
         request_iterator: AsyncIterator[memsvc_pb2.ConnectRequest],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[memsvc_pb2.ConnectResponse]:
-        """Serves one gateway for as long as its stream is open."""
-        async for response in Session(self._keeper).run(aiter(request_iterator)):
-            yield response
+    ) -> None:
+        """Serves one gateway for as long as its stream is open.
+
+        Writes instead of yielding: a generator is left alone, and with it the gateway's lease, when the call is
+        cancelled while one of its messages is being sent.
+        """
+        async with contextlib.aclosing(Session(self._keeper).run(aiter(request_iterator))) as responses:
+            async for response in responses:
+                await context.write(response)
 
     async def Locate(
         self, request: memsvc_pb2.LocateRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TypeVar
 
 from memsvc import translate
@@ -44,7 +44,7 @@ class Session:
 
     async def run(
         self, requests: AsyncIterator[memsvc_pb2.ConnectRequest]
-    ) -> AsyncIterator[memsvc_pb2.ConnectResponse]:
+    ) -> AsyncGenerator[memsvc_pb2.ConnectResponse, None]:
         """Yields the responses to `requests` and the news in between.
 
         Raises:
