@@ -8,7 +8,6 @@ from kernels.checks import check_shape
 from kernels.paged_attention.configs import decode_config, worker_count
 from kernels.paged_attention.options import HeadShape
 from kernels.paged_attention.partition import Partition
-from quire.units import round_up
 
 _SPLITS = 32
 _SHORTEST_SPLIT = 512
@@ -19,7 +18,7 @@ def invariant_split(context_max: int, tile: int) -> int:
 
     It depends on nothing else, so that results are the same in whatever company.
     """
-    return round_up(max(_SHORTEST_SPLIT, -(-context_max // _SPLITS)), tile)
+    return -(-max(_SHORTEST_SPLIT, -(-context_max // _SPLITS)) // tile) * tile
 
 
 class DecodeWorkspace:
