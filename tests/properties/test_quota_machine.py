@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,6 +22,8 @@ from tests.properties.test_memory_machine import PIECES, TENANTS, USABLE, Memory
 
 class QuotaMachine(MemoryMachine):
     """Random quotas beside random commands."""
+
+    HAS_QUOTAS: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
