@@ -43,14 +43,10 @@ class ExecutorServicer(execsvc_pb2_grpc.ExecutorServiceServicer):
         for start in range(0, len(data), _CHUNK_BYTES):
             yield pb.GetTokenizerResponse(chunk=data[start : start + _CHUNK_BYTES])
 
-    async def Run(  # type: ignore[override]
+    async def Run(
         self, request_iterator: AsyncIterator[pb.RunRequest], context: Context
-    ) -> None:
-        """Runs steps: plans are handed over as they come, results go out in order.
-
-        Writes instead of yielding: a generator is left alone, and with it what it holds, when the call is cancelled
-        while one of its messages is being sent.
-        """
+    ) -> AsyncIterator[pb.RunResponse]:
+        """Runs steps: plans are handed over as they come, results go out in order."""
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("message") != "open":
             raise InvalidRequestError("message: the first message must be open", field="message")
@@ -64,9 +60,9 @@ class ExecutorServicer(execsvc_pb2_grpc.ExecutorServiceServicer):
 
         stream.on_end = stop_reading
         try:
-            await context.write(pb.RunResponse(opened=pb.Opened(epoch=stream.epoch)))
+            yield pb.RunResponse(opened=pb.Opened(epoch=stream.epoch))
             while (future := await pending.get()) is not None:
-                await context.write(pb.RunResponse(result=await future))
+                yield pb.RunResponse(result=await future)
             if stream.ended is not None:
                 raise stream.ended
             await reader

@@ -48,19 +48,15 @@ class MemoryServicer(memsvc_pb2_grpc.MemoryServiceServicer):
             epoch=self._keeper.heartbeat(request.executor_id, request.executor_incarnation)
         )
 
-    async def Connect(  # type: ignore[override]
+    async def Connect(
         self,
         request_iterator: AsyncIterator[memsvc_pb2.ConnectRequest],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> None:
-        """Serves one gateway for as long as its stream is open.
-
-        Writes instead of yielding: a generator is left alone, and with it the gateway's lease, when the call is
-        cancelled while one of its messages is being sent.
-        """
+    ) -> AsyncIterator[memsvc_pb2.ConnectResponse]:
+        """Serves one gateway for as long as its stream is open."""
         async with contextlib.aclosing(Session(self._keeper).run(aiter(request_iterator))) as responses:
             async for response in responses:
-                await context.write(response)
+                yield response
 
     async def Locate(
         self, request: memsvc_pb2.LocateRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -5,12 +5,14 @@ INVALID_ARGUMENT (grpcio alone answers UNKNOWN with Python text). Anything else 
 no inner text, and is logged.
 
 Streaming handlers are async generators, or coroutines that write to the context; request streams are async iterators.
+A generator is closed before its call ends, whatever ends it: what it holds, it lets go of at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
 import inspect
 from typing import Any, Final
 
@@ -135,10 +137,18 @@ def _wrap(handler: Any, method: str, bound: dict[str, Any]) -> Any:
     inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     checked = _checked_stream if handler.request_streaming else _checked
 
+    async def answer(request: Any, context: Any) -> Any:
+        if not inspect.isasyncgenfunction(inner):
+            return await inner(checked(request), context)
+        # Left to gRPC, a generator whose call is cancelled while a message is being sent would only be dropped.
+        async with contextlib.aclosing(inner(checked(request), context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
     async def call(request: Any, context: Any) -> Any:
         structlog.contextvars.bind_contextvars(rpc=method, **bound)
         try:
-            return await inner(checked(request), context)
+            return await answer(request, context)
         except (QuireError, TimeoutError) as error:
             await _refuse(context, error, method)
         except grpc.aio.AbortError:
@@ -146,20 +156,6 @@ def _wrap(handler: Any, method: str, bound: dict[str, Any]) -> Any:
         except Exception as error:  # noqa: BLE001 - the boundary: it is logged and becomes INTERNAL
             await _refuse(context, error, method)
 
-    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        structlog.contextvars.bind_contextvars(rpc=method, **bound)
-        try:
-            async for response in inner(checked(request), context):
-                yield response
-        except (QuireError, TimeoutError) as error:
-            await _refuse(context, error, method)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the boundary: it is logged and becomes INTERNAL
-            await _refuse(context, error, method)
-
-    # A coroutine writes its responses to the context and returns nothing.
-    streams = inspect.isasyncgenfunction(inner)
     makers = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
@@ -168,7 +164,7 @@ def _wrap(handler: Any, method: str, bound: dict[str, Any]) -> Any:
     }
     maker = makers[handler.request_streaming, handler.response_streaming]
     return maker(
-        stream if streams else call,
+        call,
         request_deserializer=_tolerant(handler.request_deserializer),
         response_serializer=handler.response_serializer,
     )

@@ -1,7 +1,10 @@
 """Servers refuse malformed messages and map errors, seen over a real loopback connection."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import gc
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -37,16 +40,40 @@ class Gateway(gateway_pb2_grpc.GenerationServiceServicer):
         return gateway_pb2.CancelRequestsResponse()
 
 
-@pytest.fixture
-async def channel() -> AsyncIterator[grpc.aio.Channel]:
+class Endless(Gateway):
+    """Yields until it is closed."""
+
+    def __init__(self) -> None:
+        self.yielded = 0
+        self.closed = asyncio.Event()
+
+    async def GenerateStream(self, request, context):  # type: ignore[no-untyped-def,override]  # noqa: ANN001, ANN201, D102, N802
+        delta = gateway_pb2.Delta(samples=[gateway_pb2.SampleDelta(text="a" * 2**20)])
+        try:
+            while True:
+                self.yielded += 1
+                yield gateway_pb2.GenerateStreamResponse(delta=delta)
+        finally:
+            self.closed.set()
+
+
+@contextlib.asynccontextmanager
+async def served(servicer: Gateway) -> AsyncIterator[grpc.aio.Channel]:
     """A connection to a real server with our options and interceptor."""
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ErrorInterceptor()])
-    gateway_pb2_grpc.add_GenerationServiceServicer_to_server(Gateway(), server)  # type: ignore[abstract]
+    gateway_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with open_channel(f"127.0.0.1:{port}") as opened:
         yield opened
     await server.stop(None)
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[grpc.aio.Channel]:
+    """A connection to a server that fails."""
+    async with served(Gateway()) as opened:  # type: ignore[abstract]
+        yield opened
 
 
 async def failure_of(call: object) -> QuireError:
@@ -107,6 +134,26 @@ async def test_an_error_after_the_first_message_keeps_its_details(channel: grpc.
     assert first.admitted.request_id == "one"  # type: ignore[union-attr]
     error = await failure_of(call.read())
     assert (error.reason, error.retry_after) == ("QUEUE_FULL", 2.0)
+
+
+async def test_a_stream_that_is_cancelled_while_it_sends_is_closed() -> None:
+    """What a handler holds, a table or a lease, must not wait for the garbage collector when its client is gone."""
+    endless = Endless()  # type: ignore[abstract]
+    gc.disable()
+    try:
+        async with served(endless) as channel:
+            stub = gateway_pb2_grpc.GenerationServiceStub(channel)
+            call = stub.GenerateStream(gateway_pb2.GenerateStreamRequest())
+            await call.read()
+            before = -1
+            # Nobody reads: sooner or later a message cannot leave.
+            while endless.yielded > before:
+                before = endless.yielded
+                await asyncio.sleep(0.3)
+            call.cancel()
+            await asyncio.wait_for(endless.closed.wait(), 20)
+    finally:
+        gc.enable()
 
 
 async def test_an_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> None:
