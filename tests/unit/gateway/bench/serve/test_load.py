@@ -211,7 +211,8 @@ async def test_an_overloaded_gateway_refuses_with_a_reason_and_serves_the_others
     try:
         await stack.start()
         command = [sys.executable, "-m", "quire.cli.main", "bench", "serve", "--address", stack.address]
-        command += ["--memsvc", stack.memsvc_address, "--distribution", "fixed:40,10", "--num-prompts", "60", "--json"]
+        command += ["--memsvc", stack.memsvc_address, "--distribution", "fixed:40,250", "--num-prompts", "60", "--json"]
+        # Half a second at least: the pools are looked at four times in one.
         done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     finally:
@@ -219,6 +220,6 @@ async def test_an_overloaded_gateway_refuses_with_a_reason_and_serves_the_others
     document = json.loads(done.stdout)
     assert set(document["failures"]) == {"QUEUE_FULL"}
     assert document["completed"] + document["failures"]["QUEUE_FULL"] == 60
-    assert document["output_tokens"] == 10 * document["completed"]
+    assert document["output_tokens"] == 250 * document["completed"]
     assert document["refusal_ms"]["max"] > 0
     assert 0 < document["kv_utilization"]["max"] <= 1
