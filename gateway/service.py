@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 
 from gateway.tenants import tenant_of
-from gateway.validation import check_request_id, check_spec, encode_prompt
+from gateway.validation import check_for, check_request_id, encode_prompt
 from protos.gateway.v1 import gateway_pb2 as pb
 from protos.gateway.v1 import gateway_pb2_grpc
 from quire.errors import InvalidRequestError
@@ -36,14 +36,7 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
         model = self._engine.find_model(spec.model)
         # Before the prompt is looked at: a flood must not cost a tokenisation for each refusal.
         self._engine.check_request(check_request_id(spec.request_id), model.name)
-        settings = await check_spec(
-            spec,
-            model,
-            max_tokens_default=self._config.max_tokens_default,
-            max_queue_time=self._config.max_queue_time,
-            caching=self._config.enable_prefix_caching,
-            priorities=self._config.scheduling_policy == "priority",
-        )
+        settings = await check_for(self._config, spec, model)
         if self._config.tenant_metadata:
             settings = dataclasses.replace(settings, tenant=tenant_of(context, self._config.tenant_metadata))
         return self._engine.submit(settings)

@@ -14,7 +14,7 @@ import grpc
 from gateway.core.session import Message, Session, SessionTable, TurnEnd
 from gateway.refusal import refusal
 from gateway.tenants import tenant_of
-from gateway.validation import chat_messages, check_request_id, check_spec, encode_prompt
+from gateway.validation import chat_messages, check_for, check_request_id, check_text_length, encode_prompt
 from protos.gateway.v1 import gateway_pb2, session_pb2_grpc
 from protos.gateway.v1 import session_pb2 as pb
 from quire.errors import InvalidRequestError
@@ -82,15 +82,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         model = self._engine.find_model(session.model)
         self._engine.check_request(check_request_id(spec.request_id), model.name)
         prompt, messages, text = await _grow(session, spec, model)
-        settings = await check_spec(
-            spec,
-            model,
-            max_tokens_default=self._config.max_tokens_default,
-            max_queue_time=self._config.max_queue_time,
-            caching=self._config.enable_prefix_caching,
-            priorities=self._config.scheduling_policy == "priority",
-            prompt=prompt,
-        )
+        settings = await check_for(self._config, spec, model, prompt)
         retention = min(_RETENTION_LIMIT, math.ceil(session.ttl))
         settings = dataclasses.replace(settings, session_id=session.session_id, retention_ttl=retention)
         return _Turn(model, settings, messages, text)
@@ -197,6 +189,7 @@ async def _grow(
 
     Raises:
         InvalidRequestError: there is nothing to continue, or a chat is to be continued as text, or the other way round.
+        PromptTooLongError: it is far longer than the model could hold.
     """
     kind = spec.WhichOneof("prompt")
     if kind is None and session.tokens:
@@ -207,12 +200,15 @@ async def _grow(
         if session.tokens and not session.is_chat:
             raise refusal("turn.chat", "messages", "text or token_ids: the session is no chat")
         new = [Message(message["role"], message["content"]) for message in chat_messages(spec.chat)]
-        rendered = model.tokenizer.render_chat([message._asdict() for message in (*session.messages, *new)])
+        whole = (*session.messages, *new)
+        check_text_length("turn.chat", sum(len(message.content) for message in whole), model)
+        rendered = model.tokenizer.render_chat([message._asdict() for message in whole])
         if session.tokens and rendered.startswith(session.text):
             return session.tokens + await model.tokenizer.encode_more(rendered[len(session.text) :]), new, rendered
         # The template writes the conversation otherwise than it was said: what is equal is found in the cache.
         return await model.tokenizer.encode_more(rendered), new, rendered
     if kind == "text" and session.tokens and spec.text:
+        check_text_length("turn.text", len(spec.text), model)
         return session.tokens + await model.tokenizer.encode_more(spec.text), [], ""
     return session.tokens + await encode_prompt(spec, model), [], ""
 

@@ -9,6 +9,7 @@ import re
 import secrets
 from typing import Final
 
+from gateway.config import GatewayConfig
 from gateway.constraint import check_constraint
 from gateway.core.request import RequestSettings
 from gateway.models import ServedModel
@@ -22,6 +23,8 @@ MAX_STOP_CHARACTERS: Final = 256
 MAX_STOP_TOKENS: Final = 64
 MAX_CHAT_MESSAGES: Final = 4_096
 MAX_SALT_CHARACTERS: Final = 256
+_TOKEN_CHARACTERS: Final = 256
+"""No token of any vocabulary is longer."""
 _ROLES: Final = ("system", "user", "assistant")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -68,6 +71,19 @@ def chat_messages(chat: pb.Chat) -> list[Mapping[str, str]]:
     return [{"role": message.role, "content": message.content} for message in chat.messages]
 
 
+def check_text_length(field: str, character_count: int, model: ServedModel) -> None:
+    """Refuses a text, before it is tokenised, that is far longer than any that the model could hold.
+
+    Raises:
+        PromptTooLongError: it is.
+    """
+    if character_count > model.max_model_len * _TOKEN_CHARACTERS:
+        message = (
+            f"{field}: {character_count} characters, the model's context of {model.max_model_len} tokens cannot hold it"
+        )
+        raise PromptTooLongError(message, field=field)
+
+
 async def encode_prompt(spec: pb.GenerationSpec | pb.CountTokensRequest, model: ServedModel) -> array[int]:
     """Returns the tokens of the prompt.
 
@@ -76,20 +92,12 @@ async def encode_prompt(spec: pb.GenerationSpec | pb.CountTokensRequest, model: 
         PromptTooLongError: more characters or tokens than could ever fit.
     """
     kind = spec.WhichOneof("prompt")
-    # No token of any vocabulary is longer than this; far longer text is refused before it is tokenised.
-    character_limit = model.max_model_len * 256
     if kind == "text":
-        if len(spec.text) > character_limit:
-            message = (
-                f"text: {len(spec.text)} characters, the model's context of {model.max_model_len} tokens cannot hold it"
-            )
-            raise PromptTooLongError(message, field="text")
+        check_text_length("text", len(spec.text), model)
         tokens = await model.tokenizer.encode_text(spec.text) if spec.text else array("I")
     elif kind == "chat":
         messages = chat_messages(spec.chat)
-        if sum(len(message["content"]) for message in messages) > character_limit:
-            message = f"chat: the model's context of {model.max_model_len} tokens cannot hold the conversation"
-            raise PromptTooLongError(message, field="chat")
+        check_text_length("chat", sum(len(message["content"]) for message in messages), model)
         tokens = await model.tokenizer.encode_chat(messages)
     elif kind == "token_ids" and isinstance(spec, pb.GenerationSpec):
         tokens = array("I", spec.token_ids.ids)
@@ -146,6 +154,21 @@ def _check_time_limit(scheduling: pb.Scheduling) -> float:
     if limit <= 0:
         raise refusal("scheduling.time_limit", f"{limit} s", "more than 0")
     return limit
+
+
+async def check_for(
+    config: GatewayConfig, spec: pb.GenerationSpec, model: ServedModel, prompt: array[int] | None = None
+) -> RequestSettings:
+    """Returns the settings of a request to a gateway with this configuration; see `check_spec`."""
+    return await check_spec(
+        spec,
+        model,
+        max_tokens_default=config.max_tokens_default,
+        max_queue_time=config.max_queue_time,
+        caching=config.enable_prefix_caching,
+        priorities=config.scheduling_policy == "priority",
+        prompt=prompt,
+    )
 
 
 async def check_spec(

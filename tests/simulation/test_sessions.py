@@ -11,7 +11,7 @@ from gateway.plan import sample_seed
 from gateway.session_service import SessionService
 from protos.gateway.v1 import gateway_pb2
 from protos.gateway.v1 import session_pb2 as pb
-from quire.errors import InvalidRequestError, SessionBusyError, SessionNotFoundError
+from quire.errors import InvalidRequestError, PromptTooLongError, SessionBusyError, SessionNotFoundError
 from tests.simulation.oracle_executor import expected_tokens
 from tests.simulation.world import World, ids, running
 
@@ -190,3 +190,20 @@ async def test_what_is_wrong_with_a_call_is_named(method: str, request_: Any, fi
             await getattr(sessions.service, method)(request_, Reader())
         assert caught.value.field == field
         assert not (await sessions.get()).busy
+
+
+async def test_a_turn_that_no_context_could_hold_is_refused_before_it_is_tokenised() -> None:
+    """One client with a book must not keep the tokenizer from everybody else's prompts."""
+    async with running(World(64)) as world:
+        sessions = Sessions(world)
+        await sessions.create()
+        await sessions.append([3, 4], count=2)
+        await sessions.create("chat")
+        book = "a" * (256 * world.engine.find_model("").max_model_len + 1)
+        chat = gateway_pb2.Chat(messages=[gateway_pb2.ChatMessage(role="user", content=book)])
+        for name, field, prompt in (("s", "turn.text", {"text": book}), ("chat", "turn.chat", {"chat": chat})):
+            turn = gateway_pb2.GenerationSpec(**prompt)  # type: ignore[arg-type]
+            request = pb.AppendSessionRequest(session_id=name, turn=turn)
+            with pytest.raises(PromptTooLongError, match=f"{field}: {len(book)} characters"):
+                await sessions.service.AppendSession(request, Reader())
+            assert not (await sessions.get(name)).busy
