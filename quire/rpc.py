@@ -137,18 +137,18 @@ def _wrap(handler: Any, method: str, bound: dict[str, Any]) -> Any:
     inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     checked = _checked_stream if handler.request_streaming else _checked
 
-    async def answer(request: Any, context: Any) -> Any:
-        if not inspect.isasyncgenfunction(inner):
-            return await inner(checked(request), context)
+    async def write(request: Any, context: Any) -> None:
         # Left to gRPC, a generator whose call is cancelled while a message is being sent would only be dropped.
-        async with contextlib.aclosing(inner(checked(request), context)) as responses:
+        async with contextlib.aclosing(inner(request, context)) as responses:
             async for response in responses:
                 await context.write(response)
+
+    answer = write if inspect.isasyncgenfunction(inner) else inner
 
     async def call(request: Any, context: Any) -> Any:
         structlog.contextvars.bind_contextvars(rpc=method, **bound)
         try:
-            return await answer(request, context)
+            return await answer(checked(request), context)
         except (QuireError, TimeoutError) as error:
             await _refuse(context, error, method)
         except grpc.aio.AbortError:

@@ -13,8 +13,8 @@ from typing import Any
 
 from execsvc.bench.report import Request, measure
 from execsvc.config import ExecsvcConfig
-from quire.errors import ConfigError, QuireError
-from quire.logging import configure_logging
+from quire.documents import print_document
+from quire.errors import ConfigError
 
 _PEER_SECONDS = 600
 
@@ -112,15 +112,14 @@ def _peer(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, An
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Errors are a document as well: {"error": {reason, message, field}}, exit status 1."""
     options = _parser().parse_args(argv)
-    configure_logging("error", "json", service="bench")
-    try:
+
+    def make() -> dict[str, Any]:
         document = measure(_request(options), _say)
         if options.peer:
             document["peer"] = _peer(options, document)
-    except QuireError as error:
-        document = {"error": {"reason": error.reason, "message": error.message, "field": error.field}}
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 1 if "error" in document else 0
+        return document
+
+    return print_document(make, "bench")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 from typing import Any
 
 from gateway.bench import runner, scheduler_runner
 from memsvc.bench.peer import SCRIPT, Peer
-from quire.errors import QuireError
-from quire.logging import configure_logging
+from quire.documents import print_document
 
 
 async def _measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -42,13 +40,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
     parser.add_argument("--peer", default="", help="a Python in which vllm can be imported")
     options = parser.parse_args()
-    configure_logging("error", "json", service="bench")
-    try:
-        document = asyncio.run(_measure(options))
-    except QuireError as error:
-        document = {"error": {"reason": error.reason, "message": error.message, "field": error.field}}
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 1 if "error" in document else 0
+    return print_document(lambda: asyncio.run(_measure(options)), "bench")
 
 
 if __name__ == "__main__":

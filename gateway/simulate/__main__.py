@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-import json
 from pathlib import Path
 import sys
 from typing import Any, Final
@@ -18,8 +17,8 @@ from gateway.simulate.workload import Workload, draw, read_trace
 from memsvc.policies import contiguous
 from memsvc.policies.interface import Policy
 from memsvc.policies.paged import Paged
-from quire.errors import ConfigError, QuireError
-from quire.logging import configure_logging
+from quire.documents import print_document
+from quire.errors import ConfigError
 from quire.memory import PoolSpec
 
 _PROGRESS_PARTS: Final = 200
@@ -112,13 +111,7 @@ def main() -> int:
     parser.add_argument("--step-ms", type=float, default=30.0, help="duration of a step")
     parser.add_argument("--plot", default="", help="draw memory over time into this .png or .svg file")
     options = parser.parse_args()
-    configure_logging("error", "json", service="simulate")
-    try:
-        document = simulate(options)
-    except QuireError as error:
-        document = {"error": {"reason": error.reason, "message": error.message, "field": error.field}}
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 1 if "error" in document else 0
+    return print_document(lambda: simulate(options), "simulate")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from typing import Annotated, Any, Final
 
@@ -11,8 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import typer
 
 from quire.cli import options
+from quire.cli.measuring import read_document
 from quire.cli.output import console, notices, print_json, print_table
-from quire.errors import ConfigError, QuireError
+from quire.errors import ConfigError
 
 _BACKENDS: Final = ("quire", "openai")
 _PROGRESS_PARTS: Final = 6
@@ -98,12 +97,7 @@ def serve(
 
 
 def _run(command: list[str]) -> dict[str, Any]:
-    """Runs the load in a process of its own and returns its document; shows its progress.
-
-    Raises:
-        ConfigError: a setting or the trace is not possible.
-        QuireError: it failed otherwise.
-    """
+    """Runs the load and returns its document, behind a progress bar; raises as `read_document`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -111,34 +105,17 @@ def _run(command: list[str]) -> dict[str, Any]:
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
     )
-    last = ""
-    with (
-        Progress(*columns, console=notices(), transient=True) as progress,
-        subprocess.Popen(  # noqa: S603 - our own module
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process,
-    ):
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with Progress(*columns, console=notices(), transient=True) as progress:
         task = progress.add_task("requests", state="")
-        for line in process.stderr:
-            last = line.strip() or last
+
+        def say(line: str) -> None:
             parts = line.split()
             if len(parts) == _PROGRESS_PARTS and parts[0] == "progress":
                 done, total, running, failed, tokens = map(int, parts[1:])
                 state = f"{running} under way, {failed} failed, {tokens:,} tokens"
                 progress.update(task, completed=done, total=total, state=state)
-        output = process.stdout.read()
-    try:
-        document: dict[str, Any] = json.loads(output)
-    except ValueError:
-        message = f"the load ended with status {process.returncode}: {last}"
-        raise QuireError(message, reason="BENCH_FAILED") from None
-    error = document.get("error")
-    if error is not None:
-        cls = ConfigError if error["reason"] == ConfigError.default_reason else QuireError
-        raise cls(error["message"], reason=error["reason"], field=error["field"])
-    return document
+
+        return read_document(command, "load", say)
 
 
 def _print(document: dict[str, Any]) -> None:

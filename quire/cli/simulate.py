@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from typing import Annotated, Any, Final
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 import typer
 
+from quire.cli.measuring import read_document
 from quire.cli.options import Json
 from quire.cli.output import console, notices, print_json, print_table
-from quire.errors import ConfigError, QuireError
+from quire.errors import ConfigError
 
 _POLICIES: Final = ("paged", "reserve", "contiguous-oracle", "contiguous-pow2", "contiguous")
 _PAPER: Final = {
@@ -115,32 +114,15 @@ def _run(command: list[str]) -> dict[str, Any]:
         QuireError: it failed otherwise.
     """
     columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    last = ""
-    with (
-        Progress(*columns, console=notices(), transient=True) as progress,
-        subprocess.Popen(  # noqa: S603 - our own module
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process,
-    ):
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with Progress(*columns, console=notices(), transient=True) as progress:
         task = progress.add_task("reading")
-        for line in process.stderr:
-            last = line.strip() or last
+
+        def say(line: str) -> None:
             parts = line.split()
             if len(parts) == 3 and parts[0] in _POLICIES:  # noqa: PLR2004 - policy, done, total
                 progress.update(task, description=parts[0], completed=int(parts[1]), total=int(parts[2]))
-        output = process.stdout.read()
-    try:
-        document: dict[str, Any] = json.loads(output)
-    except ValueError:
-        message = f"the simulation ended with status {process.returncode}: {last}"
-        raise QuireError(message, reason="SIMULATION_FAILED") from None
-    error = document.get("error")
-    if error is not None:
-        cls = ConfigError if error["reason"] == ConfigError.default_reason else QuireError
-        raise cls(error["message"], reason=error["reason"], field=error["field"])
-    return document
+
+        return read_document(command, "simulation", say, failure="SIMULATION_FAILED")
 
 
 def _print(document: dict[str, Any], *, is_paper: bool) -> None:

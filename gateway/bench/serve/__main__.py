@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import sys
 import time
@@ -17,8 +16,8 @@ from gateway.bench.serve.report import build_document, parse_objectives
 from gateway.bench.serve.watch import PoolWatch
 from gateway.simulate import plot as pictures
 from gateway.simulate.workload import Workload, draw, read_trace
-from quire.errors import ConfigError, QuireError
-from quire.logging import configure_logging
+from quire.documents import print_document
+from quire.errors import ConfigError
 
 _THREADS = 512
 
@@ -109,13 +108,7 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Runs the command. Errors are a document as well: {"error": {reason, message, field}}, exit status 1."""
     options = _parser().parse_args()
-    configure_logging("error", "json", service="bench")
-    try:
-        document = asyncio.run(_measure(options))
-    except QuireError as error:
-        document = {"error": {"reason": error.reason, "message": error.message, "field": error.field}}
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 1 if "error" in document else 0
+    return print_document(lambda: asyncio.run(_measure(options)), "bench")
 
 
 if __name__ == "__main__":
