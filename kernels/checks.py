@@ -54,14 +54,21 @@ def check_last_axis_dense(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(message)
 
 
-def check_cache(name: str, cache: torch.Tensor, num_kv_heads: int, head_dim: int) -> None:
-    """Checks one layer's keys or values, `[block, kv_head, block_size, head_dim]`.
+def check_caches(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, num_kv_heads: int, head_dim: int, allowed: Sequence[torch.dtype]
+) -> None:
+    """Checks one layer's keys and values, both `[block, kv_head, block_size, head_dim]` of one type in `allowed`.
 
     Raises:
-        ValueError: shape or strides do not fit.
+        ValueError: shape, type or strides do not fit.
     """
-    check_shape(name, cache, (None, num_kv_heads, None, head_dim))
-    check_last_axis_dense(name, cache)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_shape(name, cache, (None, num_kv_heads, None, head_dim))
+        check_last_axis_dense(name, cache)
+        check_dtype(name, cache, allowed)
+    # Kernels take sizes from the keys alone.
+    check_shape("v_cache", v_cache, k_cache.shape)
+    check_dtype("v_cache", v_cache, (k_cache.dtype,))
 
 
 def group_size(num_heads: int, num_kv_heads: int) -> int:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
-import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from gateway.bench.service_process import ServiceProcess
+from gateway.bench.service_process import ServiceProcess, run_service
 from protos.gateway.v1 import gateway_pb2 as pb
 from protos.gateway.v1 import gateway_pb2_grpc
-from quire.config import ServiceConfig, load, setting
-from quire.logging import configure_logging
-from quire.service_host import ServiceHost
+from quire.config import ServiceConfig, setting
 
 if TYPE_CHECKING:
     import grpc
@@ -83,23 +79,11 @@ class BareStack:
         await self._process.close()
 
 
-async def _serve(config: BareServerConfig) -> None:
-    host = ServiceHost(config, (_SERVICE,))
+def _add(config: BareServerConfig, server: grpc.aio.Server) -> None:
     # Nobody calls the other methods.
-    server = BareServer(config.step_seconds)  # type: ignore[abstract]
-    gateway_pb2_grpc.add_GenerationServiceServicer_to_server(server, host.server)
-    await host.start()
-    await host.set_serving(serving=True)
-    await host.wait_for_stop()
-    await host.stop()
-
-
-def main() -> None:
-    """Runs the server until it is told to stop."""
-    config, _ = load(BareServerConfig, "bare_server", sys.argv[1:], os.environ)
-    configure_logging(config.log_level, config.log_format, service="gateway")
-    asyncio.run(_serve(config))
+    servicer = BareServer(config.step_seconds)  # type: ignore[abstract]
+    gateway_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
 
 
 if __name__ == "__main__":
-    main()
+    run_service(BareServerConfig, "bare_server", _SERVICE, _add)

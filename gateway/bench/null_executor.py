@@ -6,18 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator
 import dataclasses
 import hashlib
-import os
-import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.bench.scheduling import NullDevice
+from gateway.bench.service_process import run_service
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from protos.execsvc.v1 import execsvc_pb2_grpc
-from quire.config import ServiceConfig, load, setting
-from quire.logging import configure_logging
-from quire.service_host import ServiceHost
+from quire.config import ServiceConfig, setting
 
 if TYPE_CHECKING:
     import grpc
@@ -90,21 +87,9 @@ class NullExecutor(execsvc_pb2_grpc.ExecutorServiceServicer):
         return pb.FenceResponse(epoch=request.epoch_floor)
 
 
-async def _serve(config: NullExecutorConfig) -> None:
-    host = ServiceHost(config, (_SERVICE,))
-    execsvc_pb2_grpc.add_ExecutorServiceServicer_to_server(NullExecutor(config), host.server)
-    await host.start()
-    await host.set_serving(serving=True)
-    await host.wait_for_stop()
-    await host.stop()
-
-
-def main() -> None:
-    """Runs the executor until it is told to stop."""
-    config, _ = load(NullExecutorConfig, "null_executor", sys.argv[1:], os.environ)
-    configure_logging(config.log_level, config.log_format, service="execsvc")
-    asyncio.run(_serve(config))
+def _add(config: NullExecutorConfig, server: grpc.aio.Server) -> None:
+    execsvc_pb2_grpc.add_ExecutorServiceServicer_to_server(NullExecutor(config), server)
 
 
 if __name__ == "__main__":
-    main()
+    run_service(NullExecutorConfig, "null_executor", _SERVICE, _add)

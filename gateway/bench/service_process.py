@@ -3,18 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 import contextlib
 import json
 import os
 from pathlib import Path
 import sys
+from typing import TYPE_CHECKING, TypeVar
 
+from quire.config import ServiceConfig, load
 from quire.errors import NotReadyError, UnsupportedError
+from quire.logging import configure_logging
+from quire.service_host import ServiceHost
+
+if TYPE_CHECKING:
+    import grpc
+
+Config = TypeVar("Config", bound=ServiceConfig)
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _STAT_USER, _STAT_SYSTEM = 13, 14
 """Places of utime and stime in /proc/PID/stat, from 0; see proc(5)."""
+
+
+def run_service(
+    config_type: type[Config], name: str, service: str, add: Callable[[Config, grpc.aio.Server], None]
+) -> None:
+    """Serves one gRPC service until the process is told to stop: what a `ServiceProcess` runs.
+
+    Args:
+        config_type: settings, from the flags of the process.
+        name: of the program.
+        service: full name of the gRPC service.
+        add: adds its servicer to a server.
+    """
+    config, _ = load(config_type, name, sys.argv[1:], os.environ)
+    configure_logging(config.log_level, config.log_format, service=name)
+    asyncio.run(_serve(config, service, add))
+
+
+async def _serve(config: Config, service: str, add: Callable[[Config, grpc.aio.Server], None]) -> None:
+    host = ServiceHost(config, (service,))
+    add(config, host.server)
+    await host.start()
+    await host.set_serving(serving=True)
+    await host.wait_for_stop()
+    await host.stop()
 
 
 class ServiceProcess:

@@ -113,16 +113,3 @@ def _pack_quantised(weight: Quantised) -> Matrix:
 def pad_bias(bias: torch.Tensor) -> torch.Tensor:
     """Returns `bias` `[output]` in float32, padded as the panels are."""
     return functional.pad(bias.float(), (0, -len(bias) % PAIR))
-
-
-def unpack_keys(block: torch.Tensor) -> torch.Tensor:
-    """Returns `[block_size, head_dim]` from the panels of one head's keys, given in that shape."""
-    size, dim = block.shape
-    return block.reshape(size // LANE, dim // 2, LANE, 2).transpose(1, 2).reshape(size, dim)
-
-
-def unpack_values(block: torch.Tensor) -> torch.Tensor:
-    """Returns `[block_size, head_dim]` from the panels of one head's values, given in that shape."""
-    size, dim = block.shape
-    panels = block.reshape(size // LANE, dim // LANE, LANE // 2, LANE, 2)
-    return panels.permute(0, 2, 4, 1, 3).reshape(size, dim)

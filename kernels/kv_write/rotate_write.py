@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_cache, check_dtype, check_same_device, check_shape
+from kernels.checks import check_caches, check_dtype, check_same_device, check_shape
 from kernels.configs import lookup
 from kernels.kv_write.write import check_scale, to_cache
 from kernels.layout import KV_DTYPES
@@ -117,9 +117,7 @@ def rotate_and_write(
     """
     row_count, head_count, head_dim = check_rotary(heads, cosines, sines, positions)
     num_kv_heads = k_cache.shape[1] if k_cache.dim() > 1 else 0
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_cache(name, cache, num_kv_heads, head_dim)
-        check_dtype(name, cache, KV_DTYPES)
+    check_caches(k_cache, v_cache, num_kv_heads, head_dim, KV_DTYPES)
     num_heads = head_count - 2 * num_kv_heads
     if num_heads < 0:
         message = f"heads: at least {2 * num_kv_heads} expected, the cache's keys and values, found {head_count}"

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_cache, check_dtype, check_last_axis_dense, check_same_device, check_shape
+from kernels.checks import check_caches, check_dtype, check_last_axis_dense, check_same_device, check_shape
 from kernels.configs import lookup
 from kernels.layout import ACTIVATION_DTYPES, KV_DTYPES
 
@@ -100,9 +100,7 @@ def kv_write(
     check_shape("value", value, key.shape)
     check_shape("slots", slots, (token_count,))
     check_dtype("slots", slots, (torch.int64,))
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_cache(name, cache, num_kv_heads, head_dim)
-        check_dtype(name, cache, KV_DTYPES)
+    check_caches(k_cache, v_cache, num_kv_heads, head_dim, KV_DTYPES)
     for name, tensor in (("key", key), ("value", value)):
         check_dtype(name, tensor, ACTIVATION_DTYPES)
         check_last_axis_dense(name, tensor)

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from kernels.checks import check_cache, check_dtype, check_last_axis_dense, check_same_device, check_shape, group_size
+from kernels.checks import check_caches, check_dtype, check_last_axis_dense, check_same_device, check_shape, group_size
 from kernels.layout import ACTIVATION_DTYPES
 
 LOG2_E = math.log2(math.e)
@@ -98,11 +98,7 @@ def check_attention(
     check_shape("k_cache", k_cache, (None, None, None, q.shape[2]))
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     group_size(q.shape[1], num_kv_heads)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_cache(name, cache, num_kv_heads, q.shape[2])
-        check_dtype(name, cache, (q.dtype, torch.float8_e4m3fn))
-    check_shape("v_cache", v_cache, k_cache.shape)
-    check_dtype("v_cache", v_cache, (k_cache.dtype,))
+    check_caches(k_cache, v_cache, num_kv_heads, q.shape[2], (q.dtype, torch.float8_e4m3fn))
     check_shape("block_tables", block_tables, (context_lens.shape[0], None))
     check_dtype("block_tables", block_tables, (torch.int32,))
     check_last_axis_dense("block_tables", block_tables)

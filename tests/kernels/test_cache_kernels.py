@@ -200,6 +200,8 @@ def test_wrong_arguments_are_named(kernels: Any, device: torch.device) -> None:
         ("value", lambda: kernels.kv_write(key, key[:1], keys, values, slots)),
         ("k_scale", lambda: kernels.kv_write(key, key, keys, values, slots, 0.0)),
         ("v_scale", lambda: kernels.kv_write(key, key, keys, values, slots, 1.0, float("nan"))),
+        ("v_cache: shape", lambda: kernels.kv_write(key, key, keys, values[:-1], slots)),
+        ("v_cache: dtype", lambda: kernels.kv_write(key, key, keys, values.half(), slots)),
         ("key: dtype", lambda: kernels.kv_write(key.double(), key.double(), keys, values, slots)),
     ]
     for message, call in wrong:
