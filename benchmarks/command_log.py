@@ -18,12 +18,12 @@ import time
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from memsvc.core import snapshot
-from memsvc.core.journal import JournalColumns
+from memsvc.core.journal import PackedJournal
 from memsvc.core.log import CommandLog
 from memsvc.core.memory import MemoryCore
 from memsvc.core.replay import replay_segments
 from memsvc.core.validation import PoolRegistration
-from memsvc.local import columns_of
+from memsvc.local import packed
 from quire.columns import pack
 from quire.memory import AdmitRequest, JournalEntry, PoolSpec
 
@@ -49,12 +49,10 @@ def new_core(blocks: int, tables: int) -> tuple[MemoryCore, list[int]]:
     return core, opened
 
 
-def journal(tables: list[int], start: int, count: int, written: int) -> JournalColumns:
+def journal(tables: list[int], start: int, count: int, written: int) -> PackedJournal:
     """Returns a journal of one row a table."""
     rows = len(tables)
-    return columns_of(
-        JournalEntry(POOL, 1, tables, [start] * rows, [count] * rows, [written] * rows, [7] * (rows * count))
-    )
+    return packed(JournalEntry(POOL, 1, tables, [start] * rows, [count] * rows, [written] * rows, [7] * (rows * count)))
 
 
 def microseconds(call: Callable[[], object]) -> float:
