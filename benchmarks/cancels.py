@@ -8,6 +8,7 @@ half by `CancelRequests`. Afterwards no sequence may be open and no block held, 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import random
@@ -106,4 +107,6 @@ async def main(count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 20_000)))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("count", type=int, nargs="?", default=20_000, metavar="COUNT", help="requests")
+    sys.exit(asyncio.run(main(parser.parse_args().count)))

@@ -8,9 +8,9 @@ First a closed loop finds the most that they serve; then requests come at ten ti
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-import sys
 
 from gateway.bench.null_stack import NullStack
 from gateway.bench.serve.backends import QuireBackend
@@ -53,4 +53,6 @@ async def main(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(float(sys.argv[1]) if len(sys.argv) > 1 else 10.0))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("seconds", type=float, nargs="?", default=10.0, metavar="SECONDS", help="how long they come")
+    asyncio.run(main(parser.parse_args().seconds))
