@@ -17,6 +17,7 @@ from gateway.bench.serve.record import Record
 from protos.gateway.v1 import gateway_pb2 as pb
 from protos.gateway.v1 import gateway_pb2_grpc
 from quire import status
+from quire.client import as_quire_error
 from quire.errors import ConfigError
 from quire.rpc import open_channel
 
@@ -56,6 +57,7 @@ class QuireBackend:
     """A gateway of Quire at host:port."""
 
     def __init__(self, address: str, model: str, *, ignore_eos: bool) -> None:
+        self._address = address
         self._channel = open_channel(address)
         self._stub: Any = gateway_pb2_grpc.GenerationServiceStub(self._channel)
         self._ignore_eos = ignore_eos
@@ -68,7 +70,7 @@ class QuireBackend:
         try:
             answer = await self._stub.ListModels(pb.ListModelsRequest(), timeout=_ABOUT_SECONDS)
         except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error) from error
+            raise as_quire_error(error, self._address) from error
         for model in answer.models:
             if self.model in {"", model.name}:
                 self.model, self.vocab_size, self.max_model_len = model.name, model.vocab_size, model.max_model_len

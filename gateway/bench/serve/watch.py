@@ -11,7 +11,7 @@ import grpc
 
 from protos.memsvc.v1 import admin_pb2 as pb
 from protos.memsvc.v1 import admin_pb2_grpc
-from quire import status
+from quire.client import as_quire_error
 from quire.rpc import open_channel
 
 _SECONDS = 5.0
@@ -39,6 +39,7 @@ class PoolWatch:
     """
 
     def __init__(self, address: str, interval: float = 0.25) -> None:
+        self._address = address
         self._channel = open_channel(address)
         self._stub: Any = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._interval = interval
@@ -49,7 +50,7 @@ class PoolWatch:
         try:
             answer = await self._stub.ListPools(pb.ListPoolsRequest(), timeout=_SECONDS)
         except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error) from error
+            raise as_quire_error(error, self._address) from error
         pools = answer.pools
         slots = sum((pool.spec.block_count - 1) * pool.spec.block_size for pool in pools)
         tokens = sum(pool.used_token_count for pool in pools)

@@ -18,13 +18,13 @@ import pytest
 
 from gateway.bench.null_stack import NullStack
 from gateway.bench.serve import plot
-from gateway.bench.serve.backends import OpenAIBackend
+from gateway.bench.serve.backends import OpenAIBackend, QuireBackend
 from gateway.bench.serve.load import Counts, Pace, Result, prompt_tokens, run_load
 from gateway.bench.serve.record import Record
 from gateway.bench.serve.report import build_document, parse_objectives
-from gateway.bench.serve.watch import PoolSample
+from gateway.bench.serve.watch import PoolSample, PoolWatch
 from gateway.simulate.workload import Workload, draw
-from quire.errors import ConfigError
+from quire.errors import ConfigError, NotReadyError
 
 
 class Echo:
@@ -195,6 +195,18 @@ async def test_a_server_with_openai_completions_is_measured_alike() -> None:
     assert (refused.failure, refused.token_count) == ("HTTP_429", 0)
     with pytest.raises(ConfigError, match="expected http://HOST:PORT"):
         OpenAIBackend("https://h:1", "", 1, 1, ignore_eos=True)
+
+
+async def test_a_server_that_is_not_there_is_named() -> None:
+    """What grpc says of an address where nothing listens is no help to whoever typed it."""
+    backend, watch = QuireBackend("127.0.0.1:1", "", ignore_eos=True), PoolWatch("127.0.0.1:1")
+    try:
+        for look in (backend.open, lambda: watch.look(0.0)):
+            with pytest.raises(NotReadyError, match=r"nothing answers at 127\.0\.0\.1:1$"):
+                await look()
+    finally:
+        await backend.close()
+        await watch.close()
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
