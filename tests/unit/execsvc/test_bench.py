@@ -80,11 +80,8 @@ def test_a_step_that_fails_is_no_figure() -> None:
     ("arguments", "field"),
     [(["--batches", "0"], "batches"), (["--steps", "0"], "steps"), (["--contexts", ""], "contexts")],
 )
-def test_a_request_for_nothing_is_refused(
-    arguments: list[str], field: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_for_nothing_is_refused(arguments: list[str], field: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A document that says why, for programs as for people."""
-    monkeypatch.setattr(bench_command, "configure_logging", lambda *_args, **_kwargs: None)
     assert bench_command.main(arguments) == 1
     error: dict[str, Any] = json.loads(capsys.readouterr().out)["error"]
     assert error["field"] == field
