@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := execsvc gateway kernels memsvc quire scripts tests examples
 PYTEST_ARGS ?=
+# Tests of one file stay together: they share servers. The files go in order, so that long ones of few tests are not last.
+PYTEST_WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # protoc finds its plugins here.
 check protos test: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -26,7 +28,7 @@ demo: setup ## Start everything, stream one answer, show its block table, stop.
 	@$(BIN)/quire demo
 
 test: setup oracle-setup ## Run every test that needs no GPU (PYTEST_ARGS are passed on).
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 oracle-setup: setup ## Install transformers, the test oracle, into an environment of its own.
 	@scripts/setup_oracle.sh

@@ -10,6 +10,7 @@ answers["short-0"].first_difference(mine)    # None, or the index of the first t
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -91,20 +92,33 @@ def _result() -> dict:
     folder = ROOT / ".cache" / "oracle"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key.hexdigest()[:24]}.json"
-    if not path.exists():
-        request_path = path.with_suffix(f".request.{os.getpid()}")
-        partial = path.with_suffix(f".partial.{os.getpid()}")
-        request_path.write_text(json.dumps(request))
-        command = [ORACLE_PYTHON, _SCRIPT, model, request_path, partial]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        run = subprocess.run(
-            command, capture_output=True, text=True, timeout=_DEADLINE_SECONDS, env=environment, cwd=folder, check=False
-        )
-        request_path.unlink()
-        if run.returncode:
-            raise RuntimeError(f"transformers failed:\n{run.stderr[-4000:]}")
-        partial.rename(path)
+    # Of several test processes one asks; the others wait for its answer.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _ask_transformers(model, request, path)
     return json.loads(path.read_text())
+
+
+def _ask_transformers(model: Path, request: dict, path: Path) -> None:
+    """Runs run_transformers.py and writes its result to `path`, whole or not at all."""
+    request_path, partial = path.with_suffix(".request"), path.with_suffix(".partial")
+    request_path.write_text(json.dumps(request))
+    command = [ORACLE_PYTHON, _SCRIPT, model, request_path, partial]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=_DEADLINE_SECONDS,
+        env=environment,
+        cwd=path.parent,
+        check=False,
+    )
+    request_path.unlink()
+    if run.returncode:
+        raise RuntimeError(f"transformers failed:\n{run.stderr[-4000:]}")
+    partial.rename(path)
 
 
 def expected() -> dict[str, Answer]:
