@@ -1,7 +1,8 @@
 """The executor's core: applies step plans, one after the other, from one thread.
 
-A plan is applied in the order removed, added, appended, copies, scheduled. What is malformed as a whole is refused
-before anything changes; what is wrong with one sequence fails that sequence, names why in `errors`, and drops it.
+A plan is applied in the order removed, added, appended, swap_out, copies, swap_in, swap_freed, scheduled. What is
+malformed as a whole is refused before anything changes; what is wrong with one sequence fails that sequence, names why
+in `errors`, and drops it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class PendingStep:
     fenced: bytes
     errors: dict[int, QuireError]
     launched: LaunchedStep
+    swap_refused: list[int] = dataclasses.field(default_factory=list)
+    swap_slots_elsewhere: int = 0
 
     @property
     def deferred(self) -> bool:
@@ -119,6 +122,10 @@ class Engine:
         """Blocks that can be swapped out at once."""
         return self._swap.slot_count
 
+    def measure_swap(self) -> tuple[int, int]:
+        """Returns the bytes a second that blocks are swapped out and in with; see `SwapSpace.measure`."""
+        return self._swap.measure()
+
     def drop_all(self) -> None:
         """Drops every sequence."""
         self._rows.drop_all()
@@ -163,18 +170,20 @@ class Engine:
         for start in plan.added:
             self._attempt(start.table, errors, functools.partial(self._add, start, owner))
         self._append(step.appended, owner, errors)
-        if step.moves:
-            self._swap.move_out(step.swap_out, owner)
+        refused = self._swap.move_out(step.swap_out, owner) if step.moves else []
         if step.copies.size:
             self._steps.copy_blocks(step.copies)
         if step.moves:
-            self._swap.move_in(step.swap_in)
+            self._swap.move_in(step.swap_in, owner)
+            self._swap.free(step.swap_freed, owner)
         scheduled = self._schedule(step, owner, errors)
-        if not scheduled:
-            return PendingStep(plan.step, plan.removed, errors, self._steps.mark())
-        launched = self._steps.launch(self._rows, scheduled, self.observe_logits)
-        self._note_launch(launched)
-        return PendingStep(plan.step, plan.removed, errors, launched)
+        if scheduled:
+            launched = self._steps.launch(self._rows, scheduled, self.observe_logits)
+            self._note_launch(launched)
+        else:
+            launched = self._steps.mark()
+        elsewhere = self._swap.held_elsewhere(owner)
+        return PendingStep(plan.step, plan.removed, errors, launched, refused, elsewhere)
 
     def collect(self, pending: PendingStep) -> pb.StepResult:
         """Returns what a plan did; call after `pending.wait()`, once, in the order of the plans."""
@@ -198,6 +207,8 @@ class Engine:
         if launched.siblings:
             _add_siblings(result, launched, errors)
         report_logprobs(launched.logprobs, errors, result)
+        result.swap_refused = columns.pack(pending.swap_refused)
+        result.swap_slots_elsewhere = pending.swap_slots_elsewhere
         result.model_ns, result.sample_ns = launched.durations()
         result.errors.extend(
             pb.SequenceError(table=table, reason=error.reason, message=error.message) for table, error in errors.items()
@@ -377,9 +388,10 @@ class _Step:
         self.removed = columns.unpack_list(plan.removed, "removed")
         self.appended = columns.unpack(plan.appended, "appended", row_length=3)
         self.copies = _pairs(plan.copies, "copies")
-        self.moves = bool(plan.swap_out or plan.swap_in)
-        """Whether there is anything in the next two."""
+        self.moves = bool(plan.swap_out or plan.swap_in or plan.swap_freed)
+        """Whether there is anything in the next three."""
         if self.moves:
+            self.swap_freed = columns.unpack_list(plan.swap_freed, "swap_freed")
             self.swap_out, self.swap_in = _pairs(plan.swap_out, "swap_out"), _pairs(plan.swap_in, "swap_in")
         self.scheduled_tables = columns.unpack_list(plan.scheduled_tables, "scheduled_tables")
         self.scheduled_counts = columns.unpack_list(

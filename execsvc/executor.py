@@ -120,6 +120,7 @@ class Executor:
             response.max_num_batched_tokens = loaded.max_num_batched_tokens
             response.max_num_seqs = loaded.max_num_seqs
             response.swap_slot_count = loaded.engine.swap_slot_count
+            response.swap_out_bytes_per_second, response.swap_in_bytes_per_second = loaded.swap_rates
         return response
 
     def pool_spec(self) -> memsvc_pb2.PoolSpec:

@@ -53,6 +53,8 @@ class LoadedModel:
     max_num_seqs: int
     max_num_batched_tokens: int
     budget: MemoryBudget
+    swap_rates: tuple[int, int] = (0, 0)
+    """Bytes a second that blocks are swapped out and in with; 0 without host memory for it."""
 
 
 def _default_threads() -> int:
@@ -191,6 +193,12 @@ def _load_source(
         engine.grammars = Grammars(tokenizer.json, model.config.vocab_size, tokenizer.eos_token_ids)
     invariant = measure_batch_invariance(engine, budget.block_count)
     log.info(events.BATCH_INVARIANCE_MEASURED, batch_invariant=invariant, attention_backend=backend_name)
+    swap_rates = engine.measure_swap()
+    if engine.swap_slot_count:
+        out, back = swap_rates
+        log.info(
+            events.SWAP_MEASURED, slot_count=engine.swap_slot_count, out_bytes_per_second=out, in_bytes_per_second=back
+        )
     log.info(events.MODEL_LOADED, parameter_count=model.parameter_count, weight_bytes=model.weight_bytes)
     return LoadedModel(
         name=config.served_model_name or source.name,
@@ -208,6 +216,7 @@ def _load_source(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=batched_tokens,
         budget=budget,
+        swap_rates=swap_rates,
     )
 
 

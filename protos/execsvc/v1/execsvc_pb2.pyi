@@ -55,6 +55,8 @@ class DescribeResponse(_message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     SWAP_SLOT_COUNT_FIELD_NUMBER: _builtins.int
+    SWAP_OUT_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    SWAP_IN_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Name of the executor, stable over restarts."""
     executor_incarnation: _builtins.int
@@ -76,7 +78,11 @@ class DescribeResponse(_message.Message):
     max_num_seqs: _builtins.int
     """Most sequences that may be open at once."""
     swap_slot_count: _builtins.int
-    """Slots of host memory that blocks can be swapped out to, numbered from 0; 0 for none."""
+    """Slots of host memory that blocks can be swapped out to, all streams together; 0 for none."""
+    swap_out_bytes_per_second: _builtins.int
+    """Bytes that move from blocks to slots in a second, one block after the other. Measured at start; 0 without slots."""
+    swap_in_bytes_per_second: _builtins.int
+    """The same from slots to blocks."""
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The model. Not set while loading."""
@@ -101,10 +107,12 @@ class DescribeResponse(_message.Message):
         max_num_batched_tokens: _builtins.int = ...,
         max_num_seqs: _builtins.int = ...,
         swap_slot_count: _builtins.int = ...,
+        swap_out_bytes_per_second: _builtins.int = ...,
+        swap_in_bytes_per_second: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "device", b"device", "epoch", b"epoch", "executor_id", b"executor_id", "executor_incarnation", b"executor_incarnation", "load_progress", b"load_progress", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "pool", b"pool", "ready", b"ready", "swap_slot_count", b"swap_slot_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "batch_invariant", b"batch_invariant", "device", b"device", "epoch", b"epoch", "executor_id", b"executor_id", "executor_incarnation", b"executor_incarnation", "load_progress", b"load_progress", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "pool", b"pool", "ready", b"ready", "swap_in_bytes_per_second", b"swap_in_bytes_per_second", "swap_out_bytes_per_second", b"swap_out_bytes_per_second", "swap_slot_count", b"swap_slot_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,7 +346,7 @@ Global___Opened: _TypeAlias = Opened  # noqa: Y015
 @_typing.final
 class StepPlan(_message.Message):
     """One step: only what changed since the last one. Applied in this order: removed, added, appended, swap_out, copies,
-    swap_in, scheduled.
+    swap_in, swap_freed, scheduled.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -353,6 +361,7 @@ class StepPlan(_message.Message):
     SCHEDULED_COUNTS_FIELD_NUMBER: _builtins.int
     SWAP_OUT_FIELD_NUMBER: _builtins.int
     SWAP_IN_FIELD_NUMBER: _builtins.int
+    SWAP_FREED_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """1, 2, 3, ... within the stream. A plan out of order ends the stream with ABORTED."""
     epoch: _builtins.int
@@ -373,12 +382,16 @@ class StepPlan(_message.Message):
     """
     swap_out: _builtins.bytes
     """u32 column of pairs (block, slot): blocks whose content goes to slots of host memory, all layers. Comes after
-    appended and before copies, so a block may be written anew in this step. See DescribeResponse.swap_slot_count.
+    appended and before copies, so a block may be written anew in this step. Each stream numbers its slots by itself,
+    from 0 to DescribeResponse.swap_slot_count - 1; there are so many for all streams together, first come, first served:
+    those for which nothing is left are named in StepResult.swap_refused.
     """
     swap_in: _builtins.bytes
     """u32 column of pairs (slot, block): blocks that get back what a plan of this stream before put into the slot. Comes
-    after copies. The slot keeps its content until it is written again, the stream ends or the epoch does.
+    after copies. The slot keeps its content until it is written again or freed, the stream ends or the epoch does.
     """
+    swap_freed: _builtins.bytes
+    """u32 column: slots whose content is not needed any more. Those that hold nothing are passed over."""
     @_builtins.property
     def added(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceStart]:
         """Sequences that start, or start again after a preemption."""
@@ -396,10 +409,11 @@ class StepPlan(_message.Message):
         scheduled_counts: _builtins.bytes = ...,
         swap_out: _builtins.bytes = ...,
         swap_in: _builtins.bytes = ...,
+        swap_freed: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended", b"appended", "copies", b"copies", "epoch", b"epoch", "removed", b"removed", "scheduled_counts", b"scheduled_counts", "scheduled_tables", b"scheduled_tables", "step", b"step", "swap_in", b"swap_in", "swap_out", b"swap_out"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended", b"appended", "copies", b"copies", "epoch", b"epoch", "removed", b"removed", "scheduled_counts", b"scheduled_counts", "scheduled_tables", b"scheduled_tables", "step", b"step", "swap_freed", b"swap_freed", "swap_in", b"swap_in", "swap_out", b"swap_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -571,6 +585,8 @@ class StepResult(_message.Message):
     SIBLING_TABLES_FIELD_NUMBER: _builtins.int
     SIBLING_TOKENS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    SWAP_REFUSED_FIELD_NUMBER: _builtins.int
+    SWAP_SLOTS_ELSEWHERE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Of the plan."""
     written_tables: _builtins.bytes
@@ -591,6 +607,10 @@ class StepResult(_message.Message):
     """u32 column: tables that sampled their first token, once for each of their sibling_seeds."""
     sibling_tokens: _builtins.bytes
     """u32 column beside sibling_tables: the tokens drawn with the seeds, in their order, for the position of the table's own."""
+    swap_refused: _builtins.bytes
+    """u32 column: slots of swap_out that hold nothing, because other streams hold what there is."""
+    swap_slots_elsewhere: _builtins.int
+    """Slots of host memory that other streams hold."""
     @_builtins.property
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceError]:
         """Sequences that failed; the others are not affected. A failed sequence is dropped, like a removed one."""
@@ -614,10 +634,12 @@ class StepResult(_message.Message):
         sibling_tables: _builtins.bytes = ...,
         sibling_tokens: _builtins.bytes = ...,
         logprobs: Global___Logprobs | None = ...,
+        swap_refused: _builtins.bytes = ...,
+        swap_slots_elsewhere: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "fenced", b"fenced", "logprobs", b"logprobs", "model_ns", b"model_ns", "sample_ns", b"sample_ns", "sampled_tables", b"sampled_tables", "sampled_tokens", b"sampled_tokens", "sibling_tables", b"sibling_tables", "sibling_tokens", b"sibling_tokens", "step", b"step", "written_counts", b"written_counts", "written_tables", b"written_tables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "fenced", b"fenced", "logprobs", b"logprobs", "model_ns", b"model_ns", "sample_ns", b"sample_ns", "sampled_tables", b"sampled_tables", "sampled_tokens", b"sampled_tokens", "sibling_tables", b"sibling_tables", "sibling_tokens", b"sibling_tokens", "step", b"step", "swap_refused", b"swap_refused", "swap_slots_elsewhere", b"swap_slots_elsewhere", "written_counts", b"written_counts", "written_tables", b"written_tables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,12 +69,15 @@ def compiled_engine(
     blocks: int = 100,
     block_size: int = 16,
     max_model_len: int = 1024,
+    swap_slots: int = 0,
 ) -> Engine:
     """Returns an engine on a variant of the compiled step, in epoch 1."""
     chosen, reason = library.choose(variant)
     assert chosen is not None, reason
     model = native.load(source, block_size, max_model_len, chosen, threads)
-    return _engine(lambda cache: NativeRunner(model, cache), source.config, blocks, block_size, max_model_len)
+    return _engine(
+        lambda cache: NativeRunner(model, cache), source.config, blocks, block_size, max_model_len, swap_slots
+    )
 
 
 def _engine(
@@ -83,11 +86,12 @@ def _engine(
     blocks: int = 100,
     block_size: int = 16,
     max_model_len: int = 1024,
+    swap_slots: int = 0,
 ) -> Engine:
     """Returns an engine in epoch 1 on a cache in bfloat16."""
     layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, torch.bfloat16)
     cache = KVCache(layout, torch.device("cpu"))
     limits = {"max_num_seqs": 32, "max_num_batched_tokens": 4096, "max_model_len": max_model_len}
-    engine = Engine(runner_on(cache), cache, **limits)
+    engine = Engine(runner_on(cache), cache, swap_slot_count=swap_slots, **limits)
     engine.begin_epoch(1)
     return engine

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from execsvc.engine import Engine
+from quire import columns
 from quire.errors import InvalidRequestError
-from tests.unit.execsvc import tiny
+from tests.unit.execsvc import compiled, tiny
 from tests.unit.execsvc.tiny import Driver, start
 
 PROMPT = [(7 * index) % 311 for index in range(40)]
@@ -38,6 +39,25 @@ def test_a_sequence_goes_on_from_what_was_swapped_in(driver: Driver) -> None:
         unbroken.run({1: 1})
     assert driver.tokens[1] == unbroken.tokens[1]
     assert (driver.logits[1][-1] - unbroken.logits[1][-1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", compiled.runnable_variants())
+def test_panels_of_the_compiled_step_come_back_bit_for_bit(variant: str) -> None:
+    """Its cache is packed otherwise than torch's: a sequence must not tell that it was away, to the last bit."""
+    source = compiled.RoundedSource(tiny.CONFIG)
+    engine = compiled.compiled_engine(source, variant, blocks=20, max_model_len=256, swap_slots=4)
+    moved = Driver(engine)
+    moved.run({1: 40}, added=[start(1, PROMPT, [4, 5, 9])])
+    moved.run(removed=[1], swap_out=[4, 3, 9, 1, 5, 2])
+    engine._cache.data[1:10].fill_(1.0)
+    moved.run(
+        {1: 1}, added=[start(1, [*PROMPT, *moved.tokens[1]], [12, 2, 15], computed=40)], swap_in=[1, 15, 3, 12, 2, 2]
+    )
+    stayed = Driver(compiled.compiled_engine(source, variant, blocks=20, max_model_len=256))
+    stayed.run({1: 40}, added=[start(1, PROMPT, [1, 2, 3])])
+    stayed.run({1: 1})
+    assert moved.tokens == stayed.tokens
+    assert torch.equal(moved.logits[1][-1], stayed.logits[1][-1])
 
 
 def test_every_byte_comes_back(driver: Driver) -> None:
@@ -77,6 +97,55 @@ def test_a_move_that_cannot_be_changes_nothing(driver: Driver, moves: dict[str, 
     with pytest.raises(InvalidRequestError, match=message):
         driver.run(removed=[], **moves)  # type: ignore[arg-type]
     assert torch.equal(driver.engine._cache.data, before)
+
+
+def test_streams_number_their_slots_themselves(driver: Driver) -> None:
+    """Two gateways on one executor know nothing of each other: neither may get, or lose, what the other put away."""
+    cache = driver.engine._cache.data
+    cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
+    before = cache.clone()
+    assert driver.run(swap_out=[1, 0, 2, 1], owner=5).swap_slots_elsewhere == 0
+    assert driver.run(swap_out=[3, 0, 4, 1], owner=6).swap_slots_elsewhere == 2
+    driver.run(swap_in=[0, 11, 1, 12], owner=5)
+    driver.run(swap_in=[1, 13, 0, 14], owner=6)
+    for block, source in ((11, 1), (12, 2), (13, 4), (14, 3)):
+        assert torch.equal(cache[block], before[source]), block
+
+
+def test_what_finds_no_place_is_named_and_holds_nothing(driver: Driver) -> None:
+    """A gateway that believed it had moved a block would go on from another one's content."""
+    assert not driver.run(swap_out=[value for slot in range(6) for value in (slot + 1, slot)], owner=5).swap_refused
+    result = driver.run(swap_out=[10, 0, 11, 7, 12, 1, 13, 2], owner=6)
+    assert columns.unpack_list(result.swap_refused, "swap_refused") == [1, 2]
+    assert result.swap_slots_elsewhere == 6
+    with pytest.raises(InvalidRequestError, match="slot 1 holds nothing"):
+        driver.run(swap_in=[1, 15], owner=6)
+    # What is full is written anew where it is; what is freed is there for others, after the step.
+    assert not driver.run(swap_out=[14, 0], swap_freed=[3, 3, 6], owner=5).swap_refused
+    assert not driver.run(swap_out=[12, 1], owner=6).swap_refused
+    with pytest.raises(InvalidRequestError, match="slot 3 holds nothing"):
+        driver.run(swap_in=[3, 15], owner=5)
+
+
+def test_a_slot_that_is_read_and_freed_in_one_step_is_read_first(driver: Driver) -> None:
+    """That is how a sequence comes back: nobody needs its slots from then on."""
+    cache = driver.engine._cache.data
+    cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
+    before = cache.clone()
+    driver.run(swap_out=[1, 0])
+    assert driver.run(swap_in=[0, 9], swap_freed=[0]).swap_slots_elsewhere == 0
+    assert torch.equal(cache[9], before[1])
+
+
+def test_transfers_are_measured_without_a_trace(driver: Driver) -> None:
+    """Moving is compared with computing again: a guessed rate is wrong by a hundred from one machine to another."""
+    cache = driver.engine._cache.data
+    cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
+    before = cache.clone()
+    assert min(driver.engine.measure_swap()) > 0
+    assert torch.equal(cache, before)
+    assert not driver.run(swap_out=[value for slot in range(8) for value in (slot + 1, slot)]).swap_refused
+    assert tiny.engine_of(blocks=20).measure_swap() == (0, 0)
 
 
 def test_what_a_stream_swapped_out_is_gone_with_it(driver: Driver) -> None:

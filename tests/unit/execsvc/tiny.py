@@ -192,6 +192,7 @@ class Driver:
         copies: Sequence[int] = (),
         swap_out: Sequence[int] = (),
         swap_in: Sequence[int] = (),
+        swap_freed: Sequence[int] = (),
         owner: int = 0,
         epoch: int = 1,
     ) -> pb.StepResult:
@@ -207,6 +208,7 @@ class Driver:
             copies=columns.pack(copies),
             swap_out=columns.pack(swap_out),
             swap_in=columns.pack(swap_in),
+            swap_freed=columns.pack(swap_freed),
             scheduled_tables=columns.pack(scheduled.keys()),
             scheduled_counts=columns.pack(scheduled.values()),
         )
