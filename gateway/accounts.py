@@ -11,7 +11,6 @@ from protos.gateway.v1 import gateway_pb2 as pb
 
 if TYPE_CHECKING:
     from gateway.core.request import Request
-    from gateway.streams import RequestStream
 
 log = structlog.get_logger(__name__)
 
@@ -37,15 +36,15 @@ def usage_of(request: Request) -> pb.Usage:
     return usage
 
 
-def log_finished(stream: RequestStream) -> None:
-    """Writes the request's one line."""
-    request, now = stream.request, time.monotonic()
+def log_finished(request: Request, outcome: str) -> None:
+    """Writes the request's one line; `outcome` says how it ended: finished, cancelled, or the reason of its error."""
+    now = time.monotonic()
     first = request.first_token_at
     log.info(
         "request_finished",
         request_id=request.settings.request_id,
         model=request.settings.model,
-        outcome=stream.outcome,
+        outcome=outcome,
         prompt_token_count=len(request.settings.prompt),
         cached_token_count=request.cached_token_count,
         completion_token_count=request.completion_token_count,

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from gateway.core.beam import BeamSearch
 from gateway.core.sequence import Sequence, SequenceState
+from gateway.delivery import Answer
 from protos.gateway.v1 import gateway_pb2 as pb
 
 if TYPE_CHECKING:
     from gateway.core.request import Request
     from gateway.core.step import LogprobRow
-    from gateway.detokenize import TokenBytes
-    from gateway.streams import RequestStream
+    from gateway.delivery import Delivery
 
 
 class Beams:
@@ -25,14 +25,12 @@ class Beams:
 
     Args:
         request: with beam settings, and one sample.
-        token_bytes: what tokens spell.
     """
 
-    def __init__(self, request: Request, token_bytes: TokenBytes) -> None:
+    def __init__(self, request: Request) -> None:
         settings = request.settings
         assert settings.beam is not None
         self._request = request
-        self._token_bytes = token_bytes
         limit = request.samples[0].length_limit - len(settings.prompt)
         self._search = BeamSearch(settings.beam, settings.eos_token_ids, limit)
         self._running = list(request.samples)
@@ -92,8 +90,8 @@ class Beams:
         request.samples.append(sequence)
         return sequence
 
-    def answer(self, stream: RequestStream) -> None:
-        """Gives the best hypotheses to the stream; before the end those that are best so far."""
+    def answer(self, delivery: Delivery) -> None:
+        """Has the best hypotheses delivered; before the end those that are best so far."""
         settings = self._request.settings
         found = self._search.best(settings.answer_count)
         cut = pb.FINISH_REASON_CANCELLED if self._request.cancelled else pb.FINISH_REASON_TIME_LIMIT
@@ -102,7 +100,6 @@ class Beams:
             ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in settings.eos_token_ids
             reason = pb.FINISH_REASON_EOS if ended else pb.FINISH_REASON_LENGTH if self.done else cut
             tokens = list(hypothesis.tokens)
-            text = self._token_bytes.text(tokens[:-1] if ended else tokens)
-            samples.append((text, tokens, pb.Ending(reason=reason)))
-        self._request.answered_token_count = sum(len(tokens) for _, tokens, _ in samples)
-        stream.answer(samples)
+            samples.append(Answer(tokens, len(tokens) - ended, pb.Ending(reason=reason)))
+        self._request.answered_token_count = sum(len(sample.tokens) for sample in samples)
+        delivery.answer(samples)

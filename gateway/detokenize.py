@@ -46,8 +46,8 @@ class TokenBytes:
                 pieces[token] = bytes(alphabet[character] for character in text)
         return pieces
 
-    def decoder(self) -> Callable[[int], str]:
-        """Returns a function that takes the next token and returns the text that is now certain."""
+    def decoder(self) -> Callable[[Sequence[int]], str]:
+        """Returns a function that takes the next tokens and returns the text that is now certain."""
         if self._pieces is None:
             return self._library_decoder()
         pieces = self._pieces
@@ -55,8 +55,10 @@ class TokenBytes:
 
         count = len(pieces)
 
-        def step(token: int) -> str:
-            return decode(pieces[token]) if token < count else ""
+        def step(tokens: Sequence[int]) -> str:
+            if len(tokens) == 1:
+                return decode(pieces[tokens[0]]) if tokens[0] < count else ""
+            return decode(b"".join([pieces[token] for token in tokens if token < count]))
 
         return step
 
@@ -67,11 +69,11 @@ class TokenBytes:
         pieces = self._pieces
         return b"".join(pieces[token] for token in tokens if token < len(pieces)).decode(errors="replace")
 
-    def _library_decoder(self) -> Callable[[int], str]:
+    def _library_decoder(self) -> Callable[[Sequence[int]], str]:
         stream = DecodeStream(ids=[], skip_special_tokens=True)
 
-        def step(token: int) -> str:
-            return stream.step(self._tokenizer, token) or ""
+        def step(tokens: Sequence[int]) -> str:
+            return "".join([stream.step(self._tokenizer, token) or "" for token in tokens])
 
         return step
 
@@ -101,7 +103,7 @@ class Detokenizer:
         Returns:
             The text that is certain now, and the stop string that has appeared, if one has: the text ends before it.
         """
-        text = self._decode(token)
+        text = self._decode((token,))
         if not self._stops or not may_stop:
             return text, None
         held = self._held + text

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway.accounts import log_finished, usage_of
-from gateway.beams import Beams
 from gateway.core.precedence import SchedulingPolicy
 from gateway.core.queue import WaitingQueue
 from gateway.core.request import Request, RequestSettings
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import LogprobRow
 from gateway.core.stopping import Stop, may_stop, stop_by_length, stop_by_token
-from gateway.detokenize import Detokenizer
 from gateway.lane import Lane
+from gateway.live import LiveRequest, ModelRequests
 from gateway.models import ServedModel
-from gateway.outputs import best_samples, token_logprob
+from gateway.outputs import best_samples
 from gateway.streams import RequestStream
 from gateway.tokenize import ModelTokenizer
 from protos.execsvc.v1 import execsvc_pb2
@@ -45,8 +44,10 @@ from quire.memory import (
 )
 
 if TYPE_CHECKING:
+    from gateway.beams import Beams
     from gateway.clients.executor import ExecutorLink
     from gateway.config import GatewayConfig
+    from gateway.delivery import Delivery
 
 log = structlog.get_logger(__name__)
 
@@ -57,42 +58,6 @@ _FINISH_REASONS = {
     Stop.CONTEXT: pb.FINISH_REASON_CONTEXT,
     Stop.LENGTH: pb.FINISH_REASON_LENGTH,
 }
-
-
-@dataclasses.dataclass(slots=True)
-class _Model:
-    """A model and the requests that wait for it."""
-
-    served: ServedModel
-    queue: WaitingQueue
-
-
-@dataclasses.dataclass(slots=True)
-class _Live:
-    """A live request: its stream, the text of its samples, and the timer of its stay in the queue."""
-
-    stream: RequestStream
-    detokenizers: list[Detokenizer]
-    model: _Model
-    stop_tokens: frozenset[int]
-    """Tokens that may end a sample."""
-    stops_late: bool
-    """Whether no sample may end before some tokens (`min_tokens`)."""
-    timer: asyncio.TimerHandle | None = None
-    """Of its stay in the queue."""
-    limit_timer: asyncio.TimerHandle | None = None
-    """Of its time limit."""
-
-    prompt: pb.PromptLogprobs = dataclasses.field(default_factory=pb.PromptLogprobs)
-    """Log-probabilities of the prompt, as far as they are known."""
-    beams: Beams | None = None
-    """Of a beam search."""
-
-    def cancel_timers(self) -> None:
-        """Stops both timers."""
-        for timer in (self.timer, self.limit_timer):
-            if timer is not None:
-                timer.cancel()
 
 
 class Engine:
@@ -119,11 +84,11 @@ class Engine:
         self._config = config
         self._on_readiness = on_readiness
         self._on_fatal = on_fatal
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, ModelRequests] = {}
         self._lanes: dict[str, Lane] = {}
         self._lane_models: dict[str, str] = {}
         self._pools: dict[str, PoolInfo] = {}
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pool_locks: dict[str, asyncio.Lock] = {}
         self._forks: list[tuple[Sequence, list[Sequence]]] = []
@@ -145,7 +110,7 @@ class Engine:
         """Ends what still lives with UNAVAILABLE and disconnects."""
         self._draining = True
         for live in tuple(self._live.values()):
-            live.stream.fail(NotReadyError("the gateway is shutting down", reason="DRAINING"))
+            live.fail(NotReadyError("the gateway is shutting down", reason="DRAINING"))
         await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
         for task in tuple(self._tasks):
             task.cancel()
@@ -211,7 +176,7 @@ class Engine:
         )
         if known is None:
             policy = SchedulingPolicy(self._config.scheduling_policy)
-            self._models[info.name] = _Model(served, WaitingQueue(self._config.max_queue_size, policy))
+            self._models[info.name] = ModelRequests(served, WaitingQueue(self._config.max_queue_size, policy))
         else:
             known.served = served
         self._lane_models[pool.pool_id] = info.name
@@ -259,6 +224,12 @@ class Engine:
         self._models[model].queue.check_room()
 
     def submit(self, settings: RequestSettings) -> RequestStream:
+        """Queues a request and returns the stream of what comes of it; raises as `start_request`."""
+        stream = RequestStream(settings, self._models[settings.model].served.tokenizer.token_bytes)
+        self.start_request(settings, stream)
+        return stream
+
+    def start_request(self, settings: RequestSettings, delivery: Delivery) -> None:
         """Queues a request.
 
         Raises:
@@ -272,27 +243,20 @@ class Engine:
         model = self._models[settings.model]
         request = Request(settings, model.served.max_model_len, time.monotonic(), self._config.priority_ageing)
         model.queue.push_request(request)
-        token_bytes = model.served.tokenizer.token_bytes
-        detokenizers = [Detokenizer(token_bytes, settings.stop) for _ in request.samples]
-        stop_tokens = settings.eos_token_ids | settings.stop_token_ids
-        live = _Live(RequestStream(request), detokenizers, model, stop_tokens, settings.min_tokens > 0)
+        live = self._live[settings.request_id] = LiveRequest(request, delivery, model)
         loop = asyncio.get_running_loop()
         live.timer = loop.call_later(settings.max_queue_time, self._queue_timeout, settings.request_id)
         if settings.time_limit:
             live.limit_timer = loop.call_later(settings.time_limit, self._time_limit, settings.request_id)
-        if settings.beam is not None:
-            live.beams = Beams(request, token_bytes)
-        self._live[settings.request_id] = live
         for lane in self._lanes.values():
             lane.wake()
-        return live.stream
 
     def _queue_timeout(self, request_id: str) -> None:
         """The request has waited too long."""
         live = self._live.get(request_id)
-        if live is None or live.stream.request.admitted_at is not None:
+        if live is None or live.request.admitted_at is not None:
             return
-        waited = live.stream.request.settings.max_queue_time
+        waited = live.request.settings.max_queue_time
         error = AdmissionError(
             f"the request waited {waited:g} s in the queue, which is its limit",
             reason="QUEUE_TIMEOUT",
@@ -306,47 +270,51 @@ class Engine:
         live = self._live.get(request_id)
         if live is None:
             return
-        for sample in live.stream.request.samples:
+        for sample in live.request.samples:
             if not sample.ended:
                 ending = pb.Ending(reason=pb.FINISH_REASON_TIME_LIMIT)
-                held = "" if live.beams is not None else live.detokenizers[sample.index].flush()
-                live.stream.end(sample.index, ending, held)
+                live.delivery.end(sample.index, ending, live.held_text(sample.index))
         self._end_samples(live)
 
     async def cancel(self, request_id: str, tenant: str = "") -> bool:
         """Cancels a request of a tenant and waits until its blocks are back; returns whether it was live."""
         live = self._live.get(request_id)
-        if live is None or live.stream.request.settings.tenant != tenant:
+        if live is None or live.request.settings.tenant != tenant:
             return False
-        live.stream.request.cancelled = True
-        for sample in live.stream.request.samples:
+        live.request.cancelled = True
+        for sample in live.request.samples:
             if not sample.ended:
-                live.stream.end(sample.index, pb.Ending(reason=pb.FINISH_REASON_CANCELLED))
+                live.delivery.end(sample.index, pb.Ending(reason=pb.FINISH_REASON_CANCELLED))
         self._end_samples(live)
-        await live.stream.wait_released()
+        # Whatever becomes of its samples, they end: then it is released.
+        await live.released.wait()
         await self._memory.flush()
         return True
 
     def abandon(self, stream: RequestStream) -> None:
         """The client is gone: what is left of its request is cancelled. A no-op for one that has ended."""
-        live = self._live.get(stream.request.settings.request_id)
-        if live is not None and live.stream is stream and not stream.request.ended:
-            stream.request.cancelled = True
+        self.abandon_request(stream.settings.request_id, stream)
+
+    def abandon_request(self, request_id: str, delivery: Delivery) -> None:
+        """See `abandon`; nothing happens if another request has this id by now."""
+        live = self._live.get(request_id)
+        if live is not None and live.delivery is delivery and not live.request.ended:
+            live.request.cancelled = True
             self._end_samples(live)
 
-    def _abort(self, live: _Live, error: QuireError) -> None:
+    def _abort(self, live: LiveRequest, error: QuireError) -> None:
         """Ends a request with an error."""
-        live.stream.fail(error)
+        live.fail(error)
         self._end_samples(live)
 
-    def _end_samples(self, live: _Live) -> None:
+    def _end_samples(self, live: LiveRequest) -> None:
         """Ends every sample that has not: queued ones at once, running ones through the next step."""
-        live.stream.request.note_blocks()
-        for sample in live.stream.request.samples:
+        live.request.note_blocks()
+        for sample in live.request.samples:
             self._end_sample(live, sample, CloseReason.CANCELLED)
         self._check_done(live)
 
-    def _end_sample(self, live: _Live, sample: Sequence, reason: CloseReason) -> None:
+    def _end_sample(self, live: LiveRequest, sample: Sequence, reason: CloseReason) -> None:
         """Ends a sample that has not: a queued one at once, a running one through the next step."""
         if not sample.ended:
             sample.ended = True
@@ -379,28 +347,27 @@ class Engine:
             cached_token_count=sequence.cached_token_count,
         )
         if request.settings.prompt_logprobs is not None and not request.wants_prompt_logprobs:
-            live.stream.prompt_logprobs(live.prompt)
+            live.delivery.prompt_logprobs(live.prompt_rows)
         event.queue_time.FromNanoseconds(int((request.admitted_at - request.arrived_at) * 1e9))
-        live.stream.admitted(event)
+        live.delivery.admitted(event)
 
     def logprobs(self, sequence: Sequence, row: LogprobRow) -> None:
         """See LaneOwner: streams them with the token, or with the prompt once all of it is there."""
         request = sequence.request
         settings = request.settings
         live = self._live[settings.request_id]
-        token_bytes = live.model.served.tokenizer.token_bytes
         if live.beams is not None:
             live.beams.note(sequence, row)
         elif row.position >= sequence.prompt_length:
             sequence.cumulative_logprob += row.values[0]
             if settings.logprobs is not None:
-                live.stream.push_logprob(sequence.index, token_logprob(row, settings.logprobs, token_bytes))
+                live.delivery.push_logprob(sequence.index, row)
         elif row.position == request.known_prompt_logprobs + 1:
             # What is computed again after a preemption was there before.
             request.known_prompt_logprobs = row.position
-            live.prompt.tokens.append(token_logprob(row, settings.prompt_logprobs or 0, token_bytes))
+            live.prompt_rows.append(row)
             if not request.wants_prompt_logprobs:
-                live.stream.prompt_logprobs(live.prompt)
+                live.delivery.prompt_logprobs(live.prompt_rows)
 
     def token(self, sequence: Sequence, token: int) -> bool:
         """See LaneOwner: streams the token and decides whether it is the last."""
@@ -409,45 +376,46 @@ class Engine:
         live = self._live[settings.request_id]
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-            if settings.echo:
-                live.stream.begin(live.model.served.tokenizer.token_bytes.text(settings.prompt))
         if live.beams is not None:
             self._advance_beams(live, live.beams)
             return False
-        detokenizer = live.detokenizers[sequence.index]
         ending: pb.Ending | None = None
-        text = ""
+        # What its tokens spell, unless something else is said: nothing for one that only ends the sample.
+        text: str | None = None
         stop = stop_by_token(sequence) if token in live.stop_tokens else None
-        if stop is None or (stop is Stop.STOP_TOKEN and settings.include_stop_str):
+        hidden = stop is Stop.EOS or (stop is Stop.STOP_TOKEN and not settings.include_stop_str)
+        if hidden:
+            text = ""
+        elif live.detokenizers:
             may = stop is None and (not live.stops_late or may_stop(sequence))
-            text, stop_string = detokenizer.push(token, may_stop=may)
+            text, stop_string = live.detokenizers[sequence.index].push(token, may_stop=may)
             if stop_string is not None:
                 text += stop_string if settings.include_stop_str else ""
                 ending = pb.Ending(reason=pb.FINISH_REASON_STOP, stop_string=stop_string)
-            elif stop is None and len(sequence.tokens) >= sequence.length_limit:
-                stop = stop_by_length(sequence)
+        if stop is None and ending is None and len(sequence.tokens) >= sequence.length_limit:
+            stop = stop_by_length(sequence)
         if stop is not None:
             ending = pb.Ending(reason=_FINISH_REASONS[stop])
             if stop is Stop.STOP_TOKEN:
                 ending.token_id = token
-        if ending is not None:
-            text += detokenizer.flush()
-        live.stream.push(sequence.index, text, token)
+        if ending is not None and text is not None:
+            text += live.held_text(sequence.index)
+        live.delivery.push(sequence.index, token, text)
         if ending is None:
             return False
         # Tables only grow until a sample ends, so the most blocks are seen here.
         request.note_blocks()
         sequence.ended = True
-        live.stream.end(sequence.index, ending)
+        live.delivery.end(sequence.index, ending)
         if request.ended:
             self._finish(live)
         return True
 
-    def _advance_beams(self, live: _Live, beams: Beams) -> None:
+    def _advance_beams(self, live: LiveRequest, beams: Beams) -> None:
         """A beam has a new token: once all have, some go on."""
         if not beams.advance():
             return
-        live.stream.request.note_blocks()
+        live.request.note_blocks()
         if beams.done:
             self._end_samples(live)
             return
@@ -477,23 +445,27 @@ class Engine:
         if live is not None:
             self._abort(live, error)
 
-    def _check_done(self, live: _Live) -> None:
+    def _check_done(self, live: LiveRequest) -> None:
         """Delivers the end when every sample has its last token, and forgets the request when it holds nothing."""
-        request = live.stream.request
+        request = live.request
         if not request.ended:
             return
         self._finish(live)
         if request.released and self._live.pop(request.settings.request_id, None) is not None:
             live.cancel_timers()
-            live.stream.release()
-            log_finished(live.stream)
+            live.released.set()
+            live.delivery.release()
+            log_finished(live.request, live.outcome)
 
-    def _finish(self, live: _Live) -> None:
+    def _finish(self, live: LiveRequest) -> None:
         """Delivers the end of a request, all of whose samples have ended."""
-        request = live.stream.request
-        if request.settings.selects and not live.stream.finished:
+        if live.finished:
+            return
+        request = live.request
+        if request.settings.selects:
             if live.beams is not None:
-                live.beams.answer(live.stream)
+                live.beams.answer(live.delivery)
             else:
-                live.stream.select(best_samples(request.samples, request.settings.answer_count))
-        live.stream.finish(usage_of(live.stream.request))
+                live.delivery.select(best_samples(request.samples, request.settings.answer_count))
+        live.finished = True
+        live.delivery.finish(usage_of(request))

@@ -56,10 +56,10 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """Returns a whole completion."""
         stream = await self._submit(request.spec, context)
-        count = stream.request.settings.answer_count or stream.request.settings.sample_count
+        count = stream.settings.answer_count or stream.settings.sample_count
         completions = [pb.Completion(index=index) for index in range(count)]
         texts: list[list[str]] = [[] for _ in range(count)]
-        response = pb.GenerateResponse(request_id=stream.request.settings.request_id)
+        response = pb.GenerateResponse(request_id=stream.settings.request_id)
         try:
             async for event in stream.events():
                 for sample in event.delta.samples:

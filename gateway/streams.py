@@ -1,6 +1,7 @@
 """What flows to one client: deltas merge while nobody reads, so a slow reader costs text, never keys and values.
 
-Generation never waits for delivery. What is buffered is bounded by the tokens that the request may generate.
+Generation never waits for delivery. What is buffered is bounded by the tokens that the request may generate. Text is
+made when it is read, of all tokens that came meanwhile at once.
 """
 
 from __future__ import annotations
@@ -8,51 +9,68 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from gateway.outputs import token_logprob
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import QuireError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Sequence
 
-    from gateway.core.request import Request
+    from gateway.core.request import RequestSettings
+    from gateway.core.step import LogprobRow
+    from gateway.delivery import Answer
+    from gateway.detokenize import TokenBytes
 
 
 class _News:
     """What one sample has that was not delivered yet."""
 
-    __slots__ = ("ending", "logprobs", "texts", "tokens")
+    __slots__ = ("ending", "logprobs", "plain", "texts", "tokens")
 
     def __init__(self) -> None:
-        self.logprobs: list[pb.TokenLogprob] = []
+        self.logprobs: list[LogprobRow] = []
         self.texts: list[str] = []
         self.tokens: list[int] = []
+        # Tokens whose text is still to be made; it follows `texts`.
+        self.plain: list[int] = []
         self.ending: pb.Ending | None = None
 
 
 class RequestStream:
-    """The events of one request, from the step loop to one reader."""
+    """The events of one request, from the step loop to one reader: a `gateway.delivery.Delivery`."""
 
     __slots__ = (
         "_admitted",
+        "_decoders",
         "_delivered",
+        "_echo",
         "_error",
         "_has_news",
         "_news",
         "_prompt",
         "_released",
         "_selects",
+        "_token_bytes",
         "_usage",
         "_waiter",
-        "request",
+        "settings",
     )
 
-    def __init__(self, request: Request) -> None:
-        """Starts with nothing to say."""
-        self.request = request
+    def __init__(self, settings: RequestSettings, token_bytes: TokenBytes) -> None:
+        """Starts with nothing to say.
+
+        Args:
+            settings: the request.
+            token_bytes: what tokens spell.
+        """
+        self.settings = settings
+        self._token_bytes = token_bytes
+        self._decoders: dict[int, Callable[[Sequence[int]], str]] = {}
+        self._echo = settings.echo
         self._admitted: pb.Admitted | None = None
-        self._prompt: pb.PromptLogprobs | None = None
+        self._prompt: list[LogprobRow] | None = None
         # While it does, what the samples have is kept until the best are known.
-        self._selects = request.settings.selects
+        self._selects = settings.selects
         self._news: dict[int, _News] = {}
         self._usage: pb.Usage | None = None
         self._error: QuireError | None = None
@@ -70,51 +88,57 @@ class RequestStream:
             waiter.set_result(None)
 
     def admitted(self, event: pb.Admitted) -> None:
-        """The request has left the queue."""
+        """See Delivery."""
         self._admitted = event
         self._wake()
 
-    def push(self, index: int, text: str, token: int) -> None:
-        """A sample has a new token, and perhaps text."""
+    def push(self, index: int, token: int, text: str | None = None) -> None:
+        """See Delivery."""
+        if self._echo:
+            self._begin()
         news = self._news.get(index)
         if news is None:
             self._news[index] = news = _News()
         news.tokens.append(token)
-        if text:
+        if text is None:
+            news.plain.append(token)
+        elif text:
             news.texts.append(text)
         if not self._has_news:
             self._wake()
 
-    def begin(self, text: str) -> None:
-        """The text of every sample begins with this; their first tokens follow."""
-        for index in range(len(self.request.samples)):
+    def _begin(self) -> None:
+        """The text of every sample begins with that of the prompt; their first tokens follow."""
+        self._echo = False
+        text = self._token_bytes.text(self.settings.prompt)
+        for index in range(self.settings.sample_count):
             self._news.setdefault(index, _News()).texts.append(text)
 
-    def push_logprob(self, index: int, logprob: pb.TokenLogprob) -> None:
-        """The token of a sample that is pushed next has log-probabilities."""
-        self._news.setdefault(index, _News()).logprobs.append(logprob)
+    def push_logprob(self, index: int, row: LogprobRow) -> None:
+        """See Delivery."""
+        self._news.setdefault(index, _News()).logprobs.append(row)
 
-    def prompt_logprobs(self, logprobs: pb.PromptLogprobs) -> None:
-        """The prompt has log-probabilities."""
-        self._prompt = logprobs
+    def prompt_logprobs(self, rows: list[LogprobRow]) -> None:
+        """See Delivery."""
+        self._prompt = rows
         self._wake()
 
     def select(self, indexes: list[int]) -> None:
-        """Lets the samples of these indexes be answered, in this order, and no others."""
+        """See Delivery."""
         news, self._selects = self._news, False
         self._news = {place: news[index] for place, index in enumerate(indexes) if index in news}
 
-    def answer(self, samples: list[tuple[str, list[int], pb.Ending]]) -> None:
-        """Answers these samples (text, tokens, ending), and nothing of what was pushed."""
+    def answer(self, samples: list[Answer]) -> None:
+        """See Delivery."""
         self._news, self._selects = {}, False
-        for index, (text, tokens, ending) in enumerate(samples):
+        for index, (tokens, shown_count, ending) in enumerate(samples):
             news = self._news[index] = _News()
             news.tokens = tokens
-            news.texts = [text]
+            news.texts = [self._token_bytes.text(tokens[:shown_count])]
             news.ending = ending
 
     def end(self, index: int, ending: pb.Ending, text: str = "") -> None:
-        """A sample has its last token; `text` was held back until then."""
+        """See Delivery."""
         news = self._news.setdefault(index, _News())
         news.ending = ending
         if text:
@@ -122,31 +146,19 @@ class RequestStream:
         self._wake()
 
     def finish(self, usage: pb.Usage) -> None:
-        """Every sample has ended; the first figures stand."""
+        """See Delivery; the first figures stand."""
         if self._usage is None:
             self._usage = usage
             self._wake()
 
     def fail(self, error: QuireError) -> None:
-        """The request ends with an error; what was generated before is delivered first."""
+        """See Delivery; the first end stands."""
         if self._error is None and self._usage is None:
             self._error = error
             self._wake()
 
-    @property
-    def finished(self) -> bool:
-        """Whether the end is there, delivered or not."""
-        return self._usage is not None
-
-    @property
-    def outcome(self) -> str:
-        """How the request ended, for the log: "finished", "cancelled" or the reason of its error."""
-        if self._error is not None:
-            return self._error.reason
-        return "cancelled" if self.request.cancelled else "finished"
-
     def release(self) -> None:
-        """The request holds no block any more."""
+        """See Delivery."""
         self._released.set()
 
     async def wait_released(self) -> None:
@@ -163,10 +175,16 @@ class RequestStream:
             sample = samples.add()
             if index:
                 sample.index = index
+            if new.plain:
+                decoder = self._decoders.get(index)
+                if decoder is None:
+                    self._decoders[index] = decoder = self._token_bytes.decoder()
+                new.texts.append(decoder(new.plain))
             sample.text = new.texts[0] if len(new.texts) == 1 else "".join(new.texts)
             sample.token_ids.extend(new.tokens)
             if new.logprobs:
-                sample.logprobs.extend(new.logprobs)
+                count = self.settings.logprobs or 0
+                sample.logprobs.extend(token_logprob(row, count, self._token_bytes) for row in new.logprobs)
             if new.ending is not None:
                 sample.ending.CopyFrom(new.ending)
         return response
@@ -190,8 +208,10 @@ class RequestStream:
                 admitted, self._admitted = self._admitted, None
                 messages.append(pb.GenerateStreamResponse(admitted=admitted))
             if self._prompt is not None:
-                prompt, self._prompt = self._prompt, None
-                messages.append(pb.GenerateStreamResponse(prompt_logprobs=prompt))
+                rows, self._prompt = self._prompt, None
+                count = self.settings.prompt_logprobs or 0
+                tokens = [token_logprob(row, count, self._token_bytes) for row in rows]
+                messages.append(pb.GenerateStreamResponse(prompt_logprobs=pb.PromptLogprobs(tokens=tokens)))
             if self._news and not self._selects:
                 messages.append(self._take_delta())
             if self._error is not None:

@@ -115,12 +115,14 @@ async def answer(world: World, fields: dict[str, Any]) -> tuple[list[tuple[str, 
     """Returns text, tokens and ranks of each sample, and how often one was preempted."""
     stream = await world.submit(**fields)
     found: dict[int, tuple[str, list[int], list[int]]] = {}
+    preemption_count = 0
     async for event in stream.events():
+        preemption_count += event.finished.usage.preemption_count
         for sample in event.delta.samples:
             text, tokens, ranks = found.get(sample.index, ("", [], []))
             ranks = ranks + [entry.rank for entry in sample.logprobs]
             found[sample.index] = (text + sample.text, tokens + list(sample.token_ids), ranks)
-    return [found[index] for index in sorted(found)], stream.request.preemption_count
+    return [found[index] for index in sorted(found)], preemption_count
 
 
 async def test_every_way_of_choosing_tokens_gives_the_same_alone_and_in_any_company() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 
@@ -16,12 +17,22 @@ from tests.simulation.world import World, ids, running
 PROMPT = [number % 251 + 1 for number in range(45)]
 
 
-async def _whole(stream: RequestStream) -> tuple[list[pb.Completion], pb.PromptLogprobs | None]:
+class _Whole(NamedTuple):
+    """What a stream has brought."""
+
+    samples: list[pb.Completion]
+    prompt: pb.PromptLogprobs | None
+    usage: pb.Usage
+
+
+async def _whole(stream: RequestStream) -> _Whole:
     """Reads a stream; returns the samples that were answered, and what came of the prompt before them."""
+    usage = pb.Usage()
     samples: dict[int, pb.Completion] = {}
     texts: dict[int, str] = {}
     prompt = None
     async for event in stream.events():
+        usage.MergeFrom(event.finished.usage)
         if event.HasField("prompt_logprobs"):
             assert not samples and prompt is None
             prompt = event.prompt_logprobs
@@ -32,7 +43,7 @@ async def _whole(stream: RequestStream) -> tuple[list[pb.Completion], pb.PromptL
             texts[delta.index] = texts.get(delta.index, "") + delta.text
     for index, text in texts.items():
         samples[index].text = text
-    return [samples[index] for index in sorted(samples)], prompt
+    return _Whole([samples[index] for index in sorted(samples)], prompt, usage)
 
 
 def _seen(logprobs: Sequence[pb.TokenLogprob]) -> list[tuple[int, float]]:
@@ -52,7 +63,7 @@ async def test_log_probabilities_come_with_their_tokens_whatever_happens(pool: i
                 stopping=pb.Stopping(max_tokens=40, ignore_eos=True),
                 output=pb.Output(logprobs=2, prompt_logprobs=0),
             )
-            samples, prompt_logprobs = await _whole(stream)
+            samples, prompt_logprobs, usage = await _whole(stream)
             assert prompt_logprobs is not None
             assert [entry.token_id for entry in prompt_logprobs.tokens] == prompt[1:]
             assert _seen(prompt_logprobs.tokens) == expected_logprobs(prompt, 1)
@@ -61,7 +72,7 @@ async def test_log_probabilities_come_with_their_tokens_whatever_happens(pool: i
                 assert [entry.token_id for entry in sample.logprobs] == sample.token_ids
                 assert _seen(sample.logprobs) == expected_logprobs([*prompt, *sample.token_ids], len(prompt))
                 assert all(len(entry.top) == 2 for entry in sample.logprobs)
-            return stream.request.preemption_count
+            return usage.preemption_count
 
         preemptions = await asyncio.gather(*(client(number) for number in range(4)))
         assert (sum(preemptions) > 0) == (pool == 22)
@@ -74,7 +85,7 @@ async def test_a_prompt_of_one_token_has_no_log_probabilities_and_says_so() -> N
         stream = await world.submit(
             token_ids=ids([5]), stopping=pb.Stopping(max_tokens=2), output=pb.Output(prompt_logprobs=3)
         )
-        samples, prompt = await _whole(stream)
+        samples, prompt, _ = await _whole(stream)
         assert prompt is not None and not prompt.tokens
         assert not samples[0].logprobs
         await world.settle()
@@ -87,7 +98,7 @@ async def test_a_cached_prompt_is_computed_again_for_its_log_probabilities() -> 
             stream = await world.submit(
                 token_ids=ids(PROMPT), stopping=pb.Stopping(max_tokens=1), output=pb.Output(prompt_logprobs=0)
             )
-            _, prompt = await _whole(stream)
+            _, prompt, _ = await _whole(stream)
             assert prompt is not None and len(prompt.tokens) == len(PROMPT) - 1
             await stream.wait_released()
         await world.settle()
@@ -101,7 +112,7 @@ async def test_the_most_likely_samples_are_answered_the_best_first() -> None:
             sampling=pb.Sampling(seed=9, n=2, best_of=6),
             stopping=pb.Stopping(max_tokens=12, ignore_eos=True),
         )
-        samples, _ = await _whole(stream)
+        samples, _, _ = await _whole(stream)
         candidates = [expected_tokens(PROMPT, sample_seed(9, index), 12, ignore_eos=True) for index in range(6)]
 
         def likelihood(tokens: list[int]) -> float:
@@ -126,10 +137,10 @@ async def test_text_may_begin_with_the_prompt_and_end_with_what_ended_it() -> No
             stream = await world.submit(
                 token_ids=ids(prompt), sampling=pb.Sampling(seed=2), stopping=stopping, output=pb.Output(echo=True)
             )
-            (sample,), _ = await _whole(stream)
+            (sample,), _, _ = await _whole(stream)
             token_bytes = world.engine.find_model("").tokenizer.token_bytes
             assert sample.text.startswith(token_bytes.text(prompt))
             decode = token_bytes.decoder()
-            said = "".join(decode(token) for token in tokens[:7])
+            said = decode(tokens[:7])
             assert sample.text == token_bytes.text(prompt) + said
         await world.settle()

@@ -77,7 +77,7 @@ class World:
 
     async def collect(self, stream: RequestStream) -> tuple[list[list[int]], pb.Usage]:
         """Reads a stream to its end: the tokens of each sample, and the usage."""
-        tokens: list[list[int]] = [[] for _ in range(stream.request.settings.sample_count)]
+        tokens: list[list[int]] = [[] for _ in range(stream.settings.sample_count)]
         async for event in stream.events():
             for sample in event.delta.samples:
                 tokens[sample.index].extend(sample.token_ids)
