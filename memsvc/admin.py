@@ -226,4 +226,5 @@ def _pool(view: views.PoolView) -> admin_pb2.Pool:
         prefix_query_token_count=statistics.query_token_count,
         prefix_hit_token_count=statistics.hit_token_count,
         preemption_count=statistics.preemption_count,
+        swap_count=statistics.swap_count,
     )

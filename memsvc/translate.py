@@ -94,6 +94,7 @@ def to_admit(message: memsvc_pb2.AdmitRequest) -> AdmitRequest:
         session_id=message.session_id,
         retention_priority=message.retention_priority,
         retention_ttl_seconds=message.retention_ttl_seconds,
+        swapped_token_count=message.swapped_token_count,
     )
 
 

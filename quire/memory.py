@@ -77,6 +77,13 @@ class CloseReason(enum.IntEnum):
     CANCELLED = 2
     PREEMPTED = 3
     FAILED = 4
+    SWAPPED = 5
+    """Preempted, and what was in its blocks is kept in host memory."""
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether the sequence will be admitted again."""
+        return self in (CloseReason.PREEMPTED, CloseReason.SWAPPED)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,6 +112,8 @@ class AdmitRequest:
     session_id: str = ""
     retention_priority: int = 0
     retention_ttl_seconds: int = 0
+    swapped_token_count: int = 0
+    """Leading tokens whose keys and values are in host memory and will be moved into the blocks, not computed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -179,6 +179,7 @@ class RemoteMemory:
             session_id=request.session_id,
             retention_priority=request.retention_priority,
             retention_ttl_seconds=request.retention_ttl_seconds,
+            swapped_token_count=request.swapped_token_count,
         )
         self._request_no += 1
         message.request_no = self._request_no

@@ -262,9 +262,10 @@ class AdmissionForecast:
         if request.resumed:
             # What survived of a preempted sequence was its own, and returns with it.
             tables.found[slot] = 0
-        computed = known - cached_token_count
+        computed = known - max(cached_token_count, request.swapped_token_count)
         # The last token that is known was sampled, and is computed for the first time now.
-        self.control.count(computed, computed - 1 if request.resumed else 0)
+        twice = request.resumed and not request.swapped_token_count
+        self.control.count(computed, computed - 1 if twice else 0)
 
     def closed(self, record: TableRecord, reason: CloseReason, tables: TableColumns, slot: int) -> None:
         """Learns from a table that is about to be closed."""
@@ -274,7 +275,7 @@ class AdmissionForecast:
         if known > certain:
             self.outputs.observe(certain - prompt, known - prompt, ended=reason == CloseReason.FINISHED)
         self.control.count(known - opened, 0)
-        if reason == CloseReason.PREEMPTED:
+        if reason.comes_back:
             # One that is cancelled while it waits is never admitted again: the oldest make room.
             if len(self._prompts) >= _PROMPT_LIMIT:
                 del self._prompts[next(iter(self._prompts))]

@@ -14,7 +14,7 @@ from quire.errors import InvalidRequestError
 Column = npt.NDArray[np.int64]
 _EMPTY: Column = np.zeros(0, np.int64)
 _EMPTY_TRIPLES: Column = np.zeros((0, 3), np.int64)
-_CLOSE_REASON_MAXIMUM = 4
+_CLOSE_REASON_MAXIMUM = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

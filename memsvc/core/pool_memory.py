@@ -50,6 +50,8 @@ class PoolStatistics:
     query_token_count: int = 0
     hit_token_count: int = 0
     preemption_count: int = 0
+    swap_count: int = 0
+    """Of these, by swap to host memory."""
 
     def count(self, request: AdmitRequest, token_count: int, cached: int) -> None:
         """Counts an admission that looked for `token_count` tokens and found `cached`, if it is the request's first."""
@@ -277,8 +279,9 @@ class PoolMemory:
             self.forecast.closed(record, reason, self.tables, slot)
         self.tables.close(slot)
         self.grants[record.gateway].tables.discard(record.table)
-        if reason == CloseReason.PREEMPTED:
+        if reason.comes_back:
             self.statistics.preemption_count += 1
+            self.statistics.swap_count += reason == CloseReason.SWAPPED
 
     def settle(self, blocks: BlockIds) -> npt.NDArray[np.bool_]:
         """Returns which of `blocks`, that a table lets go of, can be matched; equal ones make way for each other."""

@@ -96,6 +96,10 @@ def check_admission(request: AdmitRequest) -> None:
     if request.retention_ttl_seconds and not (request.retention_priority or request.session_id):
         message = "retention_ttl_seconds: is given without retention_priority or session_id"
         raise InvalidRequestError(message, field="retention_ttl_seconds")
+    known = len(request.token_ids) // _TOKEN_BYTES
+    if request.swapped_token_count >= max(1, known):
+        message = f"swapped_token_count: found {request.swapped_token_count}, allowed are 0 .. {known - 1}"
+        raise InvalidRequestError(f"{message}, one less than token_ids", field="swapped_token_count")
     if request.media:
         media.check(request.media, len(request.token_ids) // _TOKEN_BYTES)
 

@@ -112,6 +112,7 @@ def draw_pool(pool: admin_pb2.Pool, width: int = 80) -> Text:
     picture.append(
         f"\n{pool.sequence_count} sequences hold {pool.used_token_count} tokens in {slots} slots "
         f"({_share(pool.used_token_count, slots)}); prefix hits "
-        f"{_share(pool.prefix_hit_token_count, pool.prefix_query_token_count)}; {pool.preemption_count} preemptions\n"
+        f"{_share(pool.prefix_hit_token_count, pool.prefix_query_token_count)}; {pool.preemption_count} preemptions, "
+        f"{pool.swap_count} of them by swap\n"
     )
     return picture

@@ -249,6 +249,37 @@ async def test_row_40_a_preempted_sequence_finds_again_what_survived(rig: Rig) -
     assert back.admission.cached_token_count == 69
 
 
+async def test_who_was_swapped_out_finds_what_survived_and_is_counted_apart(rig: Rig) -> None:
+    """An operator must see which preemptions cost a transfer and which a computation."""
+    sequence = await rig.admit(prompt(60))
+    await sequence.extend(range(900, 910))
+    await sequence.close(CloseReason.SWAPPED)
+    other = await rig.admit(prompt(20, seed=4))
+    await other.close(CloseReason.PREEMPTED)
+    back = await rig.admit(sequence.tokens, resumed=True, swapped_token_count=69)
+    assert back.admission.cached_token_count == 69
+    pool = await rig.pool()
+    assert (pool.preemption_count, pool.swap_count) == (2, 1)
+
+
+async def test_what_a_swapped_sequence_gave_up_is_not_kept_for_it(rig: Rig) -> None:
+    """It is in host memory: who keeps blocks for it as well evicts what others would find."""
+    swapped, kept = await rig.run(prompt(32, seed=1)), await rig.admit(prompt(32, seed=2))
+    await kept.write()
+    await kept.close(CloseReason.SWAPPED)
+    awaited = await rig.admit(prompt(32, seed=3))
+    await awaited.write()
+    await awaited.close(CloseReason.PREEMPTED)
+    order = rig.free_order()[-6:]
+    assert order == [*swapped.blocks[::-1], *kept.blocks[::-1], *awaited.blocks[::-1]]
+
+
+async def test_more_tokens_than_there_are_cannot_have_been_swapped_out(rig: Rig) -> None:
+    """The last token has always to be computed; a figure beyond it is a gateway's mistake."""
+    with pytest.raises(Exception, match=r"swapped_token_count: found 20, allowed are 0 .. 19"):
+        await rig.admit(prompt(20), swapped_token_count=20)
+
+
 async def test_row_76_equal_digests_of_other_tokens_are_a_miss_and_are_counted() -> None:
     """Otherwise whoever finds a collision reads other users' prompts."""
 

@@ -1178,6 +1178,7 @@ class Pool(_message.Message):
     PREFIX_QUERY_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PREFIX_HIT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PREEMPTION_COUNT_FIELD_NUMBER: _builtins.int
+    SWAP_COUNT_FIELD_NUMBER: _builtins.int
     pool_id: _builtins.str
     """Id, the executor's name."""
     state: _memsvc_pb2.PoolState.ValueType
@@ -1210,6 +1211,8 @@ class Pool(_message.Message):
     """Of these, tokens found."""
     preemption_count: _builtins.int
     """Tables closed to make room and admitted again later, since the pool registered."""
+    swap_count: _builtins.int
+    """Of these, tables whose content was kept in host memory."""
     @_builtins.property
     def spec(self) -> _memsvc_pb2.PoolSpec:
         """Geometry."""
@@ -1234,10 +1237,11 @@ class Pool(_message.Message):
         prefix_query_token_count: _builtins.int = ...,
         prefix_hit_token_count: _builtins.int = ...,
         preemption_count: _builtins.int = ...,
+        swap_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_block_count", b"cached_block_count", "epoch", b"epoch", "executor_address", b"executor_address", "free_block_count", b"free_block_count", "leased_block_count", b"leased_block_count", "pending_free_block_count", b"pending_free_block_count", "pool_id", b"pool_id", "preemption_count", b"preemption_count", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_query_token_count", b"prefix_query_token_count", "sequence_count", b"sequence_count", "spec", b"spec", "state", b"state", "used_block_count", b"used_block_count", "used_slot_utilization", b"used_slot_utilization", "used_token_count", b"used_token_count", "utilization", b"utilization"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_block_count", b"cached_block_count", "epoch", b"epoch", "executor_address", b"executor_address", "free_block_count", b"free_block_count", "leased_block_count", b"leased_block_count", "pending_free_block_count", b"pending_free_block_count", "pool_id", b"pool_id", "preemption_count", b"preemption_count", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_query_token_count", b"prefix_query_token_count", "sequence_count", b"sequence_count", "spec", b"spec", "state", b"state", "swap_count", b"swap_count", "used_block_count", b"used_block_count", "used_slot_utilization", b"used_slot_utilization", "used_token_count", b"used_token_count", "utilization", b"utilization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

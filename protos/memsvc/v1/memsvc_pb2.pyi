@@ -71,6 +71,8 @@ class _CloseReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CloseReas
     """Its blocks were needed elsewhere; it will be admitted again."""
     CLOSE_REASON_FAILED: _CloseReason.ValueType  # 4
     """The executor or the gateway failed it."""
+    CLOSE_REASON_SWAPPED: _CloseReason.ValueType  # 5
+    """Preempted, and what was in its blocks is kept in host memory: it will be admitted again, with swapped_token_count."""
 
 class CloseReason(_CloseReason, metaclass=_CloseReasonEnumTypeWrapper):
     """Why a table was closed."""
@@ -85,6 +87,8 @@ CLOSE_REASON_PREEMPTED: CloseReason.ValueType  # 3
 """Its blocks were needed elsewhere; it will be admitted again."""
 CLOSE_REASON_FAILED: CloseReason.ValueType  # 4
 """The executor or the gateway failed it."""
+CLOSE_REASON_SWAPPED: CloseReason.ValueType  # 5
+"""Preempted, and what was in its blocks is kept in host memory: it will be admitted again, with swapped_token_count."""
 Global___CloseReason: _TypeAlias = CloseReason  # noqa: Y015
 
 @_typing.final
@@ -545,6 +549,7 @@ class AdmitRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     RETENTION_PRIORITY_FIELD_NUMBER: _builtins.int
     RETENTION_TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    SWAPPED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     request_no: _builtins.int
     """Chosen by the gateway, unique within the stream. Repeating one repeats the answer."""
     pool_id: _builtins.str
@@ -590,6 +595,10 @@ class AdmitRequest(_message.Message):
     """Seconds after release at which the worth is nothing, 1 .. 524288, rounded up to a power of two. 0 for 600. Only with
     a priority or a session.
     """
+    swapped_token_count: _builtins.int
+    """Leading tokens whose keys and values the gateway has in host memory and will have moved into the blocks, as far as
+    they are not cached: for the admission forecast, they are not computed again. Less than the number of tokens given.
+    """
     @_builtins.property
     def media(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaItem]:
         """What runs of placeholder tokens stand for, in order of their starts, none overlapping another. Prompts share no
@@ -618,10 +627,11 @@ class AdmitRequest(_message.Message):
         session_id: _builtins.str = ...,
         retention_priority: _builtins.int = ...,
         retention_ttl_seconds: _builtins.int = ...,
+        swapped_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "min_new_tokens", b"min_new_tokens", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "retention_priority", b"retention_priority", "retention_ttl_seconds", b"retention_ttl_seconds", "sample_index", b"sample_index", "session_id", b"session_id", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "tenant", b"tenant", "token_ids", b"token_ids", "wait_for_prefix", b"wait_for_prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "epoch", b"epoch", "max_new_tokens", b"max_new_tokens", "media", b"media", "min_new_tokens", b"min_new_tokens", "pool_id", b"pool_id", "request_id", b"request_id", "request_no", b"request_no", "resumed", b"resumed", "retention_priority", b"retention_priority", "retention_ttl_seconds", b"retention_ttl_seconds", "sample_index", b"sample_index", "session_id", b"session_id", "skip_cache_read", b"skip_cache_read", "skip_cache_write", b"skip_cache_write", "swapped_token_count", b"swapped_token_count", "tenant", b"tenant", "token_ids", b"token_ids", "wait_for_prefix", b"wait_for_prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

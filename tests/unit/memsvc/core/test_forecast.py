@@ -95,12 +95,12 @@ class Pool:
         self.gateway = self.core.connect_gateway("g", 1, 0.0)
         self.count = 0
 
-    def admit(self, tokens: int, most: int, least: int = 0, *, resumed: bool = False) -> Admission:
+    def admit(self, tokens: int, most: int, least: int = 0, **fields: bool | int) -> Admission:
         """Asks for a table of a prompt of so many tokens that shares nothing."""
         self.count += 1
         prompt = pack([self.count * 10_000 + place for place in range(tokens)])
         request = AdmitRequest(
-            "pool", 1, f"r{self.count}", 0, prompt, max_new_tokens=most, min_new_tokens=least, resumed=resumed
+            "pool", 1, f"r{self.count}", 0, prompt, max_new_tokens=most, min_new_tokens=least, **fields
         )
         return self.core.admit(self.gateway, request, 0.0)
 
@@ -135,6 +135,17 @@ def test_what_is_computed_again_is_counted_at_the_admission() -> None:
     assert control.share < RECOMPUTE_SHARE
     pool.admit(20 * SIZE, 100, resumed=True)
     assert control.share > RECOMPUTE_SHARE
+
+
+def test_what_comes_back_from_host_memory_is_not_computed_again() -> None:
+    """Otherwise admissions are held back for a price that nobody pays."""
+    pool = Pool(64)
+    admission = pool.admit(20 * SIZE, 100)
+    pool.close(admission, CloseReason.SWAPPED)
+    control = pool.core.pool("pool").memory.forecast.control
+    pool.admit(20 * SIZE, 100, resumed=True, swapped_token_count=20 * SIZE - 1)
+    pool.admit(20 * SIZE, 100)
+    assert control.share < RECOMPUTE_SHARE
 
 
 def test_a_request_cannot_promise_more_than_it_may_have() -> None:
