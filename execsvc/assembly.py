@@ -110,7 +110,10 @@ class Assembly:
         if self.on_gpu:
             from execsvc.gpu.steps import gpu_steps  # noqa: PLC0415 - imports triton's kernels
 
-            gpu = gpu_steps(self.model, cache, batch_invariant=self.config.batch_invariant, **limits)
+            gpu = gpu_steps(
+                self.model, cache, batch_invariant=self.config.batch_invariant,
+                cascade=not self.config.disable_cascade_attn, **limits,
+            )  # fmt: skip
             started = time.monotonic()
             gpu.capture([] if self.config.enforce_eager else sizes)
             seconds = round(time.monotonic() - started, 1)

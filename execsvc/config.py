@@ -56,6 +56,9 @@ class ExecsvcConfig(ServiceConfig):
         False,
         "On CUDA, share out attention so that a result does not depend on company, at some cost for few, long ones.",
     )
+    disable_cascade_attn: bool = setting(
+        False, "On CUDA, let each sequence read its own prefix, also where sequences share a long one."
+    )
     num_threads: int | None = setting(None, "CPU threads of the model; none: one less than there are cores.", minimum=1)
 
     @property

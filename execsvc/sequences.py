@@ -59,7 +59,11 @@ class RowObserver(Protocol):
         ...
 
     def row_added(self, row: int, token: int, computed: int, sampling: SamplingSpec) -> None:
-        """A row was taken by a sequence whose last known token is `token`."""
+        """A row was taken by a sequence whose last known token is `token`; its table is written already."""
+        ...
+
+    def row_dropped(self, row: int) -> None:
+        """A row was given back."""
         ...
 
 
@@ -161,6 +165,8 @@ class SequenceRows:
             sequence.open = False
             self.block_counts[sequence.row] = 0
             self._free_rows.append(sequence.row)
+            if self._observer is not None:
+                self._observer.row_dropped(sequence.row)
 
     def drop_owner(self, owner: int) -> None:
         """Closes every sequence of one stream."""

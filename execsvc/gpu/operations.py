@@ -5,22 +5,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch.nn import functional
 
 from execsvc.kv_cache import KVCache
 from execsvc.model.layers import RMSNorm, Rotary, rotate
+from execsvc.prefix_tree import GroupRules
 from kernels.layout import layer_views
+from kernels.paged_attention import group_columns
 from kernels.step_state import reference
 from kernels.step_state.tensors import Resident, Staged
+
+if TYPE_CHECKING:
+    from kernels.paged_attention.options import HeadShape
+
+_FEWEST_MEMBERS: Final = 2
+_NO_GROUPS: Final = GroupRules(_FEWEST_MEMBERS, 1, 1)
 
 
 class Operations(Protocol):
     """Functions on tensors of one device. None of them waits for the device; none looks at what tensors hold."""
 
     name: str
+    groups: group_columns.GroupColumns | None
+    """Which sequences of a step share a prefix; None where prefixes are not read for several at once."""
+    group_rules: GroupRules
+    """When groups pay, where there are any."""
 
     def norm(self, rows: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """Returns `rows`, normalised over the last axis."""
@@ -50,8 +62,13 @@ class Operations(Protocol):
         """
         ...
 
-    def attend_last(self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-        """Attends one query a sequence, the last of its `lens` tokens; see `kernels.paged_attention.decode`."""
+    def attend_last(
+        self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, *, grouped: bool = False
+    ) -> torch.Tensor:
+        """Attends one query a sequence, the last of its `lens` tokens; see `kernels.paged_attention.decode`.
+
+        If `grouped`, what the sequences of a group in `groups` share is read once for all of them.
+        """
         ...
 
     def attend_chunks(
@@ -91,8 +108,26 @@ class TorchOperations:
 
     name = "torch"
 
-    def __init__(self, cache: KVCache, rotary: Rotary, num_heads: int, window: int) -> None:
-        """Works on `cache`; each query sees its last `window` positions (0: all)."""
+    def __init__(
+        self,
+        cache: KVCache,
+        rotary: Rotary,
+        num_heads: int,
+        window: int,
+        groups: group_columns.GroupColumns | None = None,
+        group_rules: GroupRules = _NO_GROUPS,
+    ) -> None:
+        """As the arguments say.
+
+        Args:
+            cache: KV cache.
+            rotary: rotation of queries and keys.
+            num_heads: query heads.
+            window: each query sees its last so many positions; 0 for all.
+            groups: see Operations.
+            group_rules: see Operations.
+        """
+        self.groups, self.group_rules = groups, group_rules
         self._cache = cache
         self._rotary = rotary
         self._num_heads = num_heads
@@ -130,8 +165,13 @@ class TorchOperations:
             cached[blocks, :, offsets] = torch.where((slots >= 0)[:, None, None], new.to(cached.dtype), old)
         return rotated[:, : self._num_heads]
 
-    def attend_last(self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    def attend_last(
+        self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, *, grouped: bool = False
+    ) -> torch.Tensor:
         """See Operations."""
+        if grouped:
+            assert self.groups is not None, "there are columns where groups are asked for"
+            tables = group_columns.with_shared_blocks(self.groups, tables, self._cache.layout.block_size)
         return self._attend(layer, q[:, None], tables, lens, lens[:, None] - 1)[:, 0]
 
     def attend_chunks(
@@ -192,6 +232,8 @@ class TritonOperations(TorchOperations):
         window: int,
         max_num_seqs: int,
         invariant_len: int = 0,
+        *,
+        cascade: bool = True,
     ) -> None:
         """As TorchOperations.
 
@@ -202,6 +244,8 @@ class TritonOperations(TorchOperations):
             window: each query sees its last so many positions; 0 for all.
             max_num_seqs: most sequences of a step.
             invariant_len: longest sequence, where attention must not depend on company; 0 where it may.
+            cascade: whether prefixes are read once for the sequences that share them, where that can be: not with a
+                window, behind which blocks are released one by one, nor with `invariant_len`.
         """
         super().__init__(cache, rotary, num_heads, window)
         from kernels.kv_write import rotate_write  # noqa: PLC0415 - triton is imported only where it is used
@@ -228,10 +272,31 @@ class TritonOperations(TorchOperations):
             split_size=split_size,
             context_max=invariant_len,
         )
+        if cascade and not window and not invariant_len:
+            self._prepare_groups(shape, max_num_seqs)
         self._views = [layer_views(cache.data, layer) for layer in range(cache.layout.num_layers)]
         self.apply_writes = state.apply_writes
         self.stage_decode = state.stage_decode
         self.advance = state.advance
+
+    def _prepare_groups(self, shape: HeadShape, max_num_seqs: int) -> None:
+        """Allocates what shared prefixes need, if a program takes the queries of two sequences at least."""
+        from kernels import configs  # noqa: PLC0415 - triton is imported only where it is used
+        from kernels.paged_attention import cascade  # noqa: PLC0415 - the same
+        from kernels.paged_attention.configs import prefix_config  # noqa: PLC0415 - the same
+
+        layout = self._cache.layout
+        members = prefix_config(self._cache.device, shape, layout.dtype).rows // shape.group
+        if min(members, max_num_seqs) < _FEWEST_MEMBERS:
+            return
+        limits = configs.lookup("cascade", self._cache.device, head_dim=shape.dims, kv_bytes=layout.dtype.itemsize)
+        token_bytes = 2 * layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
+        step_tokens = -(-limits["step_kib"] * 1024 // token_bytes)
+        self.group_rules = GroupRules(members, limits["group_tokens"], step_tokens)
+        group_max = min(limits["groups"], max_num_seqs // _FEWEST_MEMBERS)
+        self._cascade = cascade
+        self._cascade_workspace = cascade.CascadeWorkspace(self._workspace, layout.dtype, self._cache.device, group_max)
+        self.groups = self._cascade_workspace.groups.columns
 
     def norm(self, rows: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """See Operations."""
@@ -254,9 +319,17 @@ class TritonOperations(TorchOperations):
             heads, self._rotary.cosines, self._rotary.sines, positions, keys, values, slots
         )
 
-    def attend_last(self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    def attend_last(
+        self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, *, grouped: bool = False
+    ) -> torch.Tensor:
         """See Operations."""
         keys, values = self._views[layer]
+        if grouped:
+            if layer == 0:
+                self._cascade_workspace.refresh(lens)
+            return self._cascade.paged_attention_cascade(
+                q, keys, values, tables, lens, self._options, self._cascade_workspace
+            )
         if layer == 0:
             self._workspace.refresh(lens)
         return self._decode.paged_attention_decode(q, keys, values, tables, lens, self._options, self._workspace)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from execsvc.prefix_tree import PrefixTree
 from execsvc.sampler import SamplingSpec
 from kernels.step_state.tensors import PARAMETERS, Resident
 
@@ -24,6 +25,8 @@ class ResidentRows:
 
     def __init__(self, row_count: int, block_max: int, device: torch.device) -> None:
         """Allocates both, zeroed."""
+        self.prefixes: PrefixTree | None = None
+        """Hears of every change of a table, too."""
         self.device_state = Resident.allocate(row_count, block_max, device)
         mirror = Resident.allocate(row_count, block_max, torch.device("cpu"))
         self._mirror: Words = mirror.state.numpy()
@@ -37,6 +40,8 @@ class ResidentRows:
 
     def table_written(self, row: int, start: int, stop: int) -> None:
         """Notes that entries `start` .. `stop` - 1 of a row's table have changed."""
+        if self.prefixes is not None:
+            self.prefixes.table_written(row, start, stop)
         first = row * self._block_max
         if stop - start == 1:
             self._single.append(first + start)
@@ -54,6 +59,11 @@ class ResidentRows:
         columns[6:8, row] = seeds
         first = self._row_count * self._block_max
         self._runs.append(first + row + self._row_count * np.arange(2 + len(PARAMETERS)))
+
+    def row_dropped(self, row: int) -> None:
+        """Notes the end of a sequence; what the device still has of it nobody reads."""
+        if self.prefixes is not None:
+            self.prefixes.row_dropped(row)
 
     def take_writes(self) -> tuple[npt.NDArray[np.int64], Words]:
         """Returns (offsets, values) of what has changed since the last call; offsets are distinct."""

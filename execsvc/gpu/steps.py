@@ -2,7 +2,8 @@
 
 A step in which every sequence computes its last known token and samples the next one, a decode step, is a replay of
 graphs captured for its padded size: the body (stage, forward, logits) and the tail (choose, advance). Between the two,
-logits can be changed by what graphs do not know. Any other step is launched piece by piece.
+logits can be changed by what graphs do not know. A second body reads prefixes that sequences share once for all of
+them, for steps in which that pays. Any other step is launched piece by piece.
 
     host    one pinned buffer: what changed in the state, the rows of the batch, and for other steps their tokens
     device  apply changes -> body -> tail -> tokens to pinned memory, event
@@ -13,8 +14,8 @@ its input is the token that the device has noted itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import dataclasses
+import functools
 import time
 from typing import ClassVar, Final
 
@@ -26,13 +27,15 @@ from execsvc.batch import Arrangement, arrange
 from execsvc.choosing import Choice, LogprobRows, Siblings, add_prompt_logprobs, choose
 from execsvc.gpu.decoder import Decoder
 from execsvc.gpu.ladder import ladder, rung_of_size
-from execsvc.gpu.operations import TritonOperations
+from execsvc.gpu.operations import Operations, TritonOperations
 from execsvc.gpu.resident import ResidentRows
 from execsvc.gpu.runtime import Graph, Runtime, runtime_of
 from execsvc.gpu.sampling import DeviceSampler, TritonSampler
 from execsvc.gpu.staging import ReturnedTokens, Staging, TokenReturn
+from execsvc.gpu.step_groups import StepGroups
 from execsvc.kv_cache import KVCache
 from execsvc.model.llama import Llama
+from execsvc.prefix_tree import PrefixTree
 from execsvc.sequences import Sequence, SequenceRows
 from execsvc.steps import Observe
 from kernels.step_state.tensors import Staged
@@ -44,6 +47,8 @@ _WRITE_ROOM: Final = 65536
 """Changes of the state that go with a step; more are sent in portions before it."""
 
 Ints = npt.NDArray[np.int64]
+Writes = tuple[torch.Tensor, torch.Tensor]
+"""(offsets, values), both `[write]` int32, on the device."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +56,8 @@ class Rung:
     """The graphs of one padded size."""
 
     body: Graph
+    grouped_body: Graph | None
+    """Body that reads shared prefixes once; None where there are no groups."""
     greedy_tail: Graph
     tail: Graph
 
@@ -140,7 +147,9 @@ class GpuSteps:
         self.row_observer = ResidentRows(max_num_seqs, block_max, runtime.device)
         self._resident = self.row_observer.device_state
         self._max_num_seqs = max_num_seqs
-        room = 2 * _WRITE_ROOM + 9 * max_num_seqs + 4 * max_num_batched_tokens + _PADDING
+        self._groups = self._prefix_groups(decoder.operations)
+        group_words = 0 if self._groups is None else len(self._groups.columns.state)
+        room = 2 * _WRITE_ROOM + 9 * max_num_seqs + 4 * max_num_batched_tokens + 2 * group_words + _PADDING
         self._staging = Staging(runtime, room, _STAGING_DEPTH)
         self._returns = TokenReturn(runtime, max_num_seqs)
         self._staged = Staged.allocate(max_num_seqs, block_max, runtime.device)
@@ -150,6 +159,14 @@ class GpuSteps:
         self._logits = torch.empty(0, device=runtime.device)
         self._rungs: dict[int, Rung] = {}
         self._rung_of_size: list[int] = []
+
+    def _prefix_groups(self, operations: Operations) -> StepGroups | None:
+        """Returns what finds sequences that share a prefix, if the operations can make use of it."""
+        if operations.groups is None:
+            return None
+        tree = PrefixTree(self.row_observer.tables, self._block_size, operations.group_rules)
+        self.row_observer.prefixes = tree
+        return StepGroups(tree, operations.groups, self._block_size)
 
     @torch.inference_mode()
     def capture(self, sizes: list[int] | None = None) -> None:
@@ -182,10 +199,10 @@ class GpuSteps:
         staged, places, sampled = self._staged.head(size), self._places[:size], self._sampled[:size]
         logits, operations, decoder = self._logits[:size], self._decoder.operations, self._decoder
 
-        def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
-            return operations.attend_last(layer, q, staged.tables, staged.lens)
+        def body(*, grouped: bool = False) -> None:
+            def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+                return operations.attend_last(layer, q, staged.tables, staged.lens, grouped=grouped)
 
-        def body() -> None:
             operations.stage_decode(resident, rows, staged, self._block_size)
             hidden = decoder.hidden(staged.tokens, staged.positions, staged.slots, attend)
             logits.copy_(decoder.logits(hidden))
@@ -200,8 +217,11 @@ class GpuSteps:
 
         # Captured on padding: nothing is written to the cache and no row advances.
         self._staging.words[:size].fill_(-1)
-        works: list[Callable[[], None]] = [body, greedy_tail, tail]
-        return Rung(*(self._runtime.capture(work) for work in works))
+        capture = self._runtime.capture
+        grouped_body = None
+        if self._groups is not None and size > 1:
+            grouped_body = capture(functools.partial(body, grouped=True))
+        return Rung(capture(body), grouped_body, capture(greedy_tail), capture(tail))
 
     @torch.inference_mode()
     def launch(
@@ -267,10 +287,11 @@ class GpuSteps:
         self._staging.begin()
         self._staging.put(row_ids, size, fill=-1)
         writes = self._put_writes(offsets, values)
+        grouped, group_writes = self._put_groups(rows, row_ids)
         withheld = self._put_withheld(rows, sequences, row_ids)
         self._staging.send()
-        self._apply(writes)
-        rung.body.replay()
+        self._apply(writes, group_writes)
+        (rung.grouped_body if grouped and rung.grouped_body is not None else rung.body).replay()
         logits = self._logits[:count]
         self._withhold(logits, withheld)
         if observe is not None:
@@ -305,9 +326,10 @@ class GpuSteps:
         token_rows = staging.put(plan.row_ids[plan.owners])
         positions, slots = staging.put(plan.positions), staging.put(plan.slots)
         writes = self._put_writes(offsets, values)
+        grouped, group_writes = self._put_groups(rows, plan.row_ids[:split])
         withheld = self._put_withheld(rows, samplers, plan.row_ids[plan.sampled])
         staging.send()
-        self._apply(writes)
+        self._apply(writes, group_writes)
         inputs = torch.where(tokens < 0, resident.tokens.index_select(0, token_rows), tokens).long()
         tables = resident.tables.index_select(0, batch_rows)
         longest = int((plan.query_starts[1:] - plan.query_starts[:-1]).max(initial=0))
@@ -315,7 +337,7 @@ class GpuSteps:
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
             parts = []
             if split:
-                parts.append(operations.attend_last(layer, q[:split], tables[:split], lens[:split]))
+                parts.append(operations.attend_last(layer, q[:split], tables[:split], lens[:split], grouped=grouped))
             if len(q) > split:
                 parts.append(operations.attend_chunks(layer, q[split:], tables[split:], lens[split:], starts, longest))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -367,16 +389,26 @@ class GpuSteps:
             offsets, values = offsets[_WRITE_ROOM:], values[_WRITE_ROOM:]
         return offsets, values
 
-    def _put_writes(self, offsets: Ints, values: npt.NDArray[np.int32]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _put_groups(self, rows: SequenceRows, row_ids: Ints) -> tuple[bool, Writes | None]:
+        """Puts what has changed in the groups of sequences with one query into the buffer; says whether they pay."""
+        if self._groups is None or not self._groups.select(row_ids, rows.computed[row_ids]):
+            return False, None
+        return True, self._put_writes(*self._groups.take_writes())
+
+    def _put_writes(self, offsets: Ints, values: npt.NDArray[np.int32]) -> Writes | None:
         """Puts changes into the buffer of this step."""
         if not len(offsets):
             return None
         return self._staging.put(offsets), self._staging.put(values)
 
-    def _apply(self, writes: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """Launches the changes of the state."""
+    def _apply(self, writes: Writes | None, group_writes: Writes | None = None) -> None:
+        """Launches the changes of the state, and of the groups."""
+        apply_writes = self._decoder.operations.apply_writes
         if writes is not None:
-            self._decoder.operations.apply_writes(self._resident.state, *writes)
+            apply_writes(self._resident.state, *writes)
+        if group_writes is not None:
+            assert self._groups is not None, "they are its own"
+            apply_writes(self._groups.columns.state, *group_writes)
 
     def _put_withheld(
         self, rows: SequenceRows, sequences: list[Sequence], row_ids: Ints
@@ -406,10 +438,12 @@ def gpu_steps(
     max_num_batched_tokens: int,
     max_model_len: int,
     batch_invariant: bool = False,
+    cascade: bool = True,
 ) -> GpuSteps:
     """Returns the steps of a model on the device of its cache, with the fastest operations that there are.
 
-    With `batch_invariant`, with the fastest of which none lets a sequence's attention depend on others.
+    With `batch_invariant`, with the fastest of which none lets a sequence's attention depend on others. Without
+    `cascade`, each sequence reads its own prefix.
     """
     config = model.config
     operations = TritonOperations(
@@ -419,6 +453,7 @@ def gpu_steps(
         config.sliding_window,
         max_num_seqs,
         max_model_len if batch_invariant else 0,
+        cascade=cascade,
     )
     return GpuSteps(
         Decoder(model, operations),

@@ -171,7 +171,7 @@ def paged_attention_cascade(
     groups, parts, config = workspace.groups, workspace.parts, workspace.config
     partition = groups.partitions[workspace.decode.partition(options.window).window]
     _attend_prefixes[(workspace.decode.workers, shape.num_kv_heads)](
-        q, k_cache, v_cache, block_tables, context_lens, groups.members, groups.item_ends,
+        q, k_cache, v_cache, block_tables, context_lens, groups.columns.members, groups.item_ends,
         groups.item_starts[options.window], groups.item_firsts, groups.item_counts, partition.offsets,
         partition.first_items, parts.acc, parts.maxima, parts.sums, groups.item_max, workspace.decode.workers,
         options.score_factor, options.cap_log2, q.stride(0), q.stride(1),

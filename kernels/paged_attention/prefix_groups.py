@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.paged_attention.group_columns import GroupColumns
 from kernels.paged_attention.partition import Partition
 from kernels.paged_attention.prefill import find_sequence
 
@@ -61,7 +62,7 @@ def _cut_groups(
 class PrefixGroups:
     """Up to `group_max` groups among up to `sequence_max` sequences, at addresses that stay.
 
-    The caller writes `starts`, `members` and `shared`, on the device; `refresh` derives the rest from them.
+    The caller writes `columns`, on the device; `refresh` derives the rest from them.
     """
 
     def __init__(
@@ -79,12 +80,7 @@ class PrefixGroups:
         def integers(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
-        self.starts = integers(group_max + 1)
-        """`[group_max + 1]` int32: where each group's sequences begin in `members`; equal for one that is not used."""
-        self.members = integers(sequence_max)
-        """`[sequence_max]` int32: sequences, that is rows of queries, group after group; each in one group at most."""
-        self.shared = integers(group_max)
-        """`[group_max]` int32: tokens that the members of a group share, fewer than each of them has; 0 for none."""
+        self.columns = GroupColumns.allocate(group_max, sequence_max, device)
         self.members_per_item = members_per_item
         self.item_max = sequence_max // members_per_item + group_max
         self.item_ends = integers(self.item_max)
@@ -104,13 +100,14 @@ class PrefixGroups:
         Args:
             context_lens: `[sequence]` int32, cached tokens of each.
         """
+        columns = self.columns
         self.sequence_items.fill_(-1)
         self.sequence_starts.zero_()
         for window, item_starts in self.item_starts.items():
             _cut_groups[(self.item_max,)](
-                self.starts, self.members, self.shared, context_lens, self.item_ends, item_starts, self.item_firsts,
-                self.item_counts, self.sequence_items, self.sequence_places, self.sequence_starts,
-                self.shared.shape[0], WINDOW=window, MEMBERS=self.members_per_item,
+                columns.starts, columns.members, columns.shared, context_lens, self.item_ends, item_starts,
+                self.item_firsts, self.item_counts, self.sequence_items, self.sequence_places, self.sequence_starts,
+                columns.shared.shape[0], WINDOW=window, MEMBERS=self.members_per_item,
                 LANES=triton.next_power_of_2(self.members_per_item), num_warps=1,
             )  # fmt: skip
             self.partitions[window].refresh(self.item_ends, item_starts)

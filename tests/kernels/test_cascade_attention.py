@@ -27,7 +27,7 @@ def _cascade_case(
 def _describe(workspace: Any, groups: list[tuple[list[int], int]]) -> None:
     """Writes groups into the buffers of `workspace`; unused ones stay as they are where nobody may look."""
     starts = torch.tensor([0, *(len(members) for members, _ in groups)]).cumsum(0)
-    buffers = workspace.groups
+    buffers = workspace.groups.columns
     buffers.starts.fill_(int(starts[-1]))
     buffers.starts[: len(starts)] = starts
     buffers.members[: int(starts[-1])] = torch.tensor([member for members, _ in groups for member in members])

@@ -23,8 +23,10 @@ from execsvc.model import llama
 from execsvc.model.config import ModelConfig, RopeConfig
 from execsvc.model.dummy import shape_of
 from execsvc.model.source import open_model
+from execsvc.prefix_tree import GroupRules
 from execsvc.runner import Runner
 from kernels.layout import KVLayout
+from kernels.paged_attention.group_columns import GroupColumns
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 
@@ -253,8 +255,9 @@ def gpu_engine_of(
     max_num_batched_tokens: int = 256,
     max_model_len: int = 256,
     batch_invariant: bool = False,
+    group_rules: GroupRules | None = None,
 ) -> Engine:
-    """Returns an engine in epoch 1 that works as on a GPU, on CPU tensors."""
+    """Returns an engine in epoch 1 that works as on a GPU, on CPU tensors; in groups if there are rules for them."""
     runtime = EagerRuntime() if runtime is None else runtime
     if isinstance(model, ModelConfig):
         model = llama.load(RandomSource(model), torch.float32, runtime.device, max_model_len)
@@ -262,10 +265,13 @@ def gpu_engine_of(
     layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, kv_dtype)
     cache = KVCache(layout, runtime.device)
     common = (cache, model.rotary, config.num_heads, config.sliding_window)
-    if operations == "torch":
+    if operations == "triton":
+        invariant_len = max_model_len if batch_invariant else 0
+        chosen = TritonOperations(*common, max_num_seqs, invariant_len)
+    elif group_rules is None:
         chosen = TorchOperations(*common)
     else:
-        chosen = TritonOperations(*common, max_num_seqs, max_model_len if batch_invariant else 0)
+        chosen = TorchOperations(*common, GroupColumns.allocate(3, max_num_seqs, runtime.device), group_rules)
     limits = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
