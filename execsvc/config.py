@@ -37,6 +37,14 @@ class ExecsvcConfig(ServiceConfig):
     gpu_memory_utilization: float = setting(
         0.9, "Share of the device's memory for weights, activations and KV cache.", minimum=0.05, maximum=0.99
     )
+    generation_config: str = setting(
+        "auto",
+        "Sampling parameters of requests that give none: auto is what the model brings, vllm is none, else a directory "
+        "with a generation_config.json.",
+    )
+    override_generation_config: str | None = setting(
+        None, "Parameters that go before those, as JSON, for example '{\"temperature\": 0.5}'."
+    )
     load_format: str = setting(
         "auto", "auto reads the weights; dummy makes random ones of a config.json's shape.", choices=("auto", "dummy")
     )

@@ -5,6 +5,7 @@ from typing import Final
 MODEL_LOADING: Final = "model_loading"
 CPU_STEP_CHOSEN: Final = "cpu_step_chosen"
 MODEL_LOADED: Final = "model_loaded"
+SAMPLING_DEFAULTS: Final = "sampling_defaults"
 MEMORY_BUDGETED: Final = "memory_budgeted"
 POOL_REGISTERED: Final = "pool_registered"
 MEMSVC_UNREACHABLE: Final = "memsvc_unreachable"

@@ -263,6 +263,7 @@ def _model_info(loaded: LoadedModel) -> pb.ModelInfo:
         add_bos_token=tokenizer is not None and tokenizer.add_bos_token,
         parameter_count=loaded.parameter_count,
         dtype=loaded.dtype,
+        default_sampling=pb.DefaultSampling(**dataclasses.asdict(loaded.sampling_defaults)),
     )
 
 

@@ -19,6 +19,7 @@ from execsvc.memory_profile import MemoryBudget
 from execsvc.model import llama, native
 from execsvc.model.config import ModelConfig
 from execsvc.model.dummy import open_dummy
+from execsvc.model.generation import SamplingDefaults, sampling_defaults
 from execsvc.model.native import NativeModel
 from execsvc.model.source import ModelSource, open_model
 from execsvc.model.tokenizer import TokenizerFiles
@@ -41,6 +42,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: TokenizerFiles | None
     """None where weights are dummies and no tokenizer lies beside the configuration."""
+    sampling_defaults: SamplingDefaults
     config: ModelConfig
     architecture: str
     vocab_size: int
@@ -177,6 +179,7 @@ def _load_source(
     max_model_len = config.max_model_len or longest
     if max_model_len > longest:
         raise ConfigError(f"max_model_len: {max_model_len} is more than the model's {longest}", field="max_model_len")
+    defaults = sampling_defaults(source, config.generation_config, config.override_generation_config)
     log.info(events.MODEL_LOADING, path=str(source.path), device=str(device), dtype=_name_of(dtype))
     model: llama.Llama | NativeModel
     if variant is None:
@@ -200,10 +203,13 @@ def _load_source(
             events.SWAP_MEASURED, slot_count=engine.swap_slot_count, out_bytes_per_second=out, in_bytes_per_second=back
         )
     log.info(events.MODEL_LOADED, parameter_count=model.parameter_count, weight_bytes=model.weight_bytes)
+    if named := defaults.named():
+        log.info(events.SAMPLING_DEFAULTS, **named)
     return LoadedModel(
         name=config.served_model_name or source.name,
         engine=engine,
         tokenizer=source.tokenizer,
+        sampling_defaults=defaults,
         config=model.config,
         architecture=model.config.architecture,
         vocab_size=model.config.vocab_size,

@@ -21,6 +21,7 @@ from gateway.lane import Lane
 from gateway.live import LiveRequest, ModelRequests
 from gateway.models import ServedModel
 from gateway.outputs import best_samples
+from gateway.sampling_options import default_sampling
 from gateway.streams import RequestStream
 from gateway.tokenize import ModelTokenizer
 from protos.execsvc.v1 import execsvc_pb2
@@ -173,6 +174,8 @@ class Engine:
             eos_token_ids=frozenset(info.eos_token_ids),
             tokenizer=tokenizer,
             executor_ids=tuple(sorted(executors)),
+            default_sampling=default_sampling(info.default_sampling),
+            default_max_tokens=info.default_sampling.max_tokens or None,
         )
         if known is None:
             policy = SchedulingPolicy(self._config.scheduling_policy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from gateway.tokenize import ModelTokenizer
+from protos.gateway.v1 import gateway_pb2 as pb
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,3 +22,7 @@ class ServedModel:
     eos_token_ids: frozenset[int]
     tokenizer: ModelTokenizer
     executor_ids: tuple[str, ...]
+    default_sampling: pb.Sampling = dataclasses.field(default_factory=pb.Sampling)
+    """What holds where a request does not say; never written to."""
+    default_max_tokens: int | None = None
+    """Most completion tokens where a request does not say; None for the gateway's own default alone."""

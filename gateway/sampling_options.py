@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from typing import Final
+from typing import Final, Literal
 
 from gateway.core.beam import BeamSettings
 from gateway.core.request import SamplingSettings
 from gateway.refusal import refusal
+from protos.execsvc.v1 import execsvc_pb2
 from protos.gateway.v1 import gateway_pb2 as pb
 
 MAX_TEMPERATURE: Final = 100.0
@@ -19,6 +20,13 @@ MAX_BIASED_TOKENS: Final = 1_024
 MAX_BIAS: Final = 100.0
 MAX_LOGPROBS: Final = 20
 _MAX_POWER: Final = 10.0
+_WITH_DEFAULTS: Final[tuple[Literal["temperature", "top_k", "top_p", "min_p", "repetition_penalty"], ...]] = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+)
 _NOT_IN_A_SEARCH: Final = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "best_of"),
@@ -40,6 +48,25 @@ def _share(sampling: pb.Sampling, field: str) -> float:
     """Returns a probability, 1 if it is not set; raises InvalidRequestError."""
     value: float = getattr(sampling, field) if sampling.HasField(field) else 1.0  # type: ignore[arg-type]
     return _within(field, value, "greater than 0, at most 1", inside=0 < value <= 1)
+
+
+def default_sampling(described: execsvc_pb2.DefaultSampling) -> pb.Sampling:
+    """Returns what an executor says of requests that do not say, in the words of requests."""
+    defaults = pb.Sampling()
+    for field in _WITH_DEFAULTS:
+        if described.HasField(field):
+            setattr(defaults, field, getattr(described, field))
+    return defaults
+
+
+def with_defaults(sampling: pb.Sampling, defaults: pb.Sampling) -> pb.Sampling:
+    """Returns what a request says, and the model's defaults where it does not. A beam search has none of them."""
+    if sampling.HasField("beam_width"):
+        return sampling
+    merged = pb.Sampling()
+    merged.CopyFrom(defaults)
+    merged.MergeFrom(sampling)
+    return merged
 
 
 def check_sampling(sampling: pb.Sampling, vocab_size: int) -> SamplingSettings:

@@ -108,6 +108,8 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
                     max_model_len=model.max_model_len,
                     vocab_size=model.vocab_size,
                     executor_ids=model.executor_ids,
+                    default_sampling=model.default_sampling,
+                    default_max_tokens=model.default_max_tokens,
                 )
                 for model in self._engine.models()
             ]

@@ -14,7 +14,7 @@ from gateway.constraint import check_constraint
 from gateway.core.request import RequestSettings
 from gateway.models import ServedModel
 from gateway.refusal import refusal
-from gateway.sampling_options import check_beam, check_output, check_sample_counts, check_sampling
+from gateway.sampling_options import check_beam, check_output, check_sample_counts, check_sampling, with_defaults
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import InvalidRequestError, PromptTooLongError
 
@@ -126,7 +126,7 @@ def _check_lengths(prompt: array[int], stopping: pb.Stopping, model: ServedModel
         raise PromptTooLongError(message, field="prompt", metadata=figures)
     room = min(context, pool) - length
     if not stopping.HasField("max_tokens"):
-        return min(room, default_max_tokens)
+        return min(room, default_max_tokens, model.default_max_tokens or room)
     if not 1 <= stopping.max_tokens <= room:
         allowed = f"1 .. {room} (prompt {length} tokens, max_model_len {context}, pool {pool})"
         raise refusal("stopping.max_tokens", stopping.max_tokens, allowed)
@@ -197,7 +197,7 @@ async def check_spec(
         PromptTooLongError: the prompt can never run.
     """
     request_id = check_request_id(spec.request_id)
-    sampling = check_sampling(spec.sampling, model.vocab_size)
+    sampling = check_sampling(with_defaults(spec.sampling, model.default_sampling), model.vocab_size)
     answer_count, sample_count = check_sample_counts(spec.sampling)
     logprobs, prompt_logprobs = check_output(spec.output)
     ends = frozenset() if spec.stopping.ignore_eos else model.eos_token_ids

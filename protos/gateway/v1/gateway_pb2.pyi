@@ -425,7 +425,9 @@ class Sampling(_message.Message):
     LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
     EARLY_STOPPING_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy; 0 .. 100; default 1."""
+    """0 is greedy; 0 .. 100. Default for this, top_k, top_p, min_p and repetition_penalty: what the model brings or
+    its operator has set (ListModels shows it), else what is named at each; here 1.
+    """
     top_k: _builtins.int
     """Keep this many most likely tokens; 0 keeps all, the default."""
     top_p: _builtins.float
@@ -749,7 +751,9 @@ class Stopping(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_STR_IN_OUTPUT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Tokens to generate at most, 1 .. max_model_len - prompt; default: as many as fit, at most 4096."""
+    """Tokens to generate at most, 1 .. max_model_len - prompt; default: as many as fit, at most 4096 and
+    what the model has as a default.
+    """
     ignore_eos: _builtins.bool
     """Go on after the model's end-of-sequence token."""
     min_tokens: _builtins.int
@@ -1231,6 +1235,8 @@ class Model(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     EXECUTOR_IDS_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
+    DEFAULT_MAX_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that requests use."""
     architecture: _builtins.str
@@ -1239,9 +1245,15 @@ class Model(_message.Message):
     """Longest sequence in tokens, prompt and completion together."""
     vocab_size: _builtins.int
     """Number of token ids."""
+    default_max_tokens: _builtins.int
+    """Most tokens of a completion where a request does not say, if the model has such a default."""
     @_builtins.property
     def executor_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Executors that run it."""
+
+    @_builtins.property
+    def default_sampling(self) -> Global___Sampling:
+        """What holds for temperature, top_k, top_p, min_p and repetition_penalty where a request does not say."""
 
     def __init__(
         self,
@@ -1251,11 +1263,15 @@ class Model(_message.Message):
         max_model_len: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
         executor_ids: _abc.Iterable[_builtins.str] | None = ...,
+        default_sampling: Global___Sampling | None = ...,
+        default_max_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_max_tokens", b"_default_max_tokens", "default_max_tokens", b"default_max_tokens", "default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "executor_ids", b"executor_ids", "max_model_len", b"max_model_len", "name", b"name", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_max_tokens", b"_default_max_tokens", "architecture", b"architecture", "default_max_tokens", b"default_max_tokens", "default_sampling", b"default_sampling", "executor_ids", b"executor_ids", "max_model_len", b"max_model_len", "name", b"name", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__default_max_tokens: _TypeAlias = _typing.Literal["default_max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__default_max_tokens: _TypeAlias = _typing.Literal["_default_max_tokens", b"_default_max_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_max_tokens) -> _WhichOneofReturnType__default_max_tokens | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from gateway.models import ServedModel
+from gateway.sampling_options import default_sampling
 from gateway.tokenize import ModelTokenizer
 from gateway.validation import check_spec, encode_prompt
+from protos.execsvc.v1 import execsvc_pb2
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import InvalidRequestError, PromptTooLongError
 from tests.simulation.oracle_executor import tokenizer_files
@@ -149,3 +152,24 @@ async def test_count_tokens_sees_what_generation_sees() -> None:
     """A client that counts first must get the number that it is charged for."""
     counted = await encode_prompt(pb.CountTokensRequest(text="héllo"), MODEL)
     assert list(counted) == list((await _check(text="héllo")).prompt)
+
+
+@pytest.mark.asyncio
+async def test_what_a_model_has_as_defaults_holds_where_a_request_does_not_say() -> None:
+    """A field that is set goes before it, also where it is set to what is usual."""
+    described = execsvc_pb2.DefaultSampling(temperature=0.5, top_k=7, min_p=0.25, max_tokens=9)
+    model = dataclasses.replace(MODEL, default_sampling=default_sampling(described), default_max_tokens=9)
+
+    async def check(**sampling: Any) -> Any:
+        spec = pb.GenerationSpec(**PROMPT, sampling=pb.Sampling(**sampling))
+        return await check_spec(spec, model, max_tokens_default=16, max_queue_time=5.0, caching=True)
+
+    silent = await check()
+    assert (silent.sampling.temperature, silent.sampling.top_k, silent.sampling.min_p) == (0.5, 7, 0.25)
+    assert (silent.sampling.top_p, silent.max_tokens) == (1.0, 9)
+    said = await check(temperature=0.0, top_k=0, top_p=0.5)
+    assert (said.sampling.temperature, said.sampling.top_k, said.sampling.top_p) == (0.0, 0, 0.5)
+    assert said.sampling.min_p == 0.25
+    search = await check(beam_width=2)
+    assert (search.sampling.top_k, search.sampling.min_p) == (0, 0.0)
+    assert not MODEL.default_sampling.ListFields()
