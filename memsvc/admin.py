@@ -10,13 +10,14 @@ import grpc
 from memsvc import translate, translate_history
 from memsvc.admin_prefixes import PrefixCommands
 from memsvc.admin_tenants import TenantCommands
+from memsvc.admin_watch import WatchCommands
 from memsvc.core import views
-from memsvc.core.pool import BlockState
 from memsvc.core.validation import check_simulation
 from memsvc.history import Historian, Question
 from memsvc.keeper import Keeper
 from memsvc.paging import LIST_DEFAULT, LIST_MAXIMUM, page_size, read_number, read_page_token, write_page_token
 from memsvc.read_masks import with_read_masks
+from memsvc.summaries import from_pool, from_sequence
 from protos.memsvc.v1 import admin_pb2, admin_pb2_grpc
 
 _SIMULATED_EIGHTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -24,7 +25,7 @@ _TABLE_PAGE_DEFAULT, _TABLE_PAGE_MAXIMUM = 1000, 10_000
 
 
 @with_read_masks(admin_pb2.DESCRIPTOR.services_by_name["AdminService"])
-class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceServicer):
+class AdminServicer(TenantCommands, PrefixCommands, WatchCommands, admin_pb2_grpc.AdminServiceServicer):
     """Serves the inspection of memory, and the commands of operators.
 
     Args:
@@ -34,6 +35,7 @@ class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceS
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self._historian = Historian(keeper)
+        self._watcher_count = 0
 
     async def ListPools(
         self, request: admin_pb2.ListPoolsRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -43,7 +45,7 @@ class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceS
         after = read_page_token("pools", request.page_token)
         size = page_size(request.page_size, LIST_DEFAULT, LIST_MAXIMUM)
         names = [name for name in sorted(core.pools) if name > after]
-        pools = [_pool(views.view_pool(core, name)) for name in names[:size]]
+        pools = [from_pool(views.view_pool(core, name)) for name in names[:size]]
         token = write_page_token("pools", names[size - 1]) if len(names) > size else ""
         return admin_pb2.ListPoolsResponse(pools=pools, next_page_token=token)
 
@@ -51,7 +53,7 @@ class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceS
         self, request: admin_pb2.GetPoolRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> admin_pb2.GetPoolResponse:
         """Shows where every block of a pool is."""
-        return admin_pb2.GetPoolResponse(pool=_pool(views.view_pool(self._keeper.core, request.pool_id)))
+        return admin_pb2.GetPoolResponse(pool=from_pool(views.view_pool(self._keeper.core, request.pool_id)))
 
     async def ListSequences(
         self, request: admin_pb2.ListSequencesRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -61,7 +63,7 @@ class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceS
         size = page_size(request.page_size, LIST_DEFAULT, LIST_MAXIMUM)
         found = views.list_sequences(self._keeper.core, request.pool_id, after, size + 1)
         token = write_page_token("sequences", str(found[size - 1].record.ordinal)) if len(found) > size else ""
-        sequences = [self._sequence(view) for view in found[:size]]
+        sequences = [from_sequence(view, self._keeper.now) for view in found[:size]]
         return admin_pb2.ListSequencesResponse(sequences=sequences, next_page_token=token)
 
     async def GetBlockTable(
@@ -85,7 +87,7 @@ class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceS
         ]
         more = start + size < len(sequence.record.blocks)
         return admin_pb2.GetBlockTableResponse(
-            sequence=self._sequence(sequence),
+            sequence=from_sequence(sequence, self._keeper.now),
             block_size=core.pool(sequence.pool_id).registration.spec.block_size,
             entries=entries,
             next_page_token=write_page_token("table", str(start + size)) if more else "",
@@ -180,51 +182,7 @@ class AdminServicer(TenantCommands, PrefixCommands, admin_pb2_grpc.AdminServiceS
         token = write_page_token("residencies", str(found[size - 1].number)) if len(found) > size else ""
         return admin_pb2.ListResidenciesResponse(residencies=residencies, next_page_token=token)
 
-    def _sequence(self, view: views.SequenceView) -> admin_pb2.SequenceSummary:
-        """Returns a sequence as a message."""
-        record = view.record
-        return admin_pb2.SequenceSummary(
-            sequence_id=record.sequence_id,
-            pool_id=view.pool_id,
-            epoch=view.epoch,
-            table=record.table,
-            gateway_id=view.gateway_id,
-            tenant=record.tenant,
-            state=admin_pb2.SequenceState.ValueType(int(record.state)),
-            token_count=view.token_count,
-            written_token_count=view.written_token_count,
-            committed_token_count=view.committed_token_count,
-            cached_token_count=record.cached_token_count,
-            block_count=len(record.blocks) - record.blocks.count(0),
-            age=translate.to_duration(self._keeper.now - record.opened_at),
-        )
-
 
 def _age(now: float, then: float | None) -> duration_pb2.Duration | None:
     """Returns how long ago something was."""
     return translate.to_duration(now - then) if then is not None else None
-
-
-def _pool(view: views.PoolView) -> admin_pb2.Pool:
-    """Returns a pool as a message."""
-    pool, statistics = view.pool, view.pool.memory.statistics
-    return admin_pb2.Pool(
-        pool_id=pool.registration.executor_id,
-        state=translate.pool_state(ready=pool.ready),
-        epoch=pool.epoch,
-        spec=translate.from_spec(pool.registration.spec),
-        executor_address=pool.registration.address,
-        used_block_count=view.count(BlockState.USED),
-        cached_block_count=view.count(BlockState.CACHED),
-        pending_free_block_count=view.count(BlockState.PENDING),
-        leased_block_count=view.count(BlockState.LEASED),
-        free_block_count=view.count(BlockState.FREE),
-        used_token_count=view.used_token_count,
-        used_slot_utilization=view.used_slot_utilization,
-        utilization=view.utilization,
-        sequence_count=pool.memory.tables.open_count,
-        prefix_query_token_count=statistics.query_token_count,
-        prefix_hit_token_count=statistics.hit_token_count,
-        preemption_count=statistics.preemption_count,
-        swap_count=statistics.swap_count,
-    )

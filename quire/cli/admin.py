@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Self, TypeVar
 
 import grpc
@@ -37,6 +37,22 @@ class AdminClient:
             found += page.pools
             if not (token := page.next_page_token):
                 return found
+
+    def watch(self, pool_id: str, interval: float) -> Iterator[admin_pb2.WatchPoolResponse]:
+        """Yields what changes in a pool, at most once in `interval` seconds, until the pool or the service is gone.
+
+        Raises:
+            PoolNotFoundError: no such pool, or it is gone.
+            InvalidRequestError: `interval` is out of range.
+            AdmissionError: too many watch already.
+        """
+        request = admin_pb2.WatchPoolRequest(pool_id=pool_id)
+        request.min_interval.FromNanoseconds(int(interval * 1e9))
+        try:
+            # No deadline: it lasts as long as somebody looks, and keepalive notices a service that is gone.
+            yield from self._stub.WatchPool(request)
+        except grpc.RpcError as error:
+            raise as_quire_error(error, self.address) from None
 
     def sequences(self, pool_id: str = "") -> list[admin_pb2.SequenceSummary]:
         """Returns every sequence that holds blocks, of one pool or of all."""

@@ -70,6 +70,20 @@ def count_remark(table: admin_pb2.GetBlockTableResponse, token_count: int) -> tu
     return found == needed, sentence
 
 
+SEQUENCE_COLUMNS: Final = (
+    *(("SEQUENCE", False), ("POOL", False), ("TOKENS", True), ("CACHED", True), ("BLOCKS", True)),
+    *(("AGE", True), ("STATE", False)),
+)
+
+
+def sequence_row(sequence: admin_pb2.SequenceSummary) -> tuple[object, ...]:
+    """Returns a sequence's cells below SEQUENCE_COLUMNS."""
+    return (
+        *(sequence.sequence_id, sequence.pool_id, sequence.token_count, sequence.cached_token_count),
+        *(sequence.block_count, format_seconds(sequence.age), state_name(sequence)),
+    )
+
+
 def _share(part: int, whole: int) -> str:
     """Returns a part in percent; a dash when there is no whole."""
     return f"{100 * part / whole:.1f} %" if whole else "-"

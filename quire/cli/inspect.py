@@ -9,7 +9,7 @@ import typer
 
 from quire.cli import options
 from quire.cli.admin import AdminClient
-from quire.cli.drawing import draw_block_table, draw_pool
+from quire.cli.drawing import SEQUENCE_COLUMNS, draw_block_table, draw_pool, sequence_row
 from quire.cli.output import console, format_seconds, notices, print_json, print_table, state_name
 from quire.errors import QuireError, UnsupportedError
 from quire.healthcheck import check
@@ -56,18 +56,7 @@ def sequences(
     if json:
         print_json(found)
         return
-    columns = [
-        *(("SEQUENCE", False), ("POOL", False), ("TOKENS", True), ("CACHED", True), ("BLOCKS", True)),
-        *(("AGE", True), ("STATE", False)),
-    ]
-    rows = [
-        (
-            *(one.sequence_id, one.pool_id, one.token_count, one.cached_token_count, one.block_count),
-            *(format_seconds(one.age), state_name(one)),
-        )
-        for one in found
-    ]
-    print_table(columns, rows)
+    print_table(SEQUENCE_COLUMNS, map(sequence_row, found))
     if not found:
         notices().print("no sequence holds blocks now")
 

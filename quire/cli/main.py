@@ -30,6 +30,7 @@ from quire.cli import (
     sessions,
     simulate,
     sizes,
+    top,
 )
 from quire.cli.output import print_error
 from quire.errors import ConfigError, QuireError
@@ -52,6 +53,7 @@ _HINTS: Final = {
     "PIN_QUOTA": "`quire quota POOL TENANT --pinned BLOCKS` allows more",
     "CACHE_IN_USE": "--force has the sequences computed again; their clients see a pause",
     "METHOD_UNKNOWN": "is that the right service? With --in-process there is no memsvc to look into",
+    "TOO_MANY_WATCHERS": "end another `quire top`, or look once with `quire pools`",
     "QUEUE_FULL": "the server is busy, try again later",
     "NO_DEVICE": "run it where torch.cuda.is_available() is true; nothing was measured or written",
     "DEADLINE_EXCEEDED": "allow more time with --timeout",
@@ -95,6 +97,7 @@ app.command()(sessions.sessions)
 app.command()(inspect.health)
 app.command()(inspect.pools)
 app.command()(inspect.sequences)
+app.command()(top.top)
 app.command()(inspect.blocks)
 app.command()(inspect.block)
 app.command()(history.history)

@@ -47,8 +47,8 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
-def print_table(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[object]]) -> None:
-    """Prints a table; where no terminal limits the width, no cell is ever broken.
+def make_table(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[object]]) -> Table:
+    """Returns a table.
 
     Args:
         columns: (heading, whether it holds numbers).
@@ -59,6 +59,12 @@ def print_table(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[obj
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return table
+
+
+def print_table(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[object]]) -> None:
+    """Prints what `make_table` makes; where no terminal limits the width, no cell is ever broken."""
+    table = make_table(columns, rows)
     printer = console()
     if not printer.is_terminal:
         printer.width = printer.measure(table, options=printer.options.update(width=_UNLIMITED)).maximum

@@ -145,6 +145,12 @@ def test_a_live_sequence_can_be_listed_and_drawn_by_the_beginning_of_its_id(
         assert main.run(["sequences", "--json"]) == 0
         listed = json.loads(capsys.readouterr().out)
         assert {one["sequence_id"] for one in listed} >= {"looked-at-1/0", "looked-at-2/0"}
+        assert main.run(["top", "--count", "2", "--interval", "0.1"]) == 0
+        seen = capsys.readouterr().out
+        assert (seen.count(f"pool {POOL_ID}"), seen.count("looked-at-2/0"), seen.count("tokens/s")) == (2, 2, 2)
+        assert main.run(["top", POOL_ID, "--count", "1", "--json"]) == 0
+        first_moment = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert first_moment[-1]["pool"]["pool_id"] == POOL_ID
         assert main.run(["sequences"]) == 0
         assert "looked-at-1/0" in capsys.readouterr().out
         assert main.run(["blocks", "looked-at-1"]) == 0

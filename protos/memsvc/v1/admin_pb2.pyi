@@ -1154,6 +1154,68 @@ class GetPoolResponse(_message.Message):
 Global___GetPoolResponse: _TypeAlias = GetPoolResponse  # noqa: Y015
 
 @_typing.final
+class WatchPoolRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    MIN_INTERVAL_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Id of the pool."""
+    @_builtins.property
+    def min_interval(self) -> _duration_pb2.Duration:
+        """Least time between two moments that are told of, 0.1 s .. 60 s; absent for 1 s."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        min_interval: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_interval", b"min_interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_interval", b"min_interval", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPoolRequest: _TypeAlias = WatchPoolRequest  # noqa: Y015
+
+@_typing.final
+class WatchPoolResponse(_message.Message):
+    """What has changed between two moments. What is long comes in several messages; all are of the same moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    GONE_ORDINALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pool(self) -> Global___Pool:
+        """The pool, in the last message of a moment."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceSummary]:
+        """Sequences that are new or have changed, oldest first. Their age alone is no change."""
+
+    @_builtins.property
+    def gone_ordinals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sequences that hold nothing any more, by their `ordinal`."""
+
+    def __init__(
+        self,
+        *,
+        pool: Global___Pool | None = ...,
+        sequences: _abc.Iterable[Global___SequenceSummary] | None = ...,
+        gone_ordinals: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone_ordinals", b"gone_ordinals", "pool", b"pool", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPoolResponse: _TypeAlias = WatchPoolResponse  # noqa: Y015
+
+@_typing.final
 class Pool(_message.Message):
     """A pool and where its blocks are: used + cached + pending_free + leased + free = block_count - 1 (the null block
     belongs to nobody).
@@ -1540,6 +1602,7 @@ class SequenceSummary(_message.Message):
     CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     AGE_FIELD_NUMBER: _builtins.int
+    ORDINAL_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """"request/sample", or as many characters of it as are unique when asked for."""
     pool_id: _builtins.str
@@ -1566,6 +1629,8 @@ class SequenceSummary(_message.Message):
     """Tokens that were found in the cache at admission."""
     block_count: _builtins.int
     """Blocks in the table, entries outside the sliding window not counted."""
+    ordinal: _builtins.int
+    """Place in the order of admissions, of which no other sequence has the same as long as the service lives."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
         """Time since admission."""
@@ -1586,10 +1651,11 @@ class SequenceSummary(_message.Message):
         cached_token_count: _builtins.int = ...,
         block_count: _builtins.int = ...,
         age: _duration_pb2.Duration | None = ...,
+        ordinal: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_count", b"block_count", "cached_token_count", b"cached_token_count", "committed_token_count", b"committed_token_count", "epoch", b"epoch", "gateway_id", b"gateway_id", "pool_id", b"pool_id", "sequence_id", b"sequence_id", "state", b"state", "table", b"table", "tenant", b"tenant", "token_count", b"token_count", "written_token_count", b"written_token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_count", b"block_count", "cached_token_count", b"cached_token_count", "committed_token_count", b"committed_token_count", "epoch", b"epoch", "gateway_id", b"gateway_id", "ordinal", b"ordinal", "pool_id", b"pool_id", "sequence_id", b"sequence_id", "state", b"state", "table", b"table", "tenant", b"tenant", "token_count", b"token_count", "written_token_count", b"written_token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

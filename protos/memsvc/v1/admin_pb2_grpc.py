@@ -47,6 +47,11 @@ class AdminServiceStub(object):
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetPoolRequest.SerializeToString,
                 response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetPoolResponse.FromString,
                 _registered_method=True)
+        self.WatchPool = channel.unary_stream(
+                '/quire.memsvc.v1.AdminService/WatchPool',
+                request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.WatchPoolRequest.SerializeToString,
+                response_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.WatchPoolResponse.FromString,
+                _registered_method=True)
         self.ListSequences = channel.unary_unary(
                 '/quire.memsvc.v1.AdminService/ListSequences',
                 request_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListSequencesRequest.SerializeToString,
@@ -149,6 +154,14 @@ class AdminServiceServicer(object):
 
     def GetPool(self, request, context):
         """Shows where every block of a pool is. NOT_FOUND: no such pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchPool(self, request, context):
+        """Streams what happens in a pool: first everything, then what has changed since, as long as the call lasts. Nothing comes
+        while nothing changes. NOT_FOUND: no such pool, or it is gone. RESOURCE_EXHAUSTED: too many watch already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -299,6 +312,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetPoolRequest.FromString,
                     response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.GetPoolResponse.SerializeToString,
             ),
+            'WatchPool': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPool,
+                    request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.WatchPoolRequest.FromString,
+                    response_serializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.WatchPoolResponse.SerializeToString,
+            ),
             'ListSequences': grpc.unary_unary_rpc_method_handler(
                     servicer.ListSequences,
                     request_deserializer=protos_dot_memsvc_dot_v1_dot_admin__pb2.ListSequencesRequest.FromString,
@@ -442,6 +460,33 @@ class AdminService(object):
             '/quire.memsvc.v1.AdminService/GetPool',
             protos_dot_memsvc_dot_v1_dot_admin__pb2.GetPoolRequest.SerializeToString,
             protos_dot_memsvc_dot_v1_dot_admin__pb2.GetPoolResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quire.memsvc.v1.AdminService/WatchPool',
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.WatchPoolRequest.SerializeToString,
+            protos_dot_memsvc_dot_v1_dot_admin__pb2.WatchPoolResponse.FromString,
             options,
             channel_credentials,
             insecure,

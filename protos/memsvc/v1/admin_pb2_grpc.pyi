@@ -40,6 +40,10 @@ class AdminServiceStub:
     """Lists the pools by id."""
     GetPool: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPoolRequest, _admin_pb2.GetPoolResponse]
     """Shows where every block of a pool is. NOT_FOUND: no such pool."""
+    WatchPool: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchPoolRequest, _admin_pb2.WatchPoolResponse]
+    """Streams what happens in a pool: first everything, then what has changed since, as long as the call lasts. Nothing comes
+    while nothing changes. NOT_FOUND: no such pool, or it is gone. RESOURCE_EXHAUSTED: too many watch already.
+    """
     ListSequences: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListSequencesRequest, _admin_pb2.ListSequencesResponse]
     """Lists sequences that hold blocks, oldest first."""
     GetBlockTable: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetBlockTableRequest, _admin_pb2.GetBlockTableResponse]
@@ -107,6 +111,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Lists the pools by id."""
     GetPool: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPoolRequest, _admin_pb2.GetPoolResponse]  # type: ignore[assignment]
     """Shows where every block of a pool is. NOT_FOUND: no such pool."""
+    WatchPool: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchPoolRequest, _admin_pb2.WatchPoolResponse]  # type: ignore[assignment]
+    """Streams what happens in a pool: first everything, then what has changed since, as long as the call lasts. Nothing comes
+    while nothing changes. NOT_FOUND: no such pool, or it is gone. RESOURCE_EXHAUSTED: too many watch already.
+    """
     ListSequences: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListSequencesRequest, _admin_pb2.ListSequencesResponse]  # type: ignore[assignment]
     """Lists sequences that hold blocks, oldest first."""
     GetBlockTable: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetBlockTableRequest, _admin_pb2.GetBlockTableResponse]  # type: ignore[assignment]
@@ -183,6 +191,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetPoolResponse, _abc.Awaitable[_admin_pb2.GetPoolResponse]]:
         """Shows where every block of a pool is. NOT_FOUND: no such pool."""
+
+    @_abc_1.abstractmethod
+    def WatchPool(
+        self,
+        request: _admin_pb2.WatchPoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchPoolResponse], _abc.AsyncIterator[_admin_pb2.WatchPoolResponse]]:
+        """Streams what happens in a pool: first everything, then what has changed since, as long as the call lasts. Nothing comes
+        while nothing changes. NOT_FOUND: no such pool, or it is gone. RESOURCE_EXHAUSTED: too many watch already.
+        """
 
     @_abc_1.abstractmethod
     def ListSequences(
