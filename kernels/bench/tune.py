@@ -18,7 +18,7 @@ CHOICES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "kv_write": {"num_warps": (1, 2, 4, 8)},
     "rms_norm": {"elements": (4096, 8192), "num_warps": (2, 4, 8, 16)},
     "rotate_and_write": {"elements": (256, 512, 1024, 2048), "num_warps": (1, 2, 4, 8)},
-    "sampling": {"scan_runs": (16, 32, 64), "scan_warps": (4, 8), "gather_runs": (16,), "tile": (512,),
+    "sampling": {"scan_runs": (16, 32, 64), "scan_warps": (4, 8), "gather_runs": (16,), "tile": (512, 1024),
                  "choose_warps": (8, 16)},
     "silu_mul": {"elements": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)},
 }  # fmt: skip

@@ -94,7 +94,7 @@ def _attend_prefixes(
                 table_ptr + tl.load(members_ptr + first).to(tl.int64) * stride_table,
                 first_tile, first_tile + stop - unit, start, tl.load(item_ends_ptr + item), row_floor, row_floor,
                 score_factor, cap_log2, stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
-                SOFT_CAP, True, WINDOW > 0, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+                SOFT_CAP, True, WINDOW > 0, False, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
             )  # fmt: skip
             part = ((worker + item).to(tl.int64) * tl.num_programs(1) + kv_head) * (MEMBERS * GROUP) + rows
             tl.store(part_max_ptr + part, running_max, mask=row_mask)

@@ -52,6 +52,7 @@ def _decode(
     HAS_LSE: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     FIXED: tl.constexpr,
+    PAIRED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -107,7 +108,7 @@ def _decode(
                 k_head_ptr, v_head_ptr, table_ptr + sequence * stride_table, first_tile, last_tile, start, end,
                 rows, rows, score_factor, cap_log2,
                 stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
-                SOFT_CAP, True, False, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+                SOFT_CAP, True, False, False, PAIRED, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
             )  # fmt: skip
             if whole:
                 store_rows(
@@ -221,7 +222,8 @@ def launch_decode(
         block_tables.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
         WINDOW=options.window, SOFT_CAP=options.soft_cap > 0, HAS_SINKS=options.sinks is not None,
         HAS_LSE=lse is not None, HAS_STARTS=starts is not None, FIXED=workspace.split_size > 0,
-        NUM_HEADS=shape.num_heads, GROUP=shape.group, ROWS=max(16, triton.next_power_of_2(shape.group)),
-        HEAD_DIM=shape.head_dim, DIMS=shape.dims, BLOCK_SIZE=shape.block_size, TILE=config.tile, UNIT=partition.unit,
+        PAIRED=v_cache.element_size() == 1, NUM_HEADS=shape.num_heads, GROUP=shape.group,
+        ROWS=max(16, triton.next_power_of_2(shape.group)), HEAD_DIM=shape.head_dim, DIMS=shape.dims,
+        BLOCK_SIZE=shape.block_size, TILE=config.tile, UNIT=partition.unit,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -23,6 +23,14 @@ def _bounded(products, score_factor, cap_log2, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
+def _halves(pairs, KIND: tl.constexpr):
+    """Returns the first and the second of each pair of 8-bit numbers, as KIND."""
+    first = (pairs & 255).to(tl.int8).to(KIND, bitcast=True)
+    second = (pairs >> 8).to(tl.int8).to(KIND, bitcast=True)
+    return first, second
+
+
+@triton.jit
 def attend_tiles(
     q,
     running_max,
@@ -47,6 +55,7 @@ def attend_tiles(
     BOUNDED: tl.constexpr,
     FLOOR: tl.constexpr,
     CEILING: tl.constexpr,
+    PAIRED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -59,12 +68,24 @@ def attend_tiles(
     up to and with its `row_ceiling`. The blocks of a tile are looked up one tile ahead, so that the loads of keys and
     values wait for no other load and can be kept in flight.
 
+    PAIRED: values are of 8 bits, and loaded and multiplied as pairs of neighbours. Where few rows are multiplied, the
+    compiler lays values out in shared memory by 8 elements, so that single ones would be copied 8 bytes at a time.
+
     Returns:
         running_max, running_sum, acc.
     """
     tile_positions = tl.arange(0, TILE)
     dims = tl.arange(0, DIMS)
     dim_mask = dims < HEAD_DIM
+    # What is said of values holds for pairs of them, too, if there are pairs.
+    value_count: tl.constexpr = DIMS // 2 if PAIRED else DIMS
+    values = tl.arange(0, value_count)
+    value_mask = values < (HEAD_DIM // 2 if PAIRED else HEAD_DIM)
+    if PAIRED:
+        v_ptr = v_ptr.to(tl.pointer_type(tl.int16))
+        stride_v_block = stride_v_block // 2
+        stride_v_slot = stride_v_slot // 2
+        even, odd = tl.split(tl.reshape(acc, (acc.shape[0], value_count, 2)))
     positions = first_tile * TILE + tile_positions
     blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=(positions >= start) & (positions < end), other=0)
     for tile in range(first_tile, last_tile):
@@ -72,14 +93,14 @@ def attend_tiles(
         slots = positions % BLOCK_SIZE
         wide_blocks = blocks.to(tl.int64)
         k_ptrs = k_ptr + (wide_blocks * stride_k_block + slots * stride_k_slot)[None, :] + dims[:, None]
-        v_ptrs = v_ptr + (wide_blocks * stride_v_block + slots * stride_v_slot)[:, None] + dims[None, :]
+        v_ptrs = v_ptr + (wide_blocks * stride_v_block + slots * stride_v_slot)[:, None] + values[None, :]
         seen = (positions >= start) & (positions < end)
         if BOUNDED:
             k = tl.load(k_ptrs, mask=seen[None, :] & dim_mask[:, None], other=0.0)
-            v = tl.load(v_ptrs, mask=seen[:, None] & dim_mask[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=seen[:, None] & value_mask[None, :], other=0.0)
         elif HEAD_DIM != DIMS:
             k = tl.load(k_ptrs, mask=dim_mask[:, None], other=0.0)
-            v = tl.load(v_ptrs, mask=dim_mask[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=value_mask[None, :], other=0.0)
         else:
             k = tl.load(k_ptrs)
             v = tl.load(v_ptrs)
@@ -99,9 +120,16 @@ def attend_tiles(
         weights = tl.exp2(scores - safe_max[:, None])
         rescale = tl.exp2(running_max - safe_max)
         running_sum = running_sum * rescale + tl.sum(weights, 1)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        weights = weights.to(q.dtype)
+        if PAIRED:
+            low, high = _halves(v, k_ptr.dtype.element_ty)
+            even = tl.dot(weights, low.to(q.dtype), even * rescale[:, None], input_precision="ieee")
+            odd = tl.dot(weights, high.to(q.dtype), odd * rescale[:, None], input_precision="ieee")
+        else:
+            acc = tl.dot(weights, v.to(q.dtype), acc * rescale[:, None], input_precision="ieee")
         running_max = new_max
+    if PAIRED:
+        acc = tl.interleave(even, odd)
     return running_max, running_sum, acc
 
 

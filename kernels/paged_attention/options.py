@@ -99,6 +99,9 @@ def check_attention(
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     group_size(q.shape[1], num_kv_heads)
     check_caches(k_cache, v_cache, num_kv_heads, q.shape[2], (q.dtype, torch.float8_e4m3fn))
+    if v_cache.element_size() == 1 and any(size % 2 for size in (q.shape[2], *v_cache.stride()[:3])):
+        message = f"v_cache: an even head_dim and even strides expected of float8, found {v_cache.stride()}"
+        raise ValueError(message)
     check_shape("block_tables", block_tables, (context_lens.shape[0], None))
     check_dtype("block_tables", block_tables, (torch.int32,))
     check_last_axis_dense("block_tables", block_tables)

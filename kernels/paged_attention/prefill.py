@@ -117,19 +117,19 @@ def _prefill(
             q, state_max, state_sum, acc, k_head_ptr, v_head_ptr, sequence_table_ptr, begin, open_begin, 0, end,
             row_floor, row_ceiling, score_factor, cap_log2,
             stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
-            SOFT_CAP, True, True, True, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+            SOFT_CAP, True, True, True, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
         )  # fmt: skip
     state_max, state_sum, acc = attend_tiles(
         q, state_max, state_sum, acc, k_head_ptr, v_head_ptr, sequence_table_ptr, open_begin, open_end, 0, end,
         row_floor, row_ceiling, score_factor, cap_log2,
         stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
-        SOFT_CAP, False, False, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+        SOFT_CAP, False, False, False, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
     )  # fmt: skip
     state_max, state_sum, acc = attend_tiles(
         q, state_max, state_sum, acc, k_head_ptr, v_head_ptr, sequence_table_ptr, open_end, last, 0, end,
         row_floor, row_ceiling, score_factor, cap_log2,
         stride_k_block, stride_k_slot, stride_v_block, stride_v_slot,
-        SOFT_CAP, True, WINDOW > 0, True, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
+        SOFT_CAP, True, WINDOW > 0, True, False, HEAD_DIM, DIMS, BLOCK_SIZE, TILE,
     )  # fmt: skip
     store_rows(
         state_max, state_sum, acc, v_scale, row_mask, sinks_ptr + heads,

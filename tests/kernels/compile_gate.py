@@ -40,7 +40,7 @@ class Expectation:
     """What one kernel's machine code must contain."""
 
     wide_async: bool = False
-    """16-byte asynchronous copies to shared memory: its loop over the KV cache is pipelined."""
+    """16-byte asynchronous copies to shared memory, and none narrower: its loop over the KV cache is pipelined."""
     matrix_unit: bool = False
     """Warpgroup matrix instructions on sm_90 and tensor-memory ones on sm_100, not those of older parts."""
     wide_loads: bool = False
@@ -137,6 +137,7 @@ def machine_code_figures(cubin: bytes) -> dict[str, int]:
         "registers": int(usage[1]),
         "stack_bytes": int(usage[2]),
         "spill_instructions": occurrences(r"\b(?:LDL|STL)\b"),
+        "narrow_async": occurrences(r"\bLDGSTS\b") - occurrences(r"\bLDGSTS\S*\.128\b"),
         "wide_async": occurrences(r"\bLDGSTS\S*\.128\b") + occurrences(r"\bUTMALDG"),
         "matrix_unit": occurrences(r"\b(?:HGMMA|QGMMA|UTC\w*MMA)\b"),
         "wide_loads": occurrences(r"\bLDG\.\S*\b128\b"),

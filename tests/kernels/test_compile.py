@@ -60,7 +60,7 @@ def test_the_machine_code_is_of_the_kind_that_is_meant(figures: Figures, case: c
         assert launches, f"{case.name} launches no {kernel}"
         for figure in launches:
             if expectation.wide_async:
-                assert figure["wide_async"] > 0, figure
+                assert figure["wide_async"] > 0 and figure["narrow_async"] == 0, figure
             if expectation.matrix_unit and figure["capability"] >= 90:
                 assert figure["matrix_unit"] > 0, figure
             if expectation.wide_loads:

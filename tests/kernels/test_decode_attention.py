@@ -234,6 +234,10 @@ def test_wrong_arguments_are_named(kernels: Any, device: torch.device) -> None:
     for name, wrong in (("window", -1), ("soft_cap", -1.0), ("k_scale", 0.0), ("scale", float("nan"))):
         with pytest.raises(ValueError, match=name):
             AttentionOptions(**{"scale": 1.0, name: wrong})
+    # Values of 8 bits are read in pairs.
+    odd = torch.zeros(2, 2, 16, 65, device=device).to(FLOAT8)[..., :64]
+    with pytest.raises(ValueError, match="v_cache"):
+        kernels.decode(case.q, odd, odd, *arguments[3:])
     with pytest.raises(ValueError, match="split_size"):
         workspace_for(case, split_size=17)
     with pytest.raises(ValueError, match="context_lens"):
