@@ -17,7 +17,7 @@ struct Lanes {
     using Vector = __m256;
     using Operand = __m256;
     using Activation = float;
-    static constexpr int kCount = 8, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2, kRowsDecoding = 10;
+    static constexpr int kCount = 8, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2, kRowsOfFour = 0, kRowsDecoding = 10;
 
     static Vector set(float x) { return _mm256_set1_ps(x); }
     static Vector load(const float *p) { return _mm256_loadu_ps(p); }

@@ -18,7 +18,7 @@ struct Lanes : Avx512 {
     using Decoded = Bf16Reader<Lanes>;
     using Operand = __m512bh;
     using Activation = uint16_t;
-    static constexpr int kHalves = 1, kRowsOfOne = 10, kRowsOfTwo = 10, kRowsDecoding = 10;
+    static constexpr int kHalves = 1, kRowsOfOne = 10, kRowsOfTwo = 10, kRowsOfFour = 6, kRowsDecoding = 10;
 
     static void narrow(uint16_t *p, Vector v) { narrow_bf16(p, v); }
     static void narrow_bf16(uint16_t *p, Vector v) {

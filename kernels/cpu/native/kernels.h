@@ -23,5 +23,6 @@ constexpr Variant variant_of(const char *name) {
             &rotate<L>,
             &AttentionScratch<L>::bytes,
             &attend<L>,
+            &merge<L>,
             &best<L>};
 }

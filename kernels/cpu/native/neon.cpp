@@ -17,7 +17,7 @@ struct Lanes {
     using Vector = float32x4_t;
     using Operand = float32x4_t;
     using Activation = float;
-    static constexpr int kCount = 4, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2, kRowsDecoding = 10;
+    static constexpr int kCount = 4, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2, kRowsOfFour = 0, kRowsDecoding = 10;
 
     static Vector set(float x) { return vdupq_n_f32(x); }
     static Vector load(const float *p) { return vld1q_f32(p); }

@@ -19,10 +19,10 @@
 // Every output is summed over its inputs one after the other, from zero, in one accumulator, whatever the number of rows
 // or outputs beside it: that is why a result never depends on company.
 
-// What comes next from memory, asked for bit by bit while the processor multiplies. Null: nothing.
+// What comes next from memory, asked for bit by bit while the processor multiplies.
 struct Ahead {
-    const char *from;
-    ptrdiff_t step;  // bytes for each row of a panel
+    const void *const *panels;  // [segment][panel], as those that are multiplied; never null
+    ptrdiff_t from, step;       // bytes from there to begin at, and for each row of a panel
 };
 
 template <class L, class Reader, int Rows, int Panels>
@@ -37,16 +37,22 @@ void multiply(const void *const *panels, int segments, int pairs, const typename
     const ptrdiff_t stride = row_stride;
     for (int segment = 0; segment < segments; ++segment) {
         Reader reader[Panels];
-#pragma GCC unroll 2
-        for (int p = 0; p < Panels; ++p) reader[p].start(panels[segment * Panels + p]);
+        const char *next[Panels];
+#pragma GCC unroll 4
+        for (int p = 0; p < Panels; ++p) {
+            reader[p].start(panels[segment * Panels + p]);
+            next[p] = static_cast<const char *>(ahead.panels[segment * Panels + p]) + ahead.from;
+        }
         const auto *const end = rows + 2 * pairs;
         while (rows != end) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < Panels; ++p) reader[p].open();
             for (const auto *group = Reader::kGroup ? rows + 2 * Reader::kGroup : end; rows != group; rows += 2) {
-#pragma GCC unroll 2
-                for (int p = 0; p < Panels; ++p) __builtin_prefetch(ahead.from + p * Reader::kPairBytes, 0, 2);
-                ahead.from += ahead.step;
+#pragma GCC unroll 4
+                for (int p = 0; p < Panels; ++p) {
+                    __builtin_prefetch(next[p], 0, 2);
+                    next[p] += ahead.step;
+                }
 #pragma GCC unroll 2
                 for (int half = 0; half < L::kHalves; ++half) {
                     typename L::Operand weights[Panels * kVectors];
@@ -63,7 +69,7 @@ void multiply(const void *const *panels, int segments, int pairs, const typename
                         asm volatile("" ::: "memory");
                     }
                 }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int p = 0; p < Panels; ++p) reader[p].next();
             }
         }
@@ -84,51 +90,59 @@ Multiply<L> routine(int rows, std::integer_sequence<int, Index...>) {
     return kRoutines[rows - 1];
 }
 
-// Any number of rows, cut as evenly as the registers allow. `panels` holds, for each segment, `panel_count` (1 or 2);
-// as much is asked for from `next` on.
+// How many panels so many rows multiply at once, of those that there are. More panels are more sums that do not wait for
+// each other, as far as the registers suffice.
+template <class L>
+constexpr int panels_together(int row_count, int panel_count) {
+    if (panel_count >= 4 && row_count <= L::kRowsOfFour) return 4;
+    return panel_count >= 2 && (row_count <= L::kRowsOfTwo || L::kRowsOfTwo >= L::kRowsOfOne) ? 2 : 1;
+}
+
+// Any number of rows, cut as evenly as the registers allow. `panels` holds, for each segment, `panel_count` (1, 2, or 4
+// of at most kRowsOfFour rows). So does `next`: what to ask for meanwhile. Null: nothing.
 template <class L, class Reader>
 void multiply_rows(const void *const *panels, int panel_count, int segments, int pairs,
                    const typename L::Activation *rows, int row_stride, int row_count, float *out, int out_stride,
-                   const char *next = nullptr) {
-    const int limit = panel_count == 2 ? L::kRowsOfTwo : L::kRowsOfOne;
+                   const void *const *next = nullptr) {
+    const int limit = panel_count == 4 ? L::kRowsOfFour : panel_count == 2 ? L::kRowsOfTwo : L::kRowsOfOne;
     const int blocks = (row_count + limit - 1) / limit;
-    Ahead ahead{next, next ? panel_count * Reader::kPairBytes / blocks : 0};
+    // What is near already costs least to ask for.
+    Ahead ahead{next ? next : panels, 0, next ? Reader::kPairBytes / blocks : 0};
     for (int block = 0, first = 0; block < blocks; ++block) {
         const int count = (row_count - first) / (blocks - block);
-        const auto run = panel_count == 2
-                             ? routine<L, Reader, 2>(count, std::make_integer_sequence<int, L::kRowsOfTwo>{})
-                             : routine<L, Reader, 1>(count, std::make_integer_sequence<int, L::kRowsOfOne>{});
-        run(panels, segments, pairs, rows + static_cast<ptrdiff_t>(first) * row_stride, row_stride,
-            out + static_cast<ptrdiff_t>(first) * out_stride, out_stride, ahead);
+        const auto *from = rows + static_cast<ptrdiff_t>(first) * row_stride;
+        float *to = out + static_cast<ptrdiff_t>(first) * out_stride;
+        if (panel_count == 4) {
+            if constexpr (L::kRowsOfFour > 0)
+                routine<L, Reader, 4>(count, std::make_integer_sequence<int, L::kRowsOfFour>{})(
+                    panels, segments, pairs, from, row_stride, to, out_stride, ahead);
+        } else if (panel_count == 2) {
+            routine<L, Reader, 2>(count, std::make_integer_sequence<int, L::kRowsOfTwo>{})(
+                panels, segments, pairs, from, row_stride, to, out_stride, ahead);
+        } else {
+            routine<L, Reader, 1>(count, std::make_integer_sequence<int, L::kRowsOfOne>{})(
+                panels, segments, pairs, from, row_stride, to, out_stride, ahead);
+        }
         ahead.from += ahead.step * pairs;
         first += count;
     }
 }
 
-// Whether so many rows take two panels at once: while rows are few and latency counts, or where registers suffice.
-template <class L>
-constexpr bool in_pairs(int row_count) {
-    return row_count <= L::kRowsOfTwo || L::kRowsOfTwo >= L::kRowsOfOne;
-}
-
-// Outputs of two neighbouring panels; `next` is where the two after them begin.
+// Outputs of two neighbouring panels; `next` are the two after them.
 template <class L, class Reader>
 void multiply_two(const void *const panels[2], int pairs, const typename L::Activation *rows, int row_stride,
-                  int row_count, float *out, int out_stride, const char *next = nullptr) {
-    if (in_pairs<L>(row_count)) {
-        multiply_rows<L, Reader>(panels, 2, 1, pairs, rows, row_stride, row_count, out, out_stride, next);
-        return;
-    }
-    for (int p = 0; p < 2; ++p)
-        multiply_rows<L, Reader>(panels + p, 1, 1, pairs, rows, row_stride, row_count, out + p * kLane, out_stride,
-                                 next ? next + p * Reader::bytes(pairs) : nullptr);
+                  int row_count, float *out, int out_stride, const void *const *next = nullptr) {
+    const int together = panels_together<L>(row_count, 2);
+    for (int p = 0; p < 2; p += together)
+        multiply_rows<L, Reader>(panels + p, together, 1, pairs, rows, row_stride, row_count, out + p * kLane,
+                                 out_stride, next ? next + p : nullptr);
 }
 
 // The same for panels that are stored in few bits. For few rows weights are decoded in registers, for more of them once
 // into `scratch`: the weights are the same, and so are the sums.
 template <class L, class Reader>
 void multiply_decoded(const void *const panels[2], int pairs, const typename L::Activation *rows, int row_stride,
-                      int row_count, float *out, int out_stride, const char *next, char *scratch) {
+                      int row_count, float *out, int out_stride, const void *const *next, char *scratch) {
     if (row_count <= L::kRowsDecoding) {
         multiply_two<L, Reader>(panels, pairs, rows, row_stride, row_count, out, out_stride, next);
         return;
@@ -179,12 +193,12 @@ void product_of(const Product &job, int first_row, int end_row, int first_pair, 
     const size_t size = Reader::bytes(job.pairs);
     for (int pair = first_pair; pair < end_pair; ++pair) {
         const char *panel = static_cast<const char *>(job.panels) + 2 * pair * size;
-        const void *const panels[2] = {panel, panel + size};
+        const void *const panels[2] = {panel, panel + size}, *const next[2] = {panel + 2 * size, panel + 3 * size};
         if constexpr (Reader::kGroup == 0)
-            multiply_two<L, Reader>(panels, job.pairs, rows, job.row_stride, row_count, tile, kPair, panel + 2 * size);
+            multiply_two<L, Reader>(panels, job.pairs, rows, job.row_stride, row_count, tile, kPair, next);
         else
             multiply_decoded<L, Reader>(panels, job.pairs, rows, job.row_stride, row_count, tile, kPair,
-                                        panel + 2 * size, scratch);
+                                        next, scratch);
         finish<L>(job, tile, first_row, row_count, pair);
     }
 }

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int kTileBytes = 192 * 1024;  // of a product's rows: they stay in the second-level cache
 constexpr int kRunsPerThread = 6;       // runs of panels: what a slower thread leaves is done by the others
+constexpr int kPiecesPerThread = 2;     // least pieces of attention
+constexpr int kFewestTiles = 4;         // of a span that is cut into tiles
 constexpr int kChunkRows = 8;           // rows of a phase that works row by row
 
 int up_to(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -43,9 +45,10 @@ Runner::Runner(const QuireModel &model, const Variant &variant, int thread_count
       span_rows_(std::max(kQueryRows, group_)),
       head_size_(static_cast<size_t>(model.block_size) * model.head_dim),
       layer_size_(2 * model.kv_heads * head_size_),
-      scratch_size_(up_to_line(std::max(
-          variant.attention_scratch(span_rows_, model.head_dim),
-          variant.product_scratch(std::max({model.hidden, model.inner, model.heads * model.head_dim}))))),
+      scratch_size_(up_to_line(
+          std::max({variant.attention_scratch(span_rows_, 1, model.head_dim),
+                    variant.attention_scratch(group_, model.kv_heads, model.head_dim),
+                    variant.product_scratch(std::max({model.hidden, model.inner, model.heads * model.head_dim}))}))),
       phases_(thread_count) {
     working_.reserve(scratch_size_ * thread_count);
 }
@@ -70,6 +73,7 @@ void Runner::plan() {
     mixed_.reserve(count * query_size_ * item);
     inner_.reserve(count * model_.inner * item);
     plan_spans();
+    plan_pieces();
     qkv_cut_ = cut(rows, model_.hidden, qkv_stride_ / kPair);
     output_cut_ = cut(rows, query_size_, hidden_stride_ / kPair);
     gate_up_cut_ = cut(rows, model_.hidden, model_.inner / kLane);
@@ -86,7 +90,8 @@ void Runner::plan() {
         add(kInputNorm, layer, row_chunks);
         add(kQkv, layer, chunks(qkv_cut_));
         add(kRotate, layer, row_chunks);
-        add(kAttend, layer, static_cast<int>(spans_.size()) * model_.kv_heads);
+        add(kAttend, layer, static_cast<int>(pieces_.size()));
+        if (!merges_.empty()) add(kMerge, layer, static_cast<int>(merges_.size()));
         add(kOutput, layer, chunks(output_cut_));
         add(kMlpNorm, layer, row_chunks);
         add(kGateUp, layer, chunks(gate_up_cut_));
@@ -120,6 +125,61 @@ void Runner::plan_spans() {
     std::stable_sort(spans_.begin(), spans_.end(), [](const Span &a, const Span &b) { return a.context > b.context; });
 }
 
+Piece Runner::whole(const Span &span) const {
+    const int start = model_.window ? std::max(0, span.context - span.count + 1 - model_.window) : 0;
+    return {&span, 0, model_.kv_heads, start / kTile, parts(span.context, kTile), nullptr};
+}
+
+// Floats that the tiles of a span leave if it is cut into tiles, else 0. One query is cut so, if its context is long.
+size_t Runner::part_floats(const Piece &whole, int budget) const {
+    const int tiles = whole.end_tile - whole.first_tile;
+    if (whole.span->count > 1 || tiles < kFewestTiles || tiles <= budget) return 0;
+    return static_cast<size_t>(tiles) * model_.heads * (model_.head_dim + 2);
+}
+
+// Cuts spans so that threads have alike to do. Where the cuts are changes no bit of the result.
+void Runner::plan_pieces() {
+    pieces_.clear();
+    merges_.clear();
+    int total = 0;  // tiles, of each head
+    for (const Span &span : spans_) total += (whole(span).end_tile - whole(span).first_tile) * model_.kv_heads;
+    const int threads = phases_.thread_count();
+    const int budget = threads == 1 ? total : std::max(1, total / (threads * kPiecesPerThread));
+    size_t floats = 0;
+    for (const Span &span : spans_) floats += part_floats(whole(span), budget);
+    parts_.reserve(floats * sizeof(float));
+    floats = 0;
+    for (const Span &span : spans_) {
+        add_pieces(span, budget, parts_.as<float>() + floats);
+        floats += part_floats(whole(span), budget);
+    }
+}
+
+void Runner::add_pieces(const Span &span, int budget, float *parts) {
+    const Piece all = whole(span);
+    if (part_floats(all, budget)) {
+        Piece piece = all;
+        piece.parts = parts;
+        merges_.push_back(piece);
+        const int tiles = std::max(1, budget / model_.kv_heads);
+        for (; piece.first_tile < all.end_tile; piece.first_tile = piece.end_tile) {
+            piece.parts = parts + part_floats(all, budget) / (all.end_tile - all.first_tile) *
+                                      (piece.first_tile - all.first_tile);
+            piece.end_tile = std::min(piece.first_tile + tiles, all.end_tile);
+            pieces_.push_back(piece);
+        }
+        return;
+    }
+    // Heads one by one where many rows attend: what they share stays near.
+    const int heads = span.count > 1 ? 1 : std::clamp(budget / (all.end_tile - all.first_tile), 1, model_.kv_heads);
+    for (int head = 0; head < model_.kv_heads; head += heads) {
+        Piece piece = all;
+        piece.first_head = head;
+        piece.head_count = std::min(heads, model_.kv_heads - head);
+        pieces_.push_back(piece);
+    }
+}
+
 Runner::Cut Runner::cut(int rows, int inputs, int pairs) const {
     const int fitting = std::clamp(kTileBytes / (inputs * variant_.activation_bytes), 12, kRowTile);
     Cut cut{};
@@ -143,7 +203,7 @@ char *Runner::row(const Scratch &rows, ptrdiff_t index, int stride) const {
 void Runner::work(int phase, int chunk, int thread) {
     const auto [stage, index] = stages_[phase];
     const QuireLayer *layer = &layers_[index];
-    const int hidden = model_.hidden, inner = model_.inner;
+    const int hidden = model_.hidden, inner = model_.inner, threads = phases_.thread_count();
     switch (stage) {
         case kQkv:
             return multiply(qkv_cut_, {layer->qkv.panels, format_of(layer->qkv), hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore,
@@ -161,7 +221,11 @@ void Runner::work(int phase, int chunk, int thread) {
             return multiply(head_cut_, {model_.head.panels, format_of(model_.head), hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore, nullptr,
                                         batch_->logits, nullptr, vocab_stride_}, chunk, thread);
         case kAttend:
-            return attend(index, chunk, thread);
+            return variant_.attend(attention(index), pieces_[chunk],
+                                   chunk + threads < static_cast<int>(pieces_.size()) ? &pieces_[chunk + threads] : nullptr,
+                                   working_.as<char>() + thread * scratch_size_);
+        case kMerge:
+            return variant_.merge(attention(index), merges_[chunk]);
         case kRotate:
             return rotate(index, chunk * row_run_, std::min((chunk + 1) * row_run_, batch_->token_count));
         default:
@@ -207,11 +271,9 @@ void Runner::multiply(const Cut &cut, const Product &job, int chunk, int thread)
                      working_.as<char>() + thread * scratch_size_);
 }
 
-void Runner::attend(int layer, int chunk, int thread) {
-    const Attention job{queries_.as<void>(), mixed_.as<void>(), layer_cache(layer), layer_size_ * model_.layer_count,
-                        model_.heads, model_.kv_heads, model_.head_dim, model_.block_size, model_.window};
-    variant_.attend(job, spans_[chunk / model_.kv_heads], chunk % model_.kv_heads,
-                    working_.as<char>() + thread * scratch_size_);
+Attention Runner::attention(int layer) const {
+    return {queries_.as<void>(), mixed_.as<void>(), layer_cache(layer), layer_size_ * model_.layer_count,
+            model_.heads, model_.kv_heads, model_.head_dim, model_.block_size, model_.window};
 }
 
 void Runner::rotate(int layer, int first, int end) {

@@ -31,7 +31,7 @@ class Runner {
     void step(const QuireBatch &batch);
 
    private:
-    enum Stage { kEmbed, kInputNorm, kQkv, kRotate, kAttend, kOutput, kMlpNorm, kGateUp, kDown, kFinalNorm, kHead, kBest, kStageCount };
+    enum Stage { kEmbed, kInputNorm, kQkv, kRotate, kAttend, kMerge, kOutput, kMlpNorm, kGateUp, kDown, kFinalNorm, kHead, kBest, kStageCount };
 
     // How a product is cut: tiles of rows, and for each of them runs of panel pairs.
     struct Cut {
@@ -40,13 +40,17 @@ class Runner {
 
     void plan();
     void plan_spans();
+    void plan_pieces();
+    void add_pieces(const Span &span, int budget, float *parts);
+    Piece whole(const Span &span) const;
+    size_t part_floats(const Piece &whole, int budget) const;
     Cut cut(int rows, int inputs, int pairs) const;
     void add(Stage stage, int layer, int chunks);
     void work(int phase, int chunk, int thread);
     void work_rows(Stage stage, const QuireLayer *layer, int chunk);
     void multiply(const Cut &cut, const Product &job, int chunk, int thread) const;
     void embed(int64_t token, float *out) const;
-    void attend(int layer, int chunk, int thread);
+    Attention attention(int layer) const;
     void rotate(int layer, int first, int end);
     uint16_t *layer_cache(int layer) const;
     char *row(const Scratch &rows, ptrdiff_t index, int stride) const;
@@ -61,6 +65,8 @@ class Runner {
     std::mutex mutex_;
     const QuireBatch *batch_ = nullptr;
     std::vector<Span> spans_;
+    std::vector<Piece> pieces_;  // of spans_
+    std::vector<Piece> merges_;  // spans that were cut into tiles, each as a whole
     std::vector<int> chunk_counts_;
     std::vector<std::pair<Stage, int>> stages_;
     int row_run_ = 1;
@@ -72,6 +78,7 @@ class Runner {
     Scratch queries_;  // [row][query_size] activations
     Scratch mixed_;    // [row][query_size] activations
     Scratch inner_;    // [row][inner] activations
+    Scratch parts_;    // float: what pieces leave for kMerge
     Scratch working_;  // of each thread: attention, or decoded panels
     Phases phases_;  // last: its threads end before what they work on
 };

@@ -60,6 +60,14 @@ struct Span {
     int context;  // positions up to the last query, itself included
 };
 
+// What one thread attends to at a time: some key/value heads of a span, in some of its tiles.
+struct Piece {
+    const Span *span;
+    int first_head, head_count;
+    int first_tile, end_tile;
+    float *parts;  // null if these are all tiles; else written: [tile][head of the model], see PartialTile
+};
+
 struct Variant {
     const char *name;
     int activation_bytes;
@@ -72,8 +80,12 @@ struct Variant {
     size_t (*product_scratch)(int inputs);
     void (*product)(const Product &, int first_row, int end_row, int first_pair, int end_pair, void *scratch);
     void (*rotate)(const Rotation &, int first_row, int end_row);
-    size_t (*attention_scratch)(int rows, int head_dim);
-    void (*attend)(const Attention &, const Span &, int kv_head, void *scratch);
+    // Bytes that `attend` needs for so many rows on each of so many key/value heads.
+    size_t (*attention_scratch)(int rows, int heads, int head_dim);
+    // `next`, which may be null, is the piece that this thread is likely to do next.
+    void (*attend)(const Attention &, const Piece &, const Piece *next, void *scratch);
+    // Adds up the parts that pieces of a span have left; the given piece is all of the span.
+    void (*merge)(const Attention &, const Piece &);
     // Index of the largest of `size` values, the first if there are several; -1 if one is not finite.
     int64_t (*best)(const float *values, int size);
 };

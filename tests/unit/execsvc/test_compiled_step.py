@@ -84,6 +84,17 @@ def test_chunks_threads_and_company_change_no_bit(variant: str, name: str) -> No
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_long_context_that_threads_share_changes_no_bit(variant: str, name: str) -> None:
+    """One user's long conversation is cut into tiles for several threads: the answer would depend on their number."""
+    config = dataclasses.replace(CONFIGS[name], sliding_window=900 if name == "mistral" else 0)
+    expected = answer(compiled_engine(RoundedSource(config), variant), [999, 1], 1000)
+    for threads in (2, 3, 5):
+        found = answer(compiled_engine(RoundedSource(config), variant, threads=threads), [999, 1], 1000)
+        assert torch.equal(found, expected), threads
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding_in_company_changes_no_bit(variant: str) -> None:
     """A sequence's tokens would depend on how many others are decoded in the same step."""
     source = RoundedSource(TINY)
