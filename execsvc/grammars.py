@@ -24,12 +24,18 @@ class Matcher:
         self._matcher = matcher
         self._vocab_size = vocab_size
 
-    def allowed(self) -> Allowed | None:
-        """Returns which tokens may come next, `[vocabulary]`; None for any: the sequence has ended."""
+    def bitmask(self) -> npt.NDArray[np.int32] | None:
+        """Returns a bit for each token, the lowest first, 1 if it may come next; None for any: it has ended."""
         if self._matcher.is_stopped() and self._matcher.stop_reason() == "EndOfSentence":
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+
+    def allowed(self) -> Allowed | None:
+        """Returns which tokens may come next, `[vocabulary]`; None for any."""
+        mask = self.bitmask()
+        if mask is None:
+            return None
+        return np.unpackbits(mask.view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def advance(self, token: int) -> None:
         """Takes the token that came. One that was not allowed ends the grammar: a step in flight behind the last."""

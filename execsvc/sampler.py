@@ -12,12 +12,15 @@ import numpy as np
 import torch
 
 from execsvc.philox import uniform
+from kernels.sampling.tensors import REPORTED
 from quire.errors import InvalidRequestError
 
 _MAX_TEMPERATURE = 100.0
 _MAX_PENALTY = 2.0
-LOGPROB_LIMIT = 20
+LOGPROB_LIMIT = REPORTED
 """Most likely tokens that are reported at most."""
+NAMED_TOKEN_LIMIT = 2048
+"""Tokens that a request may name at most, biased or withheld."""
 _HEAD_COUNT = 1024
 """Most likely tokens that are looked at before the whole vocabulary is sorted."""
 
@@ -96,6 +99,12 @@ class SamplingSpec:
                 raise InvalidRequestError(message, field=name)
         if any(not math.isfinite(value) for _, value in self.bias):
             raise InvalidRequestError("bias_values: a value is not finite", field="bias_values")
+        if len(self.bias) + len(self.withheld) > NAMED_TOKEN_LIMIT:
+            message = (
+                f"bias_tokens: {len(self.bias)} tokens and {len(self.withheld)} withheld ones, allowed are "
+                f"{NAMED_TOKEN_LIMIT} together"
+            )
+            raise InvalidRequestError(message, field="bias_tokens")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             if count is not None and count > LOGPROB_LIMIT:

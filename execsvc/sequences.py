@@ -7,6 +7,7 @@ State is columns by row, changed by deltas; a row is taken when a sequence is ad
               equal samples the next known token
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Protocol
 
@@ -36,6 +37,8 @@ class Sequence:
     """Tokens sampled since, where they decide what may come next."""
     matcher: Matcher | None = None
     """Where it is in its grammar, if it has one."""
+    unread: list[Callable[[], int]] = dataclasses.field(default_factory=list)
+    """Give the tokens sampled since that its matcher has not taken, once a device has them; they may wait for it."""
     open: bool = True
     failed: bool = False
     """It was dropped because of an error, maybe while a later step with it was on its way."""
@@ -58,8 +61,8 @@ class RowObserver(Protocol):
         """Entries `start` .. `stop` - 1 of a row's block table have changed."""
         ...
 
-    def row_added(self, row: int, token: int, computed: int, sampling: SamplingSpec) -> None:
-        """A row was taken by a sequence whose last known token is `token`; its table is written already."""
+    def row_added(self, row: int, tokens: npt.NDArray[np.int64], computed: int, sampling: SamplingSpec) -> None:
+        """A row was taken by a sequence whose known tokens are `tokens`; its table is written already."""
         ...
 
     def row_dropped(self, row: int) -> None:
@@ -91,7 +94,13 @@ class SequenceRows:
         self.withheld_until = np.zeros(row_count, dtype=np.int64)
         """Position from which every token may be sampled."""
         self.special = np.zeros(row_count, dtype=np.bool_)
-        """`[row]`: `Sequence.special` when it was opened."""
+        """`[row]`: whether it takes more than a draw from the logits: `SamplingSpec.special`."""
+        self.has_siblings = np.zeros(row_count, dtype=np.bool_)
+        """`[row]`: whether its next token is drawn for siblings, too."""
+        self.constrained = np.zeros(row_count, dtype=np.bool_)
+        """`[row]`: whether a grammar says what may come next."""
+        self.logprobs = np.zeros(row_count, dtype=np.int64)
+        """`[row]`: most likely tokens reported with each token; -1 where no log-probability is."""
         self.reports_prompt = np.zeros(row_count, dtype=np.bool_)
         """`[row]`: whether log-probabilities of its prompt are reported."""
         self.by_table: dict[int, Sequence] = {}
@@ -128,12 +137,15 @@ class SequenceRows:
         self.last_token[row] = tokens[-1]
         self.draws[row] = not sampling.greedy
         self.withheld_until[row] = sampling.withheld_until if sampling.withheld else 0
-        self.special[row] = sequence.special
+        self.special[row] = sampling.special
+        self.has_siblings[row] = bool(sibling_seeds)
+        self.constrained[row] = matcher is not None
+        self.logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
         self.reports_prompt[row] = sampling.prompt_logprobs is not None
         self.by_table[table] = sequence
         if self._observer is not None:
             self._observer.table_written(row, 0, len(blocks))
-            self._observer.row_added(row, int(tokens[-1]), computed, sampling)
+            self._observer.row_added(row, sequence.tokens, computed, sampling)
         return sequence
 
     def set_entry(self, row: int, index: int, block: int) -> None:

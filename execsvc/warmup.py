@@ -6,6 +6,10 @@ from quire import columns
 from quire.errors import InvariantError
 from quire.units import div_ceil
 
+_REPORTED = 1
+"""Most likely tokens to report; more of them take no more memory."""
+_SIBLINGS = 1024
+
 
 def run_step(engine: Engine, token_count: int, sequence_count: int, block_size: int) -> None:
     """Runs one step of `token_count` tokens over at most `sequence_count` sequences, and drops them.
@@ -29,10 +33,15 @@ def run_step(engine: Engine, token_count: int, sequence_count: int, block_size: 
         # Measuring needs the shapes, not the content: sequences may share blocks when there are not enough.
         first = next_block if next_block + blocks - 1 <= capacity else 1
         next_block = first + blocks
-        sampling = pb.SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, seed=table)
+        sampling = pb.SamplingParams(
+            temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, seed=table, typical_p=0.9, repetition_penalty=1.1,
+            prompt_token_count=count, logprobs=_REPORTED, prompt_logprobs=_REPORTED,
+        )  # fmt: skip
         block_ids = columns.pack(range(first, first + blocks))
         plan.added.add(table=table, token_ids=columns.pack([0] * count), block_ids=block_ids, sampling=sampling)
         scheduled.append((table, count))
+    # As many draws for siblings as there are sequences: a device makes no more of them at once.
+    plan.added[0].sibling_seeds.extend(range(min(_SIBLINGS, len(counts))))
     plan.scheduled_tables = columns.pack([table for table, _ in scheduled])
     plan.scheduled_counts = columns.pack([count for _, count in scheduled])
     result = engine.apply(plan)

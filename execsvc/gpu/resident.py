@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from execsvc.gpu.changes import ResidentChanges
 from execsvc.prefix_tree import PrefixTree
 from execsvc.sampler import SamplingSpec
 from kernels.step_state.tensors import PARAMETERS, Resident
@@ -23,8 +24,9 @@ _SEED_MASK = 0xFFFFFFFF
 class ResidentRows:
     """Mirror and device state of `row_count` rows. Implements `execsvc.sequences.RowObserver`."""
 
-    def __init__(self, row_count: int, block_max: int, device: torch.device) -> None:
-        """Allocates both, zeroed."""
+    def __init__(self, row_count: int, block_max: int, changes: ResidentChanges, device: torch.device) -> None:
+        """Allocates both, zeroed; `changes` is told of new rows, too."""
+        self.changes = changes
         self.prefixes: PrefixTree | None = None
         """Hears of every change of a table, too."""
         self.device_state = Resident.allocate(row_count, block_max, device)
@@ -48,15 +50,21 @@ class ResidentRows:
         elif stop > start:
             self._runs.append(np.arange(first + start, first + stop))
 
-    def row_added(self, row: int, token: int, computed: int, sampling: SamplingSpec) -> None:
-        """Notes the start of a sequence: its last known token, where it stands, how it samples."""
+    def row_added(self, row: int, tokens: npt.NDArray[np.int64], computed: int, sampling: SamplingSpec) -> None:
+        """Notes the start of a sequence: its known tokens, where it stands, how it samples."""
         columns, floats = self._columns, self._floats
-        columns[0, row], columns[1, row] = computed, token
+        columns[0, row], columns[1, row] = computed, tokens[-1]
         floats[2, row] = sampling.temperature
         columns[3, row] = min(sampling.top_k, 2**31 - 1)
         floats[4, row], floats[5, row] = sampling.top_p, sampling.min_p
         seeds = np.array([sampling.seed & _SEED_MASK, sampling.seed >> 32], dtype=np.uint32).view(np.int32)
         columns[6:8, row] = seeds
+        floats[8, row] = sampling.typical_p
+        floats[9, row] = sampling.repetition_penalty
+        floats[10, row], floats[11, row] = sampling.frequency_penalty, sampling.presence_penalty
+        columns[12, row] = min(sampling.withheld_until, 2**31 - 1)
+        columns[13, row] = -1 if sampling.logprobs is None else sampling.logprobs
+        self.changes.row_added(row, tokens, sampling)
         first = self._row_count * self._block_max
         self._runs.append(first + row + self._row_count * np.arange(2 + len(PARAMETERS)))
 

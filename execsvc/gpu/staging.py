@@ -14,6 +14,8 @@ import torch
 from execsvc.gpu.runtime import Event, Runtime
 from quire.units import round_up
 
+Words = npt.NDArray[np.int32]
+
 _ALIGNMENT = 4
 """Words; 16 bytes."""
 
@@ -67,44 +69,65 @@ class Staging:
             self._in_use[self._turn] = True
 
 
-class ReturnedTokens:
-    """The tokens of one step on their way to the host."""
+class Returned:
+    """The words of one step, sampled tokens first, on their way to the host."""
 
-    def __init__(self, origin: TokenReturn, buffer: torch.Tensor, count: int, event: Event) -> None:
+    def __init__(self, origin: WordReturn, buffer: torch.Tensor, count: int, event: Event) -> None:
         self._origin = origin
         self._buffer = buffer
-        self._count = count
+        self._words = buffer[:count].numpy()
         self._event = event
 
     def wait(self) -> None:
         """Waits until the device has done the step. Any thread may wait."""
         self._event.synchronize()
 
-    def take(self) -> list[int]:
-        """Returns the tokens and gives the buffer back; call once, after `wait`."""
-        tokens: list[int] = self._buffer[: self._count].tolist()
+    def take(self) -> Words:
+        """Returns the words and gives the buffer back; call once, after `wait`."""
+        self._words = self._words.copy()
         self._origin.give_back(self._buffer)
-        return tokens
+        return self._words
+
+    def word(self, index: int) -> int:
+        """Returns one word; waits for it."""
+        self.wait()
+        return int(self._words[index])
 
 
-class TokenReturn:
-    """Brings sampled tokens to the host: a pinned buffer and an event for each step in flight."""
+class WordReturn:
+    """Brings sampled tokens, and what is reported of them, to the host: pinned buffers, an event a step in flight."""
 
     def __init__(self, runtime: Runtime, size: int) -> None:
-        """Prepares for at most `size` tokens a step; buffers are made as steps in flight need them."""
+        """Prepares for `size` words a step; buffers are made as steps in flight need them, longer ones for more."""
         self._runtime = runtime
         self._size = size
         self._spare: list[torch.Tensor] = []
 
-    def send(self, tokens: torch.Tensor) -> ReturnedTokens:
-        """Starts the copy of `tokens` `[sample]` int32; none of them mark the end of the work so far all the same."""
-        buffer = self._spare.pop() if self._spare else self._runtime.pinned(self._size, torch.int32)
-        count = len(tokens)
-        if count:
-            buffer[:count].copy_(tokens, non_blocking=True)
+    def send(self, *parts: torch.Tensor) -> Returned:
+        """Starts the copy of int32 tensors, one behind the other; none mark the end of the work so far all the same."""
+        count = sum(part.numel() for part in parts)
+        buffer = self._buffer(count)
+        start = 0
+        for part in parts:
+            if part.numel():
+                buffer[start : start + part.numel()].view(part.shape).copy_(part, non_blocking=True)
+            start += part.numel()
         event = self._runtime.event()
         event.record()
-        return ReturnedTokens(self, buffer, count, event)
+        return Returned(self, buffer, count, event)
+
+    def _buffer(self, count: int) -> torch.Tensor:
+        """Returns a buffer for at least `count` words."""
+        for index, buffer in enumerate(self._spare):
+            if len(buffer) >= count:
+                return self._spare.pop(index)
+        if self._spare:
+            # A longer one takes its place: there are no more of them than steps in flight.
+            self._spare.pop()
+        size = self._size
+        while size < count:
+            size *= 2
+        return self._runtime.pinned(size, torch.int32)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Takes a buffer that was read."""

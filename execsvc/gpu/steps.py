@@ -1,15 +1,16 @@
 """Steps on a device that works beside the host.
 
 A step in which every sequence computes its last known token and samples the next one, a decode step, is a replay of
-graphs captured for its padded size: the body (stage, forward, logits) and the tail (choose, advance). Between the two,
-logits can be changed by what graphs do not know. A second body reads prefixes that sequences share once for all of
-them, for steps in which that pays. Any other step is launched piece by piece.
+graphs captured for its padded size: the body (stage, forward, logits) and one of three tails (choose, advance), by what
+the batch asks for. A second body reads prefixes that sequences share once for all of them, for steps in which that
+pays. Any other step is launched piece by piece.
 
     host    one pinned buffer: what changed in the state, the rows of the batch, and for other steps their tokens
-    device  apply changes -> body -> tail -> tokens to pinned memory, event
+    device  apply changes -> body -> tail -> tokens and reports to pinned memory, event
 
 The host never waits before the event, and knows lengths without tokens, so the next step can be launched meanwhile:
-its input is the token that the device has noted itself.
+its input is the token that the device has noted itself. Only a grammar must know a token before it allows the next: its
+masks are made between body and tail, while the device computes (`execsvc.gpu.masks`).
 """
 
 from __future__ import annotations
@@ -17,30 +18,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import ClassVar, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from execsvc.batch import Arrangement, arrange
-from execsvc.choosing import Choice, LogprobRows, Siblings, add_prompt_logprobs, choose
+from execsvc.gpu.changes import ResidentChanges
 from execsvc.gpu.decoder import Decoder
 from execsvc.gpu.ladder import ladder, rung_of_size
+from execsvc.gpu.launched import Clock, Launched, Reports
+from execsvc.gpu.masks import GrammarMasks
+from execsvc.gpu.mixed_inputs import MixedInputs
 from execsvc.gpu.operations import Operations, TritonOperations
 from execsvc.gpu.resident import ResidentRows
 from execsvc.gpu.runtime import Graph, Runtime, runtime_of
 from execsvc.gpu.sampling import DeviceSampler, TritonSampler
-from execsvc.gpu.staging import ReturnedTokens, Staging, TokenReturn
+from execsvc.gpu.siblings import SiblingDraws
+from execsvc.gpu.staging import Returned, Staging, WordReturn
 from execsvc.gpu.step_groups import StepGroups
 from execsvc.kv_cache import KVCache
 from execsvc.model.llama import Llama
 from execsvc.prefix_tree import PrefixTree
 from execsvc.sequences import Sequence, SequenceRows
 from execsvc.steps import Observe
+from kernels.sampling.tensors import REPORT_WORDS
 from kernels.step_state.tensors import Staged
 
-_STAGING_DEPTH: Final = 4
+_STAGING_DEPTH: Final = 8
 _PADDING: Final = 128
 """Words that go to the alignment of what is put into a buffer."""
 _WRITE_ROOM: Final = 65536
@@ -59,61 +65,11 @@ class Rung:
     grouped_body: Graph | None
     """Body that reads shared prefixes once; None where there are no groups."""
     greedy_tail: Graph
+    """For batches that take the most likely token everywhere."""
     tail: Graph
-
-
-@dataclasses.dataclass(slots=True)
-class Launched:
-    """A step that is on its way. Implements `execsvc.steps.LaunchedStep`."""
-
-    deferred: ClassVar[bool] = True
-    sequences: list[Sequence]
-    lens: list[int]
-    sampled: list[int]
-    returned: ReturnedTokens
-    clock: Clock
-    started_ns: int
-    choice: Choice = dataclasses.field(default_factory=Choice)
-    """What the host chose and reports; its tokens are among the returned ones."""
-    model_ns: int = 0
-
-    def wait(self) -> None:
-        """Waits until the device is done with it. Any thread may wait."""
-        self.returned.wait()
-        self.model_ns = self.clock.finish(self.started_ns)
-
-    def tokens(self) -> list[int]:
-        """See LaunchedStep."""
-        return self.returned.take()
-
-    @property
-    def siblings(self) -> Siblings:
-        """See LaunchedStep."""
-        return self.choice.siblings
-
-    @property
-    def logprobs(self) -> LogprobRows:
-        """See LaunchedStep."""
-        return self.choice.logprobs
-
-    def durations(self) -> tuple[int, int]:
-        """See LaunchedStep; choosing tokens is part of the model's graphs."""
-        return self.model_ns, 0
-
-
-@dataclasses.dataclass(slots=True)
-class Clock:
-    """Tells how long the device took for a step though another one was before it."""
-
-    last_ns: int = 0
-    """When the last step was done."""
-
-    def finish(self, started_ns: int) -> int:
-        """Notes that a step launched at `started_ns` is done now; returns how long the device had it alone."""
-        now = time.perf_counter_ns()
-        duration = now - max(started_ns, self.last_ns)
-        self.last_ns = now
-        return duration
+    """For batches that only draw."""
+    full_tail: Graph
+    """For all others: logits are changed, and reported of."""
 
 
 class GpuSteps:
@@ -144,18 +100,22 @@ class GpuSteps:
         self._decoder, self._cache, self._sampler, self._runtime = decoder, cache, sampler, runtime
         self._block_size = cache.layout.block_size
         block_max = -(-max_model_len // self._block_size)
-        self.row_observer = ResidentRows(max_num_seqs, block_max, runtime.device)
+        vocab_size = self.config.vocab_size
+        self._changes = ResidentChanges(max_num_seqs, vocab_size, max_model_len, runtime.device)
+        self.row_observer = ResidentRows(max_num_seqs, block_max, self._changes, runtime.device)
         self._resident = self.row_observer.device_state
         self._max_num_seqs = max_num_seqs
         self._groups = self._prefix_groups(decoder.operations)
         group_words = 0 if self._groups is None else len(self._groups.columns.state)
-        room = 2 * _WRITE_ROOM + 9 * max_num_seqs + 4 * max_num_batched_tokens + 2 * group_words + _PADDING
+        room = 2 * _WRITE_ROOM + 9 * max_num_seqs + 7 * max_num_batched_tokens + 2 * group_words + _PADDING
         self._staging = Staging(runtime, room, _STAGING_DEPTH)
-        self._returns = TokenReturn(runtime, max_num_seqs)
+        self._masks = GrammarMasks(runtime, max_num_seqs, vocab_size)
+        self._returns = WordReturn(runtime, max_num_seqs)
         self._staged = Staged.allocate(max_num_seqs, block_max, runtime.device)
         self._clock = Clock()
         self._places = torch.arange(max_num_seqs, dtype=torch.int32, device=runtime.device)
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=runtime.device)
+        self._reports = torch.zeros(max_num_seqs, REPORT_WORDS, dtype=torch.int32, device=runtime.device)
         self._logits = torch.empty(0, device=runtime.device)
         self._rungs: dict[int, Rung] = {}
         self._rung_of_size: list[int] = []
@@ -215,13 +175,18 @@ class GpuSteps:
             self._sampler.sample(logits, staged.params, staged.lens, sampled)
             operations.advance(resident, rows, staged.lens, sampled, places)
 
+        def full_tail() -> None:
+            changes = self._changes.at(rows, self._masks.places[:size], self._masks.masks)
+            self._sampler.sample_changed(logits, changes, staged.params, staged.lens, sampled, self._reports[:size])
+            operations.advance(resident, rows, staged.lens, sampled, places)
+
         # Captured on padding: nothing is written to the cache and no row advances.
         self._staging.words[:size].fill_(-1)
         capture = self._runtime.capture
         grouped_body = None
         if self._groups is not None and size > 1:
             grouped_body = capture(functools.partial(body, grouped=True))
-        return Rung(capture(body), grouped_body, capture(greedy_tail), capture(tail))
+        return Rung(capture(body), grouped_body, capture(greedy_tail), capture(tail), capture(full_tail))
 
     @torch.inference_mode()
     def launch(
@@ -238,20 +203,14 @@ class GpuSteps:
             observe: called with (tables, logits) of the sequences that sample.
         """
         started_ns = time.perf_counter_ns()
+        self._changes.send(self._staging)
         row_ids = np.array([sequence.row for sequence, _ in scheduled], dtype=np.int64)
         counts = np.array([count for _, count in scheduled], dtype=np.int64)
         computed = rows.computed[row_ids]
-        decodes = (counts == 1) & (computed + 1 == rows.known[row_ids])
-        hosted = bool(rows.special[row_ids].any())
-        if len(scheduled) < len(self._rung_of_size) and decodes.all() and not hosted:
-            sequences = [sequence for sequence, _ in scheduled]
-            returned = self._launch_decode(rows, sequences, row_ids, observe)
-            sampled = list(range(len(sequences)))
-            return Launched(sequences, (computed + 1).tolist(), sampled, returned, self._clock, started_ns)
-        plan = arrange(rows, scheduled)
-        returned, choice = self._launch_mixed(rows, plan, observe)
-        lens = plan.context_lens.tolist()
-        return Launched(plan.sequences, lens, plan.sampled, returned, self._clock, started_ns, choice)
+        decodes = (counts == 1) & (computed + 1 == rows.known[row_ids]) & ~rows.has_siblings[row_ids]
+        if len(scheduled) < len(self._rung_of_size) and decodes.all():
+            return self._launch_decode(rows, [sequence for sequence, _ in scheduled], row_ids, observe, started_ns)
+        return self._launch_mixed(rows, arrange(rows, scheduled), observe, started_ns)
 
     def mark(self) -> Launched:
         """Returns a step that computes nothing and is done when all that was launched before it is."""
@@ -273,12 +232,8 @@ class GpuSteps:
         self._runtime.synchronize()
 
     def _launch_decode(
-        self,
-        rows: SequenceRows,
-        sequences: list[Sequence],
-        row_ids: Ints,
-        observe: Observe | None,
-    ) -> ReturnedTokens:
+        self, rows: SequenceRows, sequences: list[Sequence], row_ids: Ints, observe: Observe | None, started_ns: int
+    ) -> Launched:
         """Replays the graphs of the padded size."""
         count = len(sequences)
         size = self._rung_of_size[count]
@@ -288,50 +243,102 @@ class GpuSteps:
         self._staging.put(row_ids, size, fill=-1)
         writes = self._put_writes(offsets, values)
         grouped, group_writes = self._put_groups(rows, row_ids)
-        withheld = self._put_withheld(rows, sequences, row_ids)
         self._staging.send()
         self._apply(writes, group_writes)
         (rung.grouped_body if grouped and rung.grouped_body is not None else rung.body).replay()
-        logits = self._logits[:count]
-        self._withhold(logits, withheld)
         if observe is not None:
-            observe([sequence.table for sequence in sequences], logits)
-        (rung.tail if rows.draws[row_ids].any() else rung.greedy_tail).replay()
-        return self._returns.send(self._sampled[:count])
+            observe([sequence.table for sequence in sequences], self._logits[:count])
+        self._tail(rung, rows, sequences, row_ids).replay()
+        reports = Reports.of_samples(rows, sequences, row_ids)
+        parts = [self._sampled[:count]] if reports is None else [self._sampled[:count], self._reports[:count]]
+        returned = self._returns.send(*parts)
+        _note_unread(rows, sequences, row_ids, returned)
+        lens = (rows.computed[row_ids] + 1).tolist()
+        return Launched(sequences, lens, list(range(count)), returned, self._clock, started_ns, reports=reports)
+
+    def _tail(self, rung: Rung, rows: SequenceRows, sequences: list[Sequence], row_ids: Ints) -> Graph:
+        """Returns the tail that a batch needs, with all that it reads on its way."""
+        if _takes_more(rows, row_ids):
+            self._masks.send(sequences, np.flatnonzero(rows.constrained[row_ids]).tolist())
+            return rung.full_tail
+        return rung.tail if rows.draws[row_ids].any() else rung.greedy_tail
 
     def _launch_mixed(
-        self,
-        rows: SequenceRows,
-        plan: Arrangement,
-        observe: Observe | None,
-    ) -> tuple[ReturnedTokens, Choice]:
-        """Launches a step with chunks of prompts, or with what the host chooses, piece by piece."""
-        staging, operations = self._staging, self._decoder.operations
-        resident = self._resident
+        self, rows: SequenceRows, plan: Arrangement, observe: Observe | None, started_ns: int
+    ) -> Launched:
+        """Launches a step with chunks of prompts, or with draws for siblings, piece by piece."""
         samplers = [plan.sequences[index] for index in plan.sampled]
+        row_ids, sampled = plan.row_ids[plan.sampled], self._sampled[: len(samplers)]
+        prompts = Reports.of_prompts(plan, 0) if plan.reported else None
+        staged, grouped = self._stage_mixed(rows, plan, prompts)
+        hidden = self._forward_mixed(plan, staged, grouped=grouped)
+        reports = Reports.of_samples(rows, samplers, row_ids)
+        siblings = SiblingDraws.take(rows, samplers, row_ids)
+        tokens, blocks = [sampled], [] if reports is None else [self._reports[: len(samplers)]]
+        if samplers:
+            logits = self._decoder.logits(hidden.index_select(0, staged.sampled_rows))
+            if observe is not None:
+                observe([sequence.table for sequence in samplers], logits)
+            params = self._resident.params.index_select(1, staged.sampling_rows)
+            full = siblings is not None or _takes_more(rows, row_ids)
+            changed = self._choose_mixed(rows, samplers, row_ids, logits, params, staged, full=full)
+        self._decoder.operations.advance(self._resident, staged.batch_rows, staged.lens, sampled, staged.places)
+        prompt_block = self._report_prompts(hidden, staged)
+        # Siblings come last: the buffer that brings their seeds takes the place of this step's.
+        if siblings is not None:
+            drawn, block = siblings.draw(self._sampler, self._staging, logits, changed, params, self._max_num_seqs)
+            tokens.append(drawn)
+            if reports is not None:
+                blocks.append(block)
+                reports = siblings.join(reports, rows, samplers, row_ids)
+        if prompts is not None:
+            first = sum(len(block) for block in blocks)
+            prompts = dataclasses.replace(prompts, places=first + prompts.places)
+            reports = prompts if reports is None else Reports.joined([reports, prompts])
+            blocks.append(prompt_block)
+        returned = self._returns.send(*tokens, *blocks)
+        _note_unread(rows, samplers, row_ids, returned)
+        places = [] if siblings is None else siblings.places.tolist()
+        lens = plan.context_lens.tolist()
+        return Launched(plan.sequences, lens, plan.sampled, returned, self._clock, started_ns, places, reports)
+
+    def _stage_mixed(self, rows: SequenceRows, plan: Arrangement, prompts: Reports | None) -> tuple[MixedInputs, bool]:
+        """Brings what a step needs to the device; says whether it is worth to read shared prefixes once."""
+        staging, split = self._staging, plan.decode_count
         offsets, values = self._take_writes()
-        staging.begin()
-        batch_rows = staging.put(plan.row_ids)
-        lens = staging.put(plan.context_lens)
-        split = plan.decode_count
-        starts = staging.put(plan.query_starts[split:] - split)
         places = np.full(len(plan.sequences), -1)
-        places[plan.sampled] = np.arange(len(samplers))
-        sample_places = staging.put(places)
-        sampled_rows = staging.put(plan.query_starts[1:][plan.sampled] - 1)
-        sampled_lens = staging.put(plan.context_lens[plan.sampled])
-        sampling_rows = staging.put(plan.row_ids[plan.sampled])
-        # What the device alone may know yet, the last token of a sequence that decodes, is taken from its state.
-        tokens = staging.put(np.where(plan.last_known, -1, plan.tokens))
-        token_rows = staging.put(plan.row_ids[plan.owners])
-        positions, slots = staging.put(plan.positions), staging.put(plan.slots)
+        places[plan.sampled] = np.arange(len(plan.sampled))
+        none = np.empty(0, dtype=np.int64)
+        staging.begin()
+        staged = MixedInputs(
+            batch_rows=staging.put(plan.row_ids),
+            lens=staging.put(plan.context_lens),
+            starts=staging.put(plan.query_starts[split:] - split),
+            places=staging.put(places),
+            sampled_rows=staging.put(plan.query_starts[1:][plan.sampled] - 1),
+            sampled_lens=staging.put(plan.context_lens[plan.sampled]),
+            sampling_rows=staging.put(plan.row_ids[plan.sampled]),
+            # What the device alone may know yet, the last token of a sequence that decodes, is taken from its state.
+            tokens=staging.put(np.where(plan.last_known, -1, plan.tokens)),
+            token_rows=staging.put(plan.row_ids[plan.owners]),
+            positions=staging.put(plan.positions),
+            slots=staging.put(plan.slots),
+            prompt_rows=staging.put(plan.logit_rows[len(plan.sampled) :]),
+            prompt_tokens=staging.put(none if prompts is None else prompts.tokens),
+            prompt_counts=staging.put(none if prompts is None else prompts.counts),
+        )
         writes = self._put_writes(offsets, values)
         grouped, group_writes = self._put_groups(rows, plan.row_ids[:split])
-        withheld = self._put_withheld(rows, samplers, plan.row_ids[plan.sampled])
         staging.send()
         self._apply(writes, group_writes)
-        inputs = torch.where(tokens < 0, resident.tokens.index_select(0, token_rows), tokens).long()
-        tables = resident.tables.index_select(0, batch_rows)
+        return staged, grouped
+
+    def _forward_mixed(self, plan: Arrangement, staged: MixedInputs, *, grouped: bool) -> torch.Tensor:
+        """Returns the hidden states of all tokens of a step, `[token, hidden_size]`."""
+        operations, resident, split = self._decoder.operations, self._resident, plan.decode_count
+        tokens, lens = staged.tokens, staged.lens
+        inputs = torch.where(tokens < 0, resident.tokens.index_select(0, staged.token_rows), tokens).long()
+        tables = resident.tables.index_select(0, staged.batch_rows)
         longest = int((plan.query_starts[1:] - plan.query_starts[:-1]).max(initial=0))
 
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
@@ -339,44 +346,48 @@ class GpuSteps:
             if split:
                 parts.append(operations.attend_last(layer, q[:split], tables[:split], lens[:split], grouped=grouped))
             if len(q) > split:
-                parts.append(operations.attend_chunks(layer, q[split:], tables[split:], lens[split:], starts, longest))
+                chunks = operations.attend_chunks(
+                    layer, q[split:], tables[split:], lens[split:], staged.starts, longest
+                )
+                parts.append(chunks)
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        hidden = self._decoder.hidden(inputs, positions.long(), slots.long(), attend)
-        sampled = self._sampled[: len(samplers)]
-        choice = Choice()
-        if samplers:
-            logits = self._decoder.logits(hidden.index_select(0, sampled_rows))
-            self._withhold(logits, withheld)
-            if observe is not None:
-                observe([sequence.table for sequence in samplers], logits)
-            if rows.draws[plan.row_ids].any():
-                params = resident.params.index_select(1, sampling_rows)
-                self._sampler.sample(logits, params, sampled_lens, sampled)
-            else:
-                self._sampler.most_likely(logits, sampled)
-            choice = self._choose_on_host(rows, samplers, logits, sampled)
-        for index, position in plan.reported:
-            row = int(plan.query_starts[index + 1]) - int(plan.context_lens[index]) + position
-            prompt_logits = self._decoder.logits(hidden[row : row + 1])[0]
-            add_prompt_logprobs(choice.logprobs, plan.sequences[index], position, prompt_logits)
-        operations.advance(resident, batch_rows, lens, sampled, sample_places)
-        return self._returns.send(sampled), choice
+        return self._decoder.hidden(inputs, staged.positions.long(), staged.slots.long(), attend)
 
-    def _choose_on_host(
-        self, rows: SequenceRows, samplers: list[Sequence], logits: torch.Tensor, sampled: torch.Tensor
-    ) -> Choice:
-        """Chooses where it takes more than the device knows, for which the host waits. Writes `sampled`."""
-        places = [place for place, sequence in enumerate(samplers) if sequence.special]
-        if not places:
-            return Choice()
-        positions = [int(rows.known[samplers[place].row]) for place in places]
-        found = choose(logits[places], [samplers[place] for place in places], positions)
-        sampled[places] = torch.tensor(found.tokens, dtype=sampled.dtype, device=sampled.device)
-        for place in places:
-            rows.special[samplers[place].row] = samplers[place].special
-        siblings = {places[place]: tokens for place, tokens in found.siblings.items()}
-        return Choice(siblings=siblings, logprobs=found.logprobs)
+    def _choose_mixed(
+        self,
+        rows: SequenceRows,
+        samplers: list[Sequence],
+        row_ids: Ints,
+        logits: torch.Tensor,
+        params: torch.Tensor,
+        staged: MixedInputs,
+        *,
+        full: bool,
+    ) -> torch.Tensor:
+        """Chooses the tokens of a step and returns the logits that they were chosen from. Writes `_sampled`."""
+        sampled = self._sampled[: len(samplers)]
+        if full:
+            self._masks.send(samplers, np.flatnonzero(rows.constrained[row_ids]).tolist())
+            masks = self._masks
+            changes = self._changes.at(staged.sampling_rows, masks.places[: len(samplers)], masks.masks)
+            reports = self._reports[: len(samplers)]
+            return self._sampler.sample_changed(logits, changes, params, staged.sampled_lens, sampled, reports)
+        if rows.draws[row_ids].any():
+            self._sampler.sample(logits, params, staged.sampled_lens, sampled)
+        else:
+            self._sampler.most_likely(logits, sampled)
+        return logits
+
+    def _report_prompts(self, hidden: torch.Tensor, staged: MixedInputs) -> torch.Tensor:
+        """Returns reports of the prompts' tokens in a step, `[report, REPORT_WORDS]`."""
+        count, most = len(staged.prompt_rows), self._max_num_seqs
+        reports = torch.empty(count, REPORT_WORDS, dtype=torch.int32, device=hidden.device)
+        for first in range(0, count, most):
+            part = slice(first, first + most)
+            logits = self._decoder.logits(hidden.index_select(0, staged.prompt_rows[part]))
+            self._sampler.report(logits, staged.prompt_tokens[part], staged.prompt_counts[part], reports[part])
+        return reports
 
     def _take_writes(self) -> tuple[Ints, npt.NDArray[np.int32]]:
         """Returns the changes of the state that go with this step; what is too much for one is sent before it."""
@@ -410,24 +421,17 @@ class GpuSteps:
             assert self._groups is not None, "they are its own"
             apply_writes(self._groups.columns.state, *group_writes)
 
-    def _put_withheld(
-        self, rows: SequenceRows, sequences: list[Sequence], row_ids: Ints
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Puts (sample, token) of tokens that must not be sampled into the buffer; None where there are none."""
-        places = np.flatnonzero(rows.withheld_until[row_ids] > rows.known[row_ids])
-        if not len(places):
-            return None
-        pairs = np.array([(place, token) for place in places for token in sequences[place].sampling.withheld])
-        if pairs.size <= self._staging.room:
-            return self._staging.put(pairs[:, 0]), self._staging.put(pairs[:, 1])
-        device_pairs = torch.from_numpy(pairs).to(self._runtime.device)
-        return device_pairs[:, 0], device_pairs[:, 1]
 
-    def _withhold(self, logits: torch.Tensor, withheld: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """Makes withheld tokens impossible. Writes `logits`."""
-        if withheld is not None:
-            places, tokens = withheld
-            logits[places.long(), tokens.long()] = float("-inf")
+def _takes_more(rows: SequenceRows, row_ids: Ints) -> bool:
+    """Whether a batch takes more than a draw from the logits."""
+    withholds = rows.withheld_until[row_ids] > rows.known[row_ids]
+    return bool((rows.special[row_ids] | withholds).any())
+
+
+def _note_unread(rows: SequenceRows, samplers: list[Sequence], row_ids: Ints, returned: Returned) -> None:
+    """Notes where the tokens are that grammars have to take before they allow the next."""
+    for place in np.flatnonzero(rows.constrained[row_ids]).tolist():
+        samplers[place].unread.append(functools.partial(returned.word, place))
 
 
 def gpu_steps(

@@ -100,7 +100,7 @@ def sampling_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
     zeros, ones = torch.zeros(rows, dtype=torch.int32, device=device), torch.ones(rows, device=device)
     positions = torch.arange(rows, dtype=torch.int32, device=device)
     for name, top_k, top_p in (("all kept", 0, 1.0), ("top_p 0.9", 0, 0.9), ("top_k 50, top_p 0.9", 50, 0.9)):
-        choice = Choice(ones, zeros + top_k, ones * top_p, ones * 0.0, zeros, zeros)
+        choice = Choice(ones, zeros + top_k, ones * top_p, ones * 0.0, zeros, zeros, ones)
         yield Case(
             f"sample, {name}", "sampling",
             lambda choice=choice: sample(logits, choice, positions, out, workspace),  # type: ignore[misc]

@@ -9,9 +9,9 @@ from kernels.configs import lookup
 from kernels.layout import ACTIVATION_DTYPES
 from kernels.sampling import tensors
 from kernels.sampling.draw import cutoff, draw_among, draw_from_all, draw_in_row, first_of, gather, uniform
-from kernels.sampling.logprobs import write_log_probabilities
+from kernels.sampling.logprobs import write_reports
 from kernels.sampling.order import rank_of
-from kernels.sampling.tensors import RUN, Choice, LogProbabilities, Workspace
+from kernels.sampling.tensors import RUN, Choice, Workspace
 
 
 @triton.jit
@@ -20,7 +20,6 @@ def _scan(
     temperature_ptr,
     heads_ptr,
     masses_ptr,
-    plain_ptr,
     stride_logits: tl.int64,
     vocabulary,
     run_count,
@@ -29,7 +28,10 @@ def _scan(
     RUNS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Grid (row, group of RUNS runs): the largest logit of each run, and the mass relative to it."""
+    """Grid (row, group of RUNS runs): the largest logit of each run, and the mass relative to it.
+
+    PLAIN: at temperature 1.
+    """
     row = tl.program_id(0).to(tl.int64)
     runs = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
     tokens = runs[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
@@ -42,13 +44,13 @@ def _scan(
         # Only whether all of them are numbers: one NaN makes the mass NaN.
         masses = tl.sum(tl.where(logits == logits, 1.0, float("nan")), 1)  # noqa: PLR0124
     else:
-        temperature = tl.load(temperature_ptr + row)
-        inverse = 1.0 / tl.where(temperature == 0.0, 1.0, temperature)
+        inverse = 1.0
+        if not PLAIN:
+            temperature = tl.load(temperature_ptr + row)
+            inverse = 1.0 / tl.where(temperature == 0.0, 1.0, temperature)
         # A run of -inf has no mass; -inf minus -inf would be NaN.
         below = logits - tl.where(heads == float("-inf"), 0.0, heads)[:, None]
         masses = tl.sum(tl.exp(below * inverse), 1)
-        if PLAIN:
-            tl.store(plain_ptr + at, tl.sum(tl.exp(below), 1), mask=runs < run_count)
     tl.store(masses_ptr + at, masses, mask=runs < run_count)
 
 
@@ -86,6 +88,7 @@ def _choose(
     min_p_ptr,
     seed_low_ptr,
     seed_high_ptr,
+    typical_p_ptr,
     position_ptr,
     heads_ptr,
     masses_ptr,
@@ -123,8 +126,9 @@ def _choose(
             top_k = tl.where(top_k < vocabulary, top_k, 0)
             top_p = tl.load(top_p_ptr + row)
             min_p = tl.load(min_p_ptr + row)
+            typical_p = tl.load(typical_p_ptr + row)
             draw = uniform(tl.load(seed_low_ptr + row), tl.load(seed_high_ptr + row), tl.load(position_ptr + row))
-            if (top_k <= 0) & (top_p >= 1.0) & (min_p <= 0.0):
+            if (top_k <= 0) & (top_p >= 1.0) & (min_p <= 0.0) & (typical_p >= 1.0):
                 token = draw_from_all(logits_ptr, masses, draw * total, largest, inverse, vocabulary, ALL_RUNS, SIZE)
             else:
                 wanted = tl.where((top_k > 0) & (top_k < HEAD), top_k, HEAD)
@@ -149,7 +153,9 @@ def _choose(
                 if top_k <= 0:
                     enough = everything | (tl.sum(likely, 0) > top_p * total)
                 if enough & (count <= ROOM):
-                    token = draw_among(ranks, likely, total, top_k, top_p, min_p, draw, TOKEN_BITS)
+                    token = draw_among(
+                        ranks, values, likely, total, top_k, top_p, min_p, typical_p, temperature, draw, TOKEN_BITS
+                    )
                 else:
                     token = tl.full([], -2, tl.int32)
     tl.store(out_ptr + row, token)
@@ -164,6 +170,7 @@ def _choose_in_row(
     min_p_ptr,
     seed_low_ptr,
     seed_high_ptr,
+    typical_p_ptr,
     position_ptr,
     heads_ptr,
     masses_ptr,
@@ -190,7 +197,7 @@ def _choose_in_row(
     draw = uniform(tl.load(seed_low_ptr + row), tl.load(seed_high_ptr + row), tl.load(position_ptr + row))
     token = draw_in_row(
         logits_ptr + row * stride_logits, vocabulary, largest, inverse, total, top_k, tl.load(top_p_ptr + row),
-        tl.load(min_p_ptr + row), draw, TOKEN_BITS, TILE,
+        tl.load(min_p_ptr + row), tl.load(typical_p_ptr + row), tl.load(temperature_ptr + row), draw, TOKEN_BITS, TILE,
     )  # fmt: skip
     tl.store(out_ptr + row, token)
 
@@ -245,8 +252,8 @@ def most_likely(logits: torch.Tensor, out: torch.Tensor, workspace: Workspace) -
         return
     config = lookup("sampling", logits.device, vocabulary=vocabulary)
     _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
-        logits, workspace.heads, workspace.heads, workspace.masses, workspace.masses, logits.stride(0), vocabulary,
-        run_count, GREEDY=True, PLAIN=False, RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
+        logits, workspace.heads, workspace.heads, workspace.masses, logits.stride(0), vocabulary,
+        run_count, GREEDY=True, PLAIN=True, RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
     )  # fmt: skip
     _take_first[(row_count,)](
         logits, workspace.heads, workspace.masses, out, logits.stride(0), vocabulary, run_count,
@@ -260,9 +267,10 @@ def sample(
     positions: torch.Tensor,
     out: torch.Tensor,
     workspace: Workspace,
-    log_probabilities: LogProbabilities | None = None,
+    *,
+    scanned: bool = False,
 ) -> None:
-    """Chooses a token for each row. Writes `out`, and `log_probabilities` where it is given.
+    """Chooses a token for each row. Writes `out`.
 
     The same (logits, choice, position) give the same token in whatever batch, and nothing waits for the device.
 
@@ -272,13 +280,13 @@ def sample(
         positions: `[row]` int32 or int64: index in its sequence of the token drawn, the counter of its random number.
         out: `[row]` int32; -1 where a logit is NaN or the largest is infinite.
         workspace: for at least as many rows, of the same vocabulary.
-        log_probabilities: where they go; None: they are not computed.
+        scanned: the workspace holds the scan of these logits and this temperature: they come from `change_logits`.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
 
     Complexity: one pass over the logits, one over those runs of it that hold likely tokens, and one run more. Rows
-        whose top_k or top_p keeps more tokens than there is room for are searched again and again, about 13 passes
+        whose top_k or top_p keeps more tokens than there is room for are searched again and again, about 17 passes
         for each of top_k, top_p and the draw.
     """
     row_count, vocabulary, run_count = _check(logits, workspace, out)
@@ -286,21 +294,21 @@ def sample(
     check_dtype("positions", positions, (torch.int32, torch.int64))
     check_same_device(logits=logits, positions=positions, **choice.tensors)
     for name, tensor in choice.tensors.items():
-        floats = name in {"temperature", "top_p", "min_p"}
+        floats = name in {"temperature", "top_p", "min_p", "typical_p"}
         check_shape(f"choice.{name}", tensor, (row_count,))
         check_dtype(f"choice.{name}", tensor, (torch.float32 if floats else torch.int32,))
         check_last_axis_dense(f"choice.{name}", tensor)
     if row_count == 0:
         return
     config = lookup("sampling", logits.device, vocabulary=vocabulary)
-    _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
-        logits, choice.temperature, workspace.heads, workspace.masses, workspace.plain_masses, logits.stride(0),
-        vocabulary, run_count, GREEDY=False, PLAIN=log_probabilities is not None, RUNS=config["scan_runs"], SIZE=RUN,
-        num_warps=config["scan_warps"],
-    )  # fmt: skip
+    if not scanned:
+        _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
+            logits, choice.temperature, workspace.heads, workspace.masses, logits.stride(0), vocabulary, run_count,
+            GREEDY=False, PLAIN=False, RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
+        )  # fmt: skip
     shared = (
         logits, choice.temperature, choice.top_k, choice.top_p, choice.min_p, choice.seed_low, choice.seed_high,
-        positions, workspace.heads, workspace.masses,
+        choice.typical_p, positions, workspace.heads, workspace.masses,
     )  # fmt: skip
     all_runs, token_bits = triton.next_power_of_2(run_count), max(1, (vocabulary - 1).bit_length())
     _choose[(row_count,)](
@@ -310,7 +318,34 @@ def sample(
     )  # fmt: skip
     _choose_in_row[(row_count,)](
         *shared, out, logits.stride(0), vocabulary, run_count, ALL_RUNS=all_runs, TOKEN_BITS=token_bits,
-        TILE=config["tile"], num_warps=config["choose_warps"],
+        TILE=config["tile"], num_warps=4,
     )  # fmt: skip
-    if log_probabilities is not None:
-        write_log_probabilities(logits, out, workspace, log_probabilities)
+
+
+def report(
+    logits: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, reports: torch.Tensor, workspace: Workspace
+) -> None:
+    """Reports the log-probability of a given token in each row, and those of the most likely ones. Writes `reports`.
+
+    Args:
+        logits: `[row, vocabulary]`, dense in the last axis; float32, bfloat16 or float16.
+        tokens: see `logprobs.write_reports`.
+        counts: see there.
+        reports: see there.
+        workspace: for at least as many rows, of the same vocabulary.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Complexity: a pass over the logits, and what `write_reports` reads again.
+    """
+    row_count, vocabulary, run_count = _check(logits, workspace, tokens)
+    if row_count == 0:
+        return
+    config = lookup("sampling", logits.device, vocabulary=vocabulary)
+    heads, masses = workspace.plain_heads, workspace.plain_masses
+    _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
+        logits, heads, heads, masses, logits.stride(0), vocabulary, run_count, GREEDY=False, PLAIN=True,
+        RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
+    )  # fmt: skip
+    write_reports(logits, tokens, counts, heads, masses, reports)

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from kernels.sampling.order import find_among, find_in_row, key_of, mass_in_row, token_of, value_of
+from kernels.sampling.order import (
+    find_among,
+    find_in_row,
+    key_of,
+    nearness,
+    reach_among,
+    sums_in_row,
+    token_of,
+    value_of,
+)
 
 
 @triton.jit
@@ -44,28 +53,44 @@ def draw_from_all(logits_ptr, masses, target, largest, inverse, vocabulary, RUNS
 
 
 @triton.jit
-def draw_among(ranks, masses, total, top_k, top_p, min_p, draw, TOKEN_BITS: tl.constexpr):
-    """Returns the token that a draw points at, most likely first, among those that top_k, top_p and min_p keep.
+def draw_among(
+    ranks, values, masses, total, top_k, top_p, min_p, typical_p, temperature, draw, TOKEN_BITS: tl.constexpr
+):
+    """Returns the token that a draw points at, most likely first, among those that the rules of a choice keep.
 
     Args:
         ranks: of the candidates; 0 for none.
+        values: their logits.
         masses: theirs, relative to the most likely token's.
         total: mass of all tokens, candidates or not.
         top_k: 0 for all.
         top_p: see `kernels.sampling.tensors.Choice`.
         min_p: see there.
+        typical_p: see there.
+        temperature: what the logits are divided by.
         draw: in [0, 1).
         TOKEN_BITS: of the ranks.
     """
-    bound = tl.zeros([1], tl.int64)
+    bound = tl.full([1], 1, tl.int64)
     if top_k > 0:
-        bound += find_among(ranks, (ranks > 0).to(tl.float32), top_k - 0.5, TOKEN_BITS)
+        bound = tl.maximum(bound, find_among(ranks, (ranks > 0).to(tl.float32), top_k - 0.5, TOKEN_BITS))
         total = tl.sum(tl.where(ranks >= bound, masses, 0.0), 0).to(tl.float64)
     if top_p < 1.0:
         bound = tl.maximum(bound, find_among(ranks, masses, top_p * total, TOKEN_BITS))
-    kept = tl.sum(tl.where((ranks >= bound) & (masses >= min_p), masses, 0.0), 0).to(tl.float64)
-    drawn = find_among(ranks, masses, draw * kept, TOKEN_BITS)
-    return token_of(tl.maximum(drawn, tl.max(bound, 0)), TOKEN_BITS)
+    keeps = (ranks >= bound) & (masses >= min_p)
+    if typical_p < 1.0:
+        weights = tl.where(keeps, masses, 0.0).to(tl.float64)
+        scaled = tl.where(weights > 0.0, tl.div_rn(values, tl.zeros_like(values) + temperature), 0.0)
+        mass = tl.sum(weights, 0)
+        mean = tl.sum(weights * scaled.to(tl.float64), 0) / mass
+        nearest = tl.where(keeps, nearness(values, mean, temperature, ranks, TOKEN_BITS), 0)
+        near = reach_among(nearest, tl.where(keeps, masses, 0.0), typical_p * mass, TOKEN_BITS)
+        keeps = keeps & (nearest >= near)
+    kept = tl.where(keeps, masses, 0.0)
+    drawn = find_among(ranks, kept, draw * tl.sum(kept, 0).to(tl.float64), TOKEN_BITS)
+    # Rounding may leave the target at the sum itself; then the last one kept is meant.
+    last = tl.min(tl.where(keeps & (masses > 0.0), ranks, 9223372036854775807), 0)
+    return token_of(tl.maximum(drawn, last), TOKEN_BITS)
 
 
 @triton.jit
@@ -78,21 +103,48 @@ def draw_in_row(
     top_k,
     top_p,
     min_p,
+    typical_p,
+    temperature,
     draw,
     TOKEN_BITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """As `draw_among` for a whole row."""
-    bound = tl.zeros([1], tl.int64)
+    bound = tl.full([], 1, tl.int64)
     if top_k > 0:
-        bound += find_in_row(logits_ptr, vocabulary, largest, inverse, top_k - 0.5, False, TOKEN_BITS, TILE)
-        total = mass_in_row(logits_ptr, vocabulary, largest, inverse, bound, 0.0, TOKEN_BITS, TILE)
+        counted = find_in_row(
+            logits_ptr, vocabulary, largest, inverse, temperature, 0, 0.0, 0.0, 0, top_k - 0.5, False, False, False,
+            TOKEN_BITS, TILE,
+        )  # fmt: skip
+        bound = tl.maximum(bound, counted)
+        total, _ = sums_in_row(
+            logits_ptr, vocabulary, largest, inverse, temperature, bound, 0.0, 0.0, 0, TOKEN_BITS, TILE
+        )
     if top_p < 1.0:
-        reached = find_in_row(logits_ptr, vocabulary, largest, inverse, top_p * total, True, TOKEN_BITS, TILE)
+        reached = find_in_row(
+            logits_ptr, vocabulary, largest, inverse, temperature, 0, 0.0, 0.0, 0, top_p * total, True, False, False,
+            TOKEN_BITS, TILE,
+        )  # fmt: skip
         bound = tl.maximum(bound, reached)
-    kept = mass_in_row(logits_ptr, vocabulary, largest, inverse, bound, min_p, TOKEN_BITS, TILE)
-    drawn = find_in_row(logits_ptr, vocabulary, largest, inverse, draw * kept, True, TOKEN_BITS, TILE)
-    return token_of(tl.maximum(drawn, tl.max(bound, 0)), TOKEN_BITS)
+    near = tl.zeros([], tl.int64)
+    mean = tl.zeros([], tl.float64)
+    kept, moment = sums_in_row(
+        logits_ptr, vocabulary, largest, inverse, temperature, bound, min_p, mean, near, TOKEN_BITS, TILE
+    )
+    if typical_p < 1.0:
+        mean = moment / kept
+        near = find_in_row(
+            logits_ptr, vocabulary, largest, inverse, temperature, bound, min_p, mean, 0, typical_p * kept, True, True,
+            True, TOKEN_BITS, TILE,
+        )  # fmt: skip
+        kept, _ = sums_in_row(
+            logits_ptr, vocabulary, largest, inverse, temperature, bound, min_p, mean, near, TOKEN_BITS, TILE
+        )
+    drawn = find_in_row(
+        logits_ptr, vocabulary, largest, inverse, temperature, bound, min_p, mean, near, draw * kept, True, False,
+        False, TOKEN_BITS, TILE,
+    )  # fmt: skip
+    return token_of(tl.maximum(drawn, bound), TOKEN_BITS)
 
 
 @triton.jit

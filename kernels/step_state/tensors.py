@@ -5,8 +5,21 @@ from typing import Final
 
 import torch
 
-PARAMETERS: Final = ("temperature", "top_k", "top_p", "min_p", "seed_low", "seed_high")
-"""Rows of `params`, in order; floats as their bits."""
+PARAMETERS: Final = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed_low",
+    "seed_high",
+    "typical_p",
+    "repetition",
+    "frequency",
+    "presence",
+    "withheld_until",
+    "logprobs",
+)
+"""Rows of `params`, in order; floats as their bits. `logprobs` is -1 where none are reported."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ from execsvc import philox
 from execsvc.sampler import SamplingSpec
 from execsvc.sampler import sample as host_sample
 from kernels.sampling import reference, tensors
-from kernels.sampling.tensors import Choice, LogProbabilities, Workspace
+from kernels.sampling.tensors import REPORT_WORDS, REPORTED, Choice, Workspace
 
-Rule = tuple[float, int, float, float]
-"""temperature, top_k, top_p, min_p."""
+Rule = tuple[float, ...]
+"""temperature, top_k, top_p, min_p, and typical_p if it is not 1."""
 
 
 def _choice(rules: Sequence[Rule], seeds: Sequence[int], device: torch.device) -> Choice:
-    temperature, top_k, top_p, min_p = zip(*rules, strict=True)
+    temperature, top_k, top_p, min_p, typical_p = zip(*((*rule, 1.0)[:5] for rule in rules), strict=True)
     words = np.array(seeds, dtype=np.uint64).view(np.int32).reshape(-1, 2)
     return Choice(
         torch.tensor(temperature, dtype=torch.float32, device=device),
@@ -30,6 +30,7 @@ def _choice(rules: Sequence[Rule], seeds: Sequence[int], device: torch.device) -
         torch.tensor(min_p, dtype=torch.float32, device=device),
         torch.from_numpy(words[:, 0].copy()).to(device),
         torch.from_numpy(words[:, 1].copy()).to(device),
+        torch.tensor(typical_p, dtype=torch.float32, device=device),
     )
 
 
@@ -40,18 +41,16 @@ def _sample(
     rules: Sequence[Rule],
     seeds: Sequence[int],
     positions: Sequence[int],
-    log_probabilities: LogProbabilities | None = None,
 ) -> list[int]:
     """Returns the tokens, one for each rule."""
     out = torch.full((len(rules),), -7, dtype=torch.int32, device=device)
     workspace = Workspace.allocate(len(rules), logits.shape[1], device)
-    for buffer in (workspace.heads, workspace.masses, workspace.plain_masses, workspace.values):
+    for buffer in (workspace.heads, workspace.masses, workspace.values):
         buffer.fill_(math.nan)
     workspace.tokens.fill_(2**30)
     kernels.sample(
-        logits.to(device), _choice(rules, seeds, device), torch.tensor(positions, device=device), out, workspace,
-        log_probabilities,
-    )  # fmt: skip
+        logits.to(device), _choice(rules, seeds, device), torch.tensor(positions, device=device), out, workspace
+    )
     found: list[int] = out.tolist()
     return found
 
@@ -62,8 +61,8 @@ def _logits(rows: int, vocabulary: int, seed: int = 0, spread: float = 3.0) -> t
 
 def _host(logits: torch.Tensor, rules: Sequence[Rule], seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
     specs = [
-        SamplingSpec(temperature=t, top_k=k, top_p=p, min_p=m, seed=seed)
-        for (t, k, p, m), seed in zip(rules, seeds, strict=True)
+        SamplingSpec(temperature=t, top_k=int(k), top_p=p, min_p=m, seed=seed, typical_p=(*typical, 1.0)[0])
+        for (t, k, p, m, *typical), seed in zip(rules, seeds, strict=True)
     ]
     return host_sample(logits, specs, positions)
 
@@ -81,6 +80,10 @@ RULES: list[Rule] = [
     (100.0, 3, 1.0, 1.0),
     (1.0, 10**6, 0.5, 0.0),
     (0.01, 0, 0.01, 0.0),
+    (1.0, 0, 1.0, 0.0, 0.5),
+    (0.8, 30, 0.9, 0.02, 0.7),
+    (1.5, 0, 0.8, 0.0, 0.2),
+    (1.0, 0, 1.0, 0.0, 1e-6),
 ]
 
 
@@ -105,7 +108,8 @@ def test_likely_tokens_are_found_in_a_large_vocabulary(
     logits = torch.cat([steep, steep, steep, flat, flat, clustered])
     rules: list[Rule] = [(1.0, 8, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 50, 0.9, 0.1)]
     rules += [(1.0, 0, 0.9, 0.0), (1.0, 0, 1.0, 0.95), (1.0, 40, 1.0, 0.0)]
-    seeds = list(range(6))
+    logits, rules = torch.cat([logits, flat, steep]), [*rules, (1.0, 0, 1.0, 0.0, 0.6), (1.0, 700, 0.99, 0.0, 0.3)]
+    seeds = list(range(8))
     assert _sample(kernels, device, logits, rules, seeds, seeds) == _host(logits, rules, seeds, seeds)
 
 
@@ -172,25 +176,28 @@ def test_the_most_likely_token_is_the_first_of_equals(kernels: Any, device: torc
     assert out.tolist() == [0, 300, 999]
 
 
-@pytest.mark.parametrize("top_count", [0, 5])
-def test_log_probabilities_are_those_of_the_model(kernels: Any, device: torch.device, top_count: int) -> None:
-    """Users compare them between requests: without temperature, sorted, ties by token, -1 where there are no more."""
-    logits = _logits(4, 700, seed=6)
+def test_log_probabilities_are_those_of_the_model(kernels: Any, device: torch.device, float_dtype: torch.dtype) -> None:
+    """Users compare them between requests: sorted, ties by token, -1 where there are no more; ranks as of a sort."""
+    logits = _logits(6, 700, seed=6)
     logits[1, 100:400] = 7.5
     logits[2, 3:] = -math.inf
-    logits[3, 0] = math.nan
-    rules: list[Rule] = [(0.5, 20, 1.0, 0.0), (3.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0)]
-    found = LogProbabilities.allocate(4, top_count, device)
-    tokens = _sample(kernels, device, logits, rules, range(4), range(4), found)
-    expected = torch.log_softmax(logits.double(), -1)
-    for row in range(3):
-        assert abs(found.chosen[row].item() - expected[row, tokens[row]].item()) < 1e-5
-        values, order = torch.sort(expected[row], descending=True, stable=True)
-        known = min(top_count, 3 if row == 2 else top_count)
-        assert found.top_tokens[row].tolist() == order[:known].tolist() + [-1] * (top_count - known)
-        assert torch.allclose(found.top[row, :known].cpu().double(), values[:known], atol=1e-5)
-    assert found.chosen[3].isnan()
-    assert (found.top_tokens[3] == -1).all()
+    logits = logits.to(float_dtype)
+    tokens, counts = [5, 200, 1, 699, -1, 7], [5, 20, 5, 0, 3, -1]
+    reports = torch.full((6, REPORT_WORDS), 12345, dtype=torch.int32, device=device)
+    words = [torch.tensor(column, dtype=torch.int32, device=device) for column in (tokens, counts)]
+    kernels.report(logits.to(device), *words, reports, Workspace.allocate(6, 700, device))
+    for row, (token, count) in enumerate(zip(tokens, counts, strict=True)):
+        if token < 0 or count < 0:
+            assert (reports[row] == 12345).all()
+            continue
+        found, values = reports[row].cpu(), reports[row].cpu().view(torch.float32)
+        rank, logarithm, most, theirs = reference.report(logits[row], token, count)
+        known = min(count, 3 if row == 2 else count)
+        assert found[0] == rank
+        assert values[1].item() == pytest.approx(logarithm, abs=1e-5)
+        assert found[2 : 2 + count].tolist() == most[:known] + [-1] * (count - known)
+        listed = values[2 + REPORTED : 2 + REPORTED + known].tolist()
+        assert listed == pytest.approx(theirs[:known], abs=1e-5)
 
 
 def test_the_random_numbers_are_those_of_the_host() -> None:
@@ -216,12 +223,10 @@ def test_wrong_arguments_are_named(kernels: Any, device: torch.device) -> None:
         ("positions", lambda: kernels.sample(logits, choice, positions[:1], out, workspace)),
         (
             "choice.temperature",
-            lambda: kernels.sample(logits, _choice(RULES, range(12), device), positions, out, workspace),
+            lambda: kernels.sample(logits, _choice(RULES, range(len(RULES)), device), positions, out, workspace),
         ),
-        (
-            "log_probabilities.chosen",
-            lambda: kernels.sample(logits, choice, positions, out, workspace, LogProbabilities.allocate(3, 1, device)),
-        ),
+        ("counts: shape", lambda: kernels.report(logits, out, out[:1], out[:, None], workspace)),
+        ("reports: shape", lambda: kernels.report(logits, out, out, out[:, None], workspace)),
     ]
     for message, call in wrong:
         with pytest.raises(ValueError, match=message):

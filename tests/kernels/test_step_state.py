@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from execsvc.gpu.runtime import CudaRuntime, Runtime
+from execsvc.grammars import Grammars
 from kernels.step_state import reference
 from kernels.step_state.tensors import Resident, Staged
+from quire import columns
 from tests.unit.execsvc import tiny
 from tests.unit.execsvc.recorded_graphs import RecordingRuntime
+from tests.unit.execsvc.test_grammars import EOS_TOKEN, JSON
 from tests.unit.execsvc.tiny import Driver, start
 
 
@@ -111,6 +114,38 @@ def test_an_engine_on_the_kernels_gives_the_tokens_of_the_torch_engine(kernels: 
     for table, logits in drivers[0].logits.items():
         for mine, theirs in zip(logits, drivers[1].logits[table], strict=True):
             assert (mine.cpu() - theirs.cpu()).abs().max() < 1e-3
+
+
+def test_an_engine_on_the_kernels_chooses_as_the_host_whatever_is_asked_for(kernels: Any, device: torch.device) -> None:
+    """Penalties, bias, typical_p, log-probabilities, withheld tokens, a grammar, siblings: captured, in one batch."""
+    config = dataclasses.replace(tiny.CONFIG, num_layers=1)
+    starts = [
+        start(1, [5] * 9, [1], repetition_penalty=1.3, frequency_penalty=0.4, prompt_token_count=9, logprobs=3),
+        start(2, [7, 8, 9], [2], temperature=1.5, typical_p=0.6, seed=3, sibling_seeds=[4, 5], logprobs=0),
+        start(3, [1, 2], [3], prompt_token_count=2, prompt_logprobs=2, temperature=1.0),
+    ]
+    starts[0].sampling.bias_tokens, starts[0].sampling.bias_values = columns.pack([5, 70]), columns.pack_floats([9, 3])
+    starts[1].sampling.withheld_tokens, starts[1].sampling.withheld_until = columns.pack([0, 100, 319]), 5
+    starts[2].sampling.grammar = 'start: /[a-f]{2,9}/ "-" /[0-9]{3,7}/'
+    replayed = tiny.gpu_engine_of(
+        config, operations="triton", runtime=_runtime(device), sizes=[3], max_num_seqs=3, blocks=12, max_model_len=64
+    )
+    found = []
+    for engine in (tiny.engine_of(config, blocks=12), replayed):
+        engine.grammars = Grammars(JSON, config.vocab_size, [EOS_TOKEN])
+        driver = Driver(engine)
+        results = [driver.run({1: 9, 2: 3, 3: 2}, added=starts)]
+        results += [driver.run({1: 1, 2: 1, 3: 1}) for _ in range(3)]
+        found.append(results)
+    for mine, theirs in zip(*found, strict=True):
+        assert not mine.errors
+        for field in ("sampled_tables", "sampled_tokens", "sibling_tables", "sibling_tokens"):
+            assert getattr(mine, field) == getattr(theirs, field), field
+        for field in ("tables", "positions", "ranks", "counts", "token_ids"):
+            assert getattr(mine.logprobs, field) == getattr(theirs.logprobs, field), field
+        values = [columns.unpack_floats(result.logprobs.values, "") for result in (mine, theirs)]
+        assert values[0] and values[0] == pytest.approx(values[1], abs=1e-3)
+    assert found[0][0].sibling_tables == columns.pack([2, 2])
 
 
 def test_a_float8_cache_gives_logits_near_those_of_a_wide_one(kernels: Any, device: torch.device) -> None:

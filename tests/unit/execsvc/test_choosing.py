@@ -119,20 +119,22 @@ def test_a_prompt_s_log_probabilities_do_not_depend_on_how_it_is_cut(device: str
         assert position == 40 or (rank == 1) == (tokens[0] == tokens[1])
 
 
-def test_a_sequence_that_comes_back_is_penalised_for_what_it_said_before() -> None:
+@pytest.mark.parametrize("device", ["host", "device"])
+def test_a_sequence_that_comes_back_is_penalised_for_what_it_said_before(device: str) -> None:
     """Otherwise a preempted sequence goes on with other words than it would have."""
+    make = tiny.engine_of if device == "host" else tiny.gpu_engine_of
     params = {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "prompt_token_count": 40}
-    driver = Driver(tiny.engine_of(blocks=64))
+    driver = Driver(make(blocks=64))
     driver.run({1: 40}, added=[start(1, PROMPT, [1, 2, 3, 4], **params)])
     for _ in range(14):
         driver.run({1: 1})
-    again = Driver(tiny.engine_of(blocks=64))
+    again = Driver(make(blocks=64))
     known = PROMPT + driver.tokens[1][:6]
     again.run({2: 46}, added=[start(2, known, [9, 8, 7, 6], **params)])
     for _ in range(8):
         again.run({2: 1})
     assert again.tokens[2] == driver.tokens[1][6:15]
-    plain = Driver(tiny.engine_of(blocks=64))
+    plain = Driver(make(blocks=64))
     plain.run({1: 40}, added=[start(1, PROMPT, [1, 2, 3, 4])])
     for _ in range(14):
         plain.run({1: 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 import dataclasses
 import random
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 
 from execsvc.engine import Engine, PendingStep
 from execsvc.gpu.ladder import ladder, rung_of_size
-from execsvc.gpu.runtime import EagerEvent, EagerRuntime
+from execsvc.gpu.runtime import EagerEvent, EagerGraph, EagerRuntime, Graph
 from execsvc.gpu.sampling import TorchSampler, uniform
 from execsvc.gpu.staging import Staging
+from execsvc.grammars import Grammars
 from execsvc.philox import uniform as philox_uniform
 from execsvc.sampler import SamplingSpec, sample
 from kernels.step_state.tensors import PARAMETERS
@@ -23,10 +25,13 @@ from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from tests.unit.execsvc import tiny
 from tests.unit.execsvc.recorded_graphs import RecordingRuntime
+from tests.unit.execsvc.test_grammars import EOS_TOKEN, JSON
 from tests.unit.execsvc.tiny import Driver, start
 
 SMALL = dataclasses.replace(tiny.CONFIG, num_layers=2)
 BLOCK_SIZE = 16
+FLOATS = columns.pack_floats([4.0, -30.0])
+GRAMMAR = 'start: /[a-f]{2,9}/ "-" /[0-9]{1,7}/'
 
 
 class Life:
@@ -51,6 +56,12 @@ class Life:
                 {"temperature": 0.9, "seed": draw.getrandbits(64)},
                 {"temperature": 1.2, "top_k": 9},
                 {"temperature": 0.8, "repetition_penalty": 1.4, "presence_penalty": 0.5, "prompt_token_count": count},
+                {"frequency_penalty": 1.5, "bias_tokens": columns.pack([7, 9]), "bias_values": FLOATS, "logprobs": 3},
+                {"temperature": 2.0, "typical_p": 0.6, "withheld_tokens": columns.pack([1, 9]), "withheld_until": 30},
+                {"temperature": 1.0, "typical_p": 0.4, "top_k": 90, "bias_tokens": columns.pack([5]), "logprobs": 0}
+                | {"bias_values": FLOATS[:4], "withheld_tokens": columns.pack([5, 6]), "withheld_until": 12},
+                {"logprobs": 20, "prompt_logprobs": draw.choice([0, 2]), "prompt_token_count": count},
+                {"temperature": 1.4, "grammar": GRAMMAR, "prompt_token_count": count, "logprobs": 1},
             ]
         )
         tokens = [draw.randrange(320) for _ in range(count)]
@@ -90,6 +101,7 @@ class Life:
 def run_life(engine: Engine, seed: int, steps: int, depth: int = 1) -> list[bytes]:
     """Returns the results of random plans, with up to `depth` steps submitted before the first is collected."""
     life, results, flying = Life(seed), [], deque[PendingStep]()
+    engine.grammars = Grammars(JSON, SMALL.vocab_size, [EOS_TOKEN])
 
     def collect() -> None:
         pending = flying.popleft()
@@ -108,17 +120,141 @@ def run_life(engine: Engine, seed: int, steps: int, depth: int = 1) -> list[byte
     return results
 
 
-def test_steps_as_on_a_gpu_give_the_tokens_of_the_cpu() -> None:
-    """Otherwise a GPU would answer something else. Chunks, decodes, both in one step, growth, drawn tokens."""
-    expected = run_life(tiny.engine_of(SMALL, max_num_seqs=8), 1, 30)
-    assert run_life(tiny.gpu_engine_of(SMALL, runtime=RecordingRuntime(), sizes=[2, 8]), 1, 30) == expected
+def assert_alike(found: list[bytes], expected: list[bytes]) -> int:
+    """Checks that results are equal but for the last digits of log-probabilities; returns how many there are."""
+    count = 0
+    for mine, theirs in zip(map(pb.StepResult.FromString, found), map(pb.StepResult.FromString, expected), strict=True):
+        values = [columns.unpack_floats(result.logprobs.values, "") for result in (mine, theirs)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
+        if values[0]:
+            mine.logprobs.values = theirs.logprobs.values
+        assert mine == theirs
+        count += len(values[0])
+    return count
+
+
+@pytest.mark.parametrize("seed", [1, 5, 6])
+def test_steps_as_on_a_gpu_give_the_tokens_of_the_cpu(seed: int) -> None:
+    """Otherwise a GPU would answer something else. Chunks, decodes, both in one step, growth, all ways of choosing."""
+    expected = run_life(tiny.engine_of(SMALL, max_num_seqs=8), seed, 60)
+    found = run_life(tiny.gpu_engine_of(SMALL, runtime=RecordingRuntime(), sizes=[2, 8]), seed, 60)
+    assert assert_alike(found, expected) > 100
+
+
+def test_many_small_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt with penalties, a thousand siblings: what no buffer holds at once must all arrive."""
+    expected = run_life(tiny.engine_of(SMALL, max_num_seqs=8), 7, 40)
+    monkeypatch.setattr("execsvc.gpu.steps._WRITE_ROOM", 8)
+    engine = tiny.gpu_engine_of(SMALL)
+    monkeypatch.setattr("execsvc.gpu.changes._PORTION", 5)
+    steps: Any = engine._steps
+    steps._max_num_seqs = 1
+    assert assert_alike(run_life(engine, 7, 40), expected) > 100
+
+
+class LoggingRuntime(EagerRuntime):
+    """Notes replays and waits, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[str] = []
+        self._captures = False
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Returns a graph with the name of its work."""
+        log, name = self.log, work.__name__
+        self._captures = True
+
+        class Logged(EagerGraph):
+            def replay(self) -> None:
+                log.append(name)
+                super().replay()
+
+        return Logged(work)
+
+    def event(self) -> Any:
+        """Returns an event that tells when it is waited for, if it is of a step and not of a pinned buffer."""
+        if not self._captures:
+            return EagerEvent()
+        log = self.log
+
+        class Logged(EagerEvent):
+            def synchronize(self) -> None:
+                log.append("wait")
+
+        return Logged()
+
+
+def _flying(runtime: LoggingRuntime, starts: list[pb.SequenceStart]) -> list[str]:
+    """Returns what is done while two decode steps of two sequences are submitted, none of them collected."""
+    engine = tiny.gpu_engine_of(SMALL, runtime=runtime, sizes=[2])
+    engine.grammars = Grammars(JSON, SMALL.vocab_size, [EOS_TOKEN])
+    driver = Driver(engine)
+    driver.run({1: 4, 2: 3}, added=starts)
+    engine.observe_logits = None
+    runtime.log.clear()
+    decode = {"scheduled_tables": columns.pack([1, 2]), "scheduled_counts": columns.pack([1, 1])}
+    flying = [engine.submit(pb.StepPlan(step=step, epoch=1, **decode)) for step in (2, 3)]
+    done = list(runtime.log)
+    for pending in flying:
+        pending.wait()
+        assert not engine.collect(pending).errors
+    return done
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"repetition_penalty": 1.4},
+        {"frequency_penalty": 0.4, "temperature": 1.0},
+        {"bias_tokens": columns.pack([3]), "bias_values": FLOATS[:4]},
+        {"typical_p": 0.5, "temperature": 1.0},
+        {"logprobs": 20},
+        {"withheld_tokens": columns.pack([3]), "withheld_until": 100},
+    ],
+    ids=lambda sampling: next(iter(sampling)),
+)
+def test_whatever_is_asked_for_the_host_waits_for_nothing(sampling: dict[str, Any]) -> None:
+    """One request with a penalty must not keep every other one of its batch from running ahead."""
+    done = _flying(LoggingRuntime(), [start(1, range(4), [1], **sampling), start(2, range(3), [2])])
+    assert done == ["body", "full_tail"] * 2
+
+
+def test_a_grammar_waits_while_the_next_step_is_computed() -> None:
+    """Its mask needs the last token: the device must have the next forward pass of all of them to do meanwhile."""
+    constrained = start(1, range(4), [1], prompt_token_count=4)
+    constrained.sampling.grammar = GRAMMAR
+    done = _flying(LoggingRuntime(), [constrained, start(2, range(3), [2])])
+    assert done == ["body", "wait", "full_tail"] * 2
+
+
+def test_the_device_counts_what_penalties_need() -> None:
+    """A count that drifts shows many tokens later, in another text: rows are used again, sequences come back."""
+    engine = tiny.gpu_engine_of(SMALL, runtime=RecordingRuntime(), sizes=[4])
+    driver = Driver(engine)
+    penalties = {"repetition_penalty": 1.2, "prompt_token_count": 5}
+    prompt = [3, 3, 319, 0, 7]
+    driver.run({1: 5, 2: 5}, added=[start(1, prompt, [1, 4]), start(2, prompt, [2, 5], **penalties)])
+    for _ in range(6):
+        driver.run({1: 1, 2: 1})
+    known = [*prompt, *driver.tokens[2]]
+    driver.run({3: 5}, removed=[1, 2], added=[start(3, prompt[::-1], [3], frequency_penalty=0.5, prompt_token_count=5)])
+    again = start(4, known, [6, 7], **penalties)
+    driver.run({4: len(known), 3: 1}, added=[again])
+    driver.run({4: 1, 3: 1})
+    steps: Any = engine._steps
+    for table, tokens in ((3, prompt[::-1] + driver.tokens[3]), (4, known + driver.tokens[4])):
+        expected = 2 * torch.bincount(torch.tensor(tokens[5:]), minlength=SMALL.vocab_size)
+        expected[torch.tensor(tokens[:5])] += 1
+        assert torch.equal(steps._changes.seen[engine._rows.by_table[table].row].long(), expected)
 
 
 @pytest.mark.parametrize("depth", [2, 4])
-def test_steps_in_flight_change_nothing(depth: int) -> None:
+@pytest.mark.parametrize("seed", [2, 8])
+def test_steps_in_flight_change_nothing(depth: int, seed: int) -> None:
     """The next step is launched before the tokens of the last are known: it must go on from the right ones."""
-    expected = run_life(tiny.gpu_engine_of(SMALL), 2, 60)
-    assert run_life(tiny.gpu_engine_of(SMALL), 2, 60, depth) == expected
+    expected = run_life(tiny.gpu_engine_of(SMALL), seed, 60)
+    assert run_life(tiny.gpu_engine_of(SMALL), seed, 60, depth) == expected
 
 
 def test_a_replay_equals_the_same_step_launched_piece_by_piece() -> None:
@@ -218,7 +354,7 @@ def test_many_changes_go_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """More changes than a step has room for, a thousand long prompts at once, must all arrive."""
     monkeypatch.setattr("execsvc.gpu.steps._WRITE_ROOM", 8)
     expected = run_life(tiny.engine_of(SMALL, max_num_seqs=8), 4, 20)
-    assert run_life(tiny.gpu_engine_of(SMALL), 4, 20) == expected
+    assert_alike(run_life(tiny.gpu_engine_of(SMALL), 4, 20), expected)
 
 
 def test_the_ladder_has_few_sizes_and_covers_all() -> None:
@@ -246,7 +382,7 @@ def test_draws_on_the_device_have_the_bits_of_the_host() -> None:
 
 def test_the_device_chooses_what_the_host_chooses() -> None:
     """Every option alone and together, ties included: a request must not change its text with the device."""
-    logits = torch.randn(12, 200, generator=torch.Generator().manual_seed(3)).mul(3).round(decimals=1)
+    logits = torch.randn(16, 200, generator=torch.Generator().manual_seed(3)).mul(3).round(decimals=1)
     options: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {},
@@ -260,20 +396,24 @@ def test_the_device_chooses_what_the_host_chooses() -> None:
         {"temperature": 0.3},
         {"temperature": 50.0},
         {"min_p": 1.0},
+        {"typical_p": 0.5},
+        {"typical_p": 0.3, "top_k": 20, "temperature": 2.0},
+        {"typical_p": 1e-6},
+        {"typical_p": 0.9, "top_p": 0.9, "min_p": 0.05},
     ]
     for round_index in range(5):
         specs = [
             SamplingSpec(**{"temperature": 1.0, "seed": 2**63 + index * 977, **some})
             for index, some in enumerate(options)
         ]
-        positions = [round_index * 7 + index for index in range(12)]
-        engine = tiny.gpu_engine_of(SMALL, max_num_seqs=12, sizes=[])
+        positions = [round_index * 7 + index for index in range(16)]
+        engine = tiny.gpu_engine_of(SMALL, max_num_seqs=16, sizes=[])
         observer: Any = engine._steps.row_observer
         for row, spec in enumerate(specs):
-            observer.row_added(row, 0, 0, spec)
+            observer.row_added(row, np.zeros(1, dtype=np.int64), 0, spec)
         params = torch.from_numpy(observer._columns[2:].copy())
         assert len(params) == len(PARAMETERS)
-        out = torch.zeros(12, dtype=torch.int32)
+        out = torch.zeros(16, dtype=torch.int32)
         TorchSampler().sample(logits, params, torch.tensor(positions, dtype=torch.int32), out)
         assert out.tolist() == sample(logits, specs, positions)
     logits[3] = float("nan")

@@ -176,7 +176,7 @@ def test_without_rules_or_with_one_sequence_nothing_is_grouped() -> None:
     """A rung of one has no second body, and an executor without groups captures none: each takes memory."""
     runtime = CountingRuntime()
     tiny.gpu_engine_of(SMALL, runtime=runtime, sizes=[1, 8], group_rules=RULES)
-    assert len(runtime.replays) == 7
+    assert len(runtime.replays) == 9
     runtime = CountingRuntime()
     tiny.gpu_engine_of(SMALL, runtime=runtime, sizes=[1, 8])
-    assert len(runtime.replays) == 6
+    assert len(runtime.replays) == 8
