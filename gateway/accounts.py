@@ -28,6 +28,8 @@ def usage_of(request: Request) -> pb.Usage:
         shared_block_count=request.shared_block_count,
         block_seconds=request.block_seconds(now),
         recomputed_token_count=request.recomputed_token_count,
+        swap_count=request.swap_count,
+        swapped_block_count=request.swapped_block_count,
     )
     usage.queue_time.FromNanoseconds(int(((request.admitted_at or now) - request.arrived_at) * 1e9))
     if request.first_token_at is not None:
@@ -49,6 +51,7 @@ def log_finished(request: Request, outcome: str) -> None:
         cached_token_count=request.cached_token_count,
         completion_token_count=request.completion_token_count,
         preemption_count=request.preemption_count,
+        swap_count=request.swap_count,
         queue_ms=round(((request.admitted_at or now) - request.arrived_at) * 1e3, 3),
         ttft_ms=None if first is None else round((first - request.arrived_at) * 1e3, 3),
         total_ms=round((now - request.arrived_at) * 1e3, 3),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def admit_request(pool: PoolInfo, sequence: Sequence, *, wait_for_prefix: bool) -> AdmitRequest:
     """Returns the request for a table of `pool`; `wait_for_prefix`: rather wait than compute what another one does."""
     settings = sequence.request.settings
+    swapped = sequence.swapped.token_count if sequence.swapped is not None else 0
     return AdmitRequest(
         pool_id=pool.pool_id,
         epoch=pool.epoch,
@@ -29,7 +30,9 @@ def admit_request(pool: PoolInfo, sequence: Sequence, *, wait_for_prefix: bool) 
         max_new_tokens=sequence.length_limit - len(sequence.tokens),
         min_new_tokens=certain_tokens(sequence),
         resumed=sequence.preemption_count > 0,
-        wait_for_prefix=wait_for_prefix,
+        # What is in host memory is not computed again: there is nothing to wait for.
+        wait_for_prefix=wait_for_prefix and not swapped,
         session_id=settings.session_id,
         retention_ttl_seconds=settings.retention_ttl,
+        swapped_token_count=swapped,
     )

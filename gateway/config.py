@@ -28,6 +28,12 @@ class GatewayConfig(ServiceConfig):
     max_preemptions: int = setting(
         8, "After this many preemptions a sequence is preempted only if nothing else can be.", minimum=0
     )
+    preemption_mode: str = setting(
+        "auto",
+        "What a preempted sequence has computed: recompute computes it again, swap moves it to host memory while the "
+        "executor has room (its --swap-space), auto does what is cheaper.",
+        choices=("auto", "recompute", "swap"),
+    )
     scheduling_policy: str = setting(
         "fcfs",
         "Who goes first: fcfs by arrival; priority by the requests' priorities, lower first; fair by what tenants had.",

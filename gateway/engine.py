@@ -195,6 +195,9 @@ class Engine:
         self._lane_models.pop(pool_id, None)
         if not self._lane_models:
             self._on_readiness(False)
+        # What waited for this executor alone may go to another one now.
+        for lane in self._lanes.values():
+            lane.wake()
 
     def models(self) -> list[ServedModel]:
         """Returns the models served, by name."""
@@ -323,13 +326,12 @@ class Engine:
             sample.ended = True
             if sample.state is SequenceState.NEW:
                 sample.state = SequenceState.FINISHED
-            elif sample.state is SequenceState.WAITING:
-                # One that is not in the queue is just being admitted; its lane sees that it has ended.
-                if live.model.queue.remove(sample):
-                    sample.state = SequenceState.FINISHED
-            else:
-                for lane in self._lanes.values():
-                    lane.finish(sample, reason)
+                return
+            for lane in self._lanes.values():
+                lane.finish(sample, reason)
+            # One that waits and is not in the queue is just being admitted; its lane sees that it has ended.
+            if sample.state is SequenceState.WAITING and live.model.queue.remove(sample):
+                sample.state = SequenceState.FINISHED
 
     # --- what lanes tell ------------------------------------------------------------------------------------------
 

@@ -18,12 +18,11 @@ from gateway.core.merging import TableMerges
 from gateway.core.precedence import SchedulingPolicy
 from gateway.core.prefix_wait import PrefixWait
 from gateway.core.queue import WaitingQueue
-from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import StepDraft, Update
 from gateway.forking import Forking
 from gateway.lane_owner import LaneOwner
-from gateway.plan import to_outcome, to_plan
+from gateway.plan import scheduler_for, to_outcome, to_plan
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire.errors import (
     BlockPoolExhaustedError,
@@ -42,6 +41,7 @@ from quire.memory import Admission, CloseReason, JournalEntry, Memory, PoolInfo
 if TYPE_CHECKING:
     from gateway.clients.executor import ExecutorLink
     from gateway.config import GatewayConfig
+    from gateway.core.scheduler import Scheduler
 
 log = structlog.get_logger(__name__)
 
@@ -130,7 +130,7 @@ class Lane:
             self._owner.fatal(f"lane of {self._pool.pool_id} failed: {task.exception()!r}")
 
     def finish(self, sequence: Sequence, reason: CloseReason) -> None:
-        """Ends a sequence that has a table here; it is removed by the next step."""
+        """Ends a sequence that has a table here, or content in host memory; the next step removes it."""
         if self._scheduler is not None:
             self._scheduler.finish(sequence, reason)
             self.wake()
@@ -195,17 +195,7 @@ class Lane:
         )
         await link.open(request)
         self._queue = await self._owner.model_queue(link, description, self._pool)
-        budget = description.max_num_batched_tokens
-        if self._config.max_num_batched_tokens is not None:
-            budget = min(budget, self._config.max_num_batched_tokens)
-        scheduler = self._scheduler = Scheduler(
-            self._pool,
-            max_num_seqs=min(self._config.max_num_seqs, description.max_num_seqs),
-            max_num_batched_tokens=budget,
-            max_preemptions=self._config.max_preemptions,
-            policy=SchedulingPolicy(self._config.scheduling_policy),
-            long_prefill_token_threshold=self._config.long_prefill_token_threshold,
-        )
+        scheduler = self._scheduler = scheduler_for(self._pool, description, self._config)
         self._forking = Forking(
             self._pool, self._memory, scheduler, self._write_journal, lambda: self._scheduler is scheduler
         )
@@ -395,7 +385,7 @@ class Lane:
             return
         if not scheduler.can_admit():
             return
-        sequence = queue.pop(self._full_tenants)
+        sequence = queue.pop(self._full_tenants, self._pool.pool_id)
         if sequence is not None:
             self._admitting = sequence
             self._spawn(self._admit(scheduler, queue, sequence), "admission")
@@ -423,6 +413,7 @@ class Lane:
             loop.call_later(_RETRY_SECONDS, self._retry, scheduler)
         except QuireError as error:
             sequence.state = SequenceState.FINISHED
+            scheduler.swapping.release(sequence)
             self._owner.failed(sequence, error)
             self._owner.released(sequence)
         except BaseException:
@@ -449,6 +440,7 @@ class Lane:
     def _put_back(self, queue: WaitingQueue, sequence: Sequence) -> None:
         """Returns a sequence that was not admitted to the head of the queue, unless it has ended meanwhile."""
         if sequence.ended:
+            self.finish(sequence, CloseReason.CANCELLED)
             sequence.state = SequenceState.FINISHED
             self._owner.released(sequence)
         else:

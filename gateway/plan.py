@@ -1,15 +1,22 @@
-"""Steps as they travel: drafts to StepPlan, StepResult to outcomes."""
+"""What a scheduler and its executor tell each other: a description at first, then drafts and outcomes of steps."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gateway.core.precedence import SchedulingPolicy
+from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence
 from gateway.core.siblings import waiting_samples
 from gateway.core.step import LogprobRow, StepDraft, StepOutcome
 from gateway.core.stopping import withheld_tokens
+from gateway.core.swapping import PreemptionMode, SwapSettings
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
+
+if TYPE_CHECKING:
+    from gateway.config import GatewayConfig
+    from quire.memory import PoolInfo
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd, so that the samples of one request draw from different streams (the increment of SplitMix64)."""
@@ -29,7 +36,7 @@ def _sequence_start(sequence: Sequence) -> pb.SequenceStart:
         table=sequence.table,
         token_ids=columns.pack(sequence.tokens),
         block_ids=columns.pack(sequence.blocks),
-        computed_token_count=sequence.cached_token_count,
+        computed_token_count=sequence.begun_at,
         sampling=pb.SamplingParams(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -85,6 +92,27 @@ def _logprob_rows(message: pb.Logprobs) -> list[LogprobRow]:
     return rows
 
 
+def scheduler_for(pool: PoolInfo, description: pb.DescribeResponse, config: GatewayConfig) -> Scheduler:
+    """Returns a scheduler for an executor that describes itself so; what it allows bounds what is set."""
+    budget = description.max_num_batched_tokens
+    if config.max_num_batched_tokens is not None:
+        budget = min(budget, config.max_num_batched_tokens)
+    return Scheduler(
+        pool,
+        max_num_seqs=min(config.max_num_seqs, description.max_num_seqs),
+        max_num_batched_tokens=budget,
+        max_preemptions=config.max_preemptions,
+        policy=SchedulingPolicy(config.scheduling_policy),
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        swap=SwapSettings(
+            description.swap_slot_count,
+            description.swap_out_bytes_per_second,
+            description.swap_in_bytes_per_second,
+            PreemptionMode(config.preemption_mode),
+        ),
+    )
+
+
 def to_plan(draft: StepDraft, step: int, epoch: int) -> pb.StepPlan:
     """Returns a draft as step number `step`."""
     return pb.StepPlan(
@@ -96,6 +124,9 @@ def to_plan(draft: StepDraft, step: int, epoch: int) -> pb.StepPlan:
         copies=columns.pack(draft.copies),
         scheduled_tables=columns.pack(draft.scheduled_tables),
         scheduled_counts=columns.pack(draft.scheduled_counts),
+        swap_out=columns.pack(draft.swap_out),
+        swap_in=columns.pack(draft.swap_in),
+        swap_freed=columns.pack(draft.swap_freed),
     )
 
 
@@ -118,4 +149,7 @@ def to_outcome(result: pb.StepResult) -> StepOutcome:
         sibling_tokens=columns.unpack_list(result.sibling_tokens, "sibling_tokens", row_count=len(siblings)),
         logprobs=_logprob_rows(result.logprobs) if result.HasField("logprobs") else [],
         errors=[(error.table, error.reason, error.message) for error in result.errors],
+        swap_refused=columns.unpack_list(result.swap_refused, "swap_refused"),
+        swap_slots_elsewhere=result.swap_slots_elsewhere,
+        seconds=(result.model_ns + result.sample_ns) / 1e9,
     )

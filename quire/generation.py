@@ -135,7 +135,7 @@ class Usage:
     completion_token_count: int
     """Tokens generated, all samples together."""
     preemption_count: int
-    """Times that a sample lost its blocks and was computed again."""
+    """Times that a sample lost its blocks, and was computed again or moved back from host memory."""
     peak_block_count: int
     """Most blocks that the request's tables named at one time."""
     queue_seconds: float
@@ -149,6 +149,10 @@ class Usage:
     """Blocks held times seconds, from admission to the last token."""
     recomputed_token_count: int = 0
     """Tokens computed again because a sample had lost its blocks."""
+    swap_count: int = 0
+    """Of `preemption_count`, those after which a sample's keys and values were in host memory."""
+    swapped_block_count: int = 0
+    """Blocks that were moved to host memory, and back, each way counted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -421,6 +425,8 @@ def usage_from(wire: gateway_pb2.Usage) -> Usage:
         shared_block_count=wire.shared_block_count,
         block_seconds=wire.block_seconds,
         recomputed_token_count=wire.recomputed_token_count,
+        swap_count=wire.swap_count,
+        swapped_block_count=wire.swapped_block_count,
     )
 
 

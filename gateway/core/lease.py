@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from quire.units import div_ceil
+
+if TYPE_CHECKING:
+    from gateway.core.sequence import Sequence
 
 _POOL_SHARE: Final = 100
 """The stock is at most 1/100 of the pool ..."""
@@ -94,6 +99,21 @@ class GrowthLease:
                 return total, steps
             total += count
         return total, self._size
+
+    def demand_ahead(self, unmet: int, prefills: Iterable[Sequence], budget: int) -> int:
+        """Returns how many blocks are wanted beyond those in stock where admissions do not bring a whole prompt's.
+
+        Args:
+            unmet: blocks that the last step wanted and did not get.
+            prefills: who computes a prompt, the first first: the next step's chunks want blocks as well.
+            budget: tokens of a step.
+        """
+        wanted = unmet
+        for sequence in prefills:
+            count = min(sequence.total - sequence.scheduled, budget)
+            wanted += max(0, div_ceil(sequence.scheduled + count - sequence.room, self._size))
+            budget -= count
+        return max(0, wanted - len(self._stock))
 
     def refilled(self, blocks: list[int], asked: int) -> None:
         """Takes in a refill that asked for `asked` blocks."""

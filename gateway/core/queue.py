@@ -106,13 +106,16 @@ class WaitingQueue:
             return None
         return sequence.request.settings.tenant
 
-    def pop(self, passed_over: Collection[str] = ()) -> Sequence | None:
-        """Takes the first sequence whose tenant is not one of `passed_over`, or None."""
+    def pop(self, passed_over: Collection[str] = (), pool_id: str = "") -> Sequence | None:
+        """Takes the first sequence whose tenant is not one of `passed_over`, or None.
+
+        Who has content in the host memory of another executor than that of `pool_id` is left to that one.
+        """
         heaps: list[str | None] = [None] if None in self._heaps else []
         if self._shares is not None:
             heaps += self._shares.order([name for name in self._heaps if name is not None and name not in passed_over])
         for name in heaps:
-            found = self._pop_from(self._heaps[name], passed_over)
+            found = self._pop_from(self._heaps[name], passed_over, pool_id)
             if not self._heaps[name]:
                 del self._heaps[name]
             if found is not None:
@@ -121,8 +124,8 @@ class WaitingQueue:
                 return found
         return None
 
-    def _pop_from(self, heap: list[_Entry], passed_over: Collection[str]) -> Sequence | None:
-        """Takes the first sequence of one heap whose tenant is not one of `passed_over`, or None."""
+    def _pop_from(self, heap: list[_Entry], passed_over: Collection[str], pool_id: str) -> Sequence | None:
+        """Takes the first sequence of one heap that may be taken, see `pop`, or None."""
         waiting: list[_Entry] = []
         found: Sequence | None = None
         while heap and found is None:
@@ -130,7 +133,8 @@ class WaitingQueue:
             _, entry, sequence = item
             if self._waiting.get(sequence) != entry:
                 continue
-            if sequence.request.settings.tenant in passed_over:
+            bound = sequence.swapped is not None and sequence.swapped.pool_id != pool_id
+            if bound or sequence.request.settings.tenant in passed_over:
                 waiting.append(item)
                 continue
             found = sequence

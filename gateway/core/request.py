@@ -168,6 +168,16 @@ class Request:
         """Tokens that the samples computed again."""
         return sum(sample.recomputed_token_count for sample in self.samples)
 
+    @property
+    def swap_count(self) -> int:
+        """Preemptions of all samples whose content went to host memory."""
+        return sum(sample.swap_count for sample in self.samples)
+
+    @property
+    def swapped_block_count(self) -> int:
+        """Blocks of all samples that went to host memory and back."""
+        return sum(sample.swapped_block_count for sample in self.samples)
+
     def block_seconds(self, now: float) -> float:
         """Returns blocks held times seconds, of all samples, up to `now`."""
         return sum(

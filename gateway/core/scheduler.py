@@ -16,8 +16,7 @@ Pure: no clock, no I/O.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from gateway.core.lease import GrowthLease
 from gateway.core.precedence import SchedulingPolicy, place_in_step
@@ -27,25 +26,12 @@ from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.sharing import SharedTails
 from gateway.core.shortage import SPARING, Shortage
 from gateway.core.siblings import assign_logprobs, take_first_tokens
+from gateway.core.stats import SchedulerStats
 from gateway.core.step import LOGPROB_CHUNK, StepDraft, StepOutcome, Update
+from gateway.core.swapping import Swapping, SwapSettings
 from quire.errors import InvariantError
 from quire.memory import Admission, CloseReason, Fork, JournalEntry, PoolInfo
-from quire.units import div_ceil
 from quire.window import outside_block_count
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@dataclasses.dataclass(slots=True)
-class SchedulerStats:
-    """Counters since the start, in tokens and steps."""
-
-    step_count: int = 0
-    scheduled_token_count: int = 0
-    preemption_count: int = 0
-    stalled_count: int = 0
-    """Times a sequence sat a step out for want of a block."""
 
 
 class Scheduler:
@@ -58,6 +44,7 @@ class Scheduler:
         max_preemptions: see `choose_victim`.
         policy: what decides who gets tokens and blocks first, and who gives way.
         long_prefill_token_threshold: most tokens of one remainder in a step that others take part in; 0 for no limit.
+        swap: host memory for what preempted sequences have computed; none by default.
     """
 
     def __init__(
@@ -69,10 +56,12 @@ class Scheduler:
         *,
         policy: SchedulingPolicy = SchedulingPolicy.FCFS,
         long_prefill_token_threshold: int = 0,
+        swap: SwapSettings | None = None,
     ) -> None:
         self.pool = pool
         self.lease = GrowthLease(pool.spec.usable_block_count, pool.spec.block_size)
         self.stats = SchedulerStats()
+        self.swapping = Swapping(pool.pool_id, pool.spec, swap or SwapSettings())
         self.now = 0.0
         """Seconds at which what is called next happens; the caller's to set, and only for what blocks have cost."""
         self._block_size = pool.spec.block_size
@@ -131,8 +120,9 @@ class Scheduler:
         """Takes in an admitted sequence; it is part of the next step."""
         self._open(sequence, admission)
         self._shortage.admitted(sequence, len(sequence.blocks) - admission.cached_token_count // self._block_size)
-        for source, destination in admission.copies:
-            self._to_copy += (source, destination)
+        if sequence.begun_at == admission.cached_token_count:
+            for source, destination in admission.copies:
+                self._to_copy += (source, destination)
 
     def fork(self, source: int, samples: list[Sequence], fork: Fork) -> None:
         """Takes in samples whose tables were forked from another one; they are part of the next step.
@@ -167,13 +157,16 @@ class Scheduler:
         sequence.blocks = list(admission.block_ids)
         if not sequence.preemption_count:
             sequence.shared_block_count = admission.cached_token_count // self._block_size
-        sequence.recomputed_token_count += max(0, sequence.lost_token_count - admission.cached_token_count)
-        sequence.cached_token_count = admission.cached_token_count
-        sequence.scheduled = sequence.computed = admission.cached_token_count
+        sequence.cached_token_count = sequence.computed = begun = admission.cached_token_count
+        if sequence.preemption_count:
+            begun = self.swapping.bring_back(sequence, admission, self._running.values())
+        sequence.recomputed_token_count += max(0, sequence.lost_token_count - begun)
+        sequence.begun_at = sequence.scheduled = begun
         sequence.reported = sequence.total = len(sequence.tokens)
         sequence.room = len(sequence.blocks) * self._block_size
         sequence.released = sequence.blocks.count(0) if self._window else 0
-        sequence.report_at = report_at(sequence, self._block_size, self._window, copying=bool(admission.copies))
+        moving = bool(admission.copies) or begun > admission.cached_token_count
+        sequence.report_at = report_at(sequence, self._block_size, self._window, copying=moving)
         self._running[admission.table] = sequence
         if self._policy is SchedulingPolicy.PRIORITY:
             ordered = sorted(self._running.items(), key=lambda item: place_in_step(item[1], self._policy))
@@ -185,6 +178,7 @@ class Scheduler:
         # What is preempted below may be part of this very step, so it is removed by the next one.
         draft = StepDraft(removed=self._to_remove, added=self._to_add, copies=self._to_copy)
         self._to_remove, self._to_add, self._to_copy = [], [], []
+        self.swapping.begin(draft)
         budget, prefills = self._budget, []
         hungry: list[Sequence] = []
         sparing = self._shortage.lasts
@@ -208,12 +202,14 @@ class Scheduler:
                 budget -= 1
         if hungry and sparing:
             budget -= self._feed(hungry, budget, draft)
-        if prefills:
-            budget -= self._fill(prefills, budget, draft, hungry)
+        filled = self._fill(prefills, budget, draft, hungry) if prefills else 0
+        budget -= filled
         self._settle_unmet(hungry, prefills, computing=len(tables))
         if not draft:
             draft.removed, self._to_remove = self._to_remove, []
+            self.swapping.begin(draft)
         if draft:
+            self.swapping.planned(self._budget - budget, filled)
             self.stats.step_count += 1
             self.stats.scheduled_token_count += self._budget - budget
         return draft
@@ -307,7 +303,7 @@ class Scheduler:
         self.stats.stalled_count += unmet
         self.lease.sparing = sparing = self._shortage.lasts
         demand = min(unmet, max(0, self._shortage.growth(computing))) if sparing else unmet
-        self.lease.note_demand(self._wanted_ahead(prefills, demand) if self._window else demand)
+        self.lease.note_demand(self.lease.demand_ahead(demand, prefills, self._budget) if self._window else demand)
         if not unmet or not self.lease.exhausted:
             return
         if not computing:
@@ -325,15 +321,6 @@ class Scheduler:
             pass
         return min(count, sequence.room - sequence.scheduled)
 
-    def _wanted_ahead(self, prefills: list[Sequence], unmet: int) -> int:
-        """Returns how many blocks the next step's chunks and the `unmet` sequences want beyond those in stock."""
-        wanted, budget = unmet, self._budget
-        for sequence in prefills:
-            count = min(sequence.total - sequence.scheduled, budget)
-            wanted += max(0, div_ceil(sequence.scheduled + count - sequence.room, self._block_size))
-            budget -= count
-        return max(0, wanted - len(self.lease))
-
     def _make_room(self, needed: int) -> None:
         """Preempts until `needed` blocks are on their way back, or nobody but the earliest sequence is left.
 
@@ -349,7 +336,11 @@ class Scheduler:
             coming += victim.held_block_count
             victim.preemption_count += 1
             self.stats.preemption_count += 1
-            self._shortage.preempted(victim)
+            if self.swapping.move_out(victim, self._running.values()):
+                # What it gives up is in host memory: nobody need spare it.
+                self._shortage.returned(victim.held_block_count)
+            else:
+                self._shortage.preempted(victim)
             self._close(victim, CloseReason.PREEMPTED)
 
     def _close(self, sequence: Sequence, reason: CloseReason) -> None:
@@ -362,12 +353,17 @@ class Scheduler:
         if sequence in self._to_add:
             # The executor has not heard of it: it acknowledges the removal of a table that it does not know.
             self._to_add.remove(sequence)
+            self.swapping.release(sequence)
+        elif reason is not CloseReason.FAILED:
+            self.swapping.rescue(sequence, self._running.values())
 
     def finish(self, sequence: Sequence, reason: CloseReason) -> None:
         """Ends a sequence; a no-op for one that has no table here or is ending already.
 
-        A sequence that ends while it is being preempted is not queued again.
+        A sequence that ends while it is being preempted is not queued again, and one that waits leaves host memory.
         """
+        if sequence.state is SequenceState.WAITING:
+            self.swapping.release(sequence)
         if self._find(sequence.table) is not sequence:
             return
         if sequence.state is SequenceState.RUNNING:
@@ -397,20 +393,26 @@ class Scheduler:
                 continue
             sequence.computed = count
             if count >= sequence.report_at:
-                report(sequence, journal)
-                update.reported.append(sequence)
-                stored = (
-                    journal.written_counts[-1] // self._block_size - sequence.shared_block_count
-                ) * self._block_size
-                sequence.stored_token_count = max(sequence.stored_token_count, stored)
-                if self._window:
-                    self._release(sequence, journal.written_counts[-1])
-                sequence.report_at = report_at(sequence, self._block_size, self._window)
+                self._report(sequence, update)
+        for sequence in self.swapping.land(outcome):
+            if running.get(sequence.table) is sequence:
+                self._report(sequence, update)
         for table, reason, message in outcome.errors:
             self._fail(table, reason, message, update)
         for table in outcome.fenced:
             self._fenced(table, update)
         return update
+
+    def _report(self, sequence: Sequence, update: Update) -> None:
+        """Adds a sequence to the journal, and notes when it is next to be heard of."""
+        report(sequence, update.journal)
+        update.reported.append(sequence)
+        written = update.journal.written_counts[-1]
+        stored = (written // self._block_size - sequence.shared_block_count) * self._block_size
+        sequence.stored_token_count = max(sequence.stored_token_count, stored)
+        if self._window:
+            self._release(sequence, written)
+        sequence.report_at = report_at(sequence, self._block_size, self._window)
 
     def _release(self, sequence: Sequence, written: int) -> None:
         """Makes those entries null that the memory service will on reading the row with `written`."""
@@ -453,11 +455,13 @@ class Scheduler:
             # What is in the last block can be matched once its table is closed.
             report(sequence, update.journal)
             update.reported.append(sequence)
+        swapped = reason is CloseReason.PREEMPTED and self.swapping.settle(sequence)
         update.journal.closed.append(table)
-        update.journal.close_reasons.append(reason)
+        update.journal.close_reasons.append(CloseReason.SWAPPED if swapped else reason)
         self.lease.exhausted = False
         if reason is not CloseReason.PREEMPTED:
             self._shortage.returned(len(sequence.blocks))
+            self.swapping.release(sequence)
         sequence.count_blocks(self.now)
         sequence.clear_table()
         if reason is CloseReason.PREEMPTED:
@@ -486,6 +490,8 @@ class Scheduler:
                 requeued.append(sequence)
             sequence.count_blocks(self.now)
             sequence.clear_table()
+            sequence.stayed_token_count = sequence.lost_token_count
+        self.swapping.abandon()
         self._running.clear()
         self._closing.clear()
         self._to_add, self._to_copy, self._to_remove = [], [], []

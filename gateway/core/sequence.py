@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gateway.core.request import Request
+    from gateway.core.swapping import SwappedOut
 
 
 class SequenceState(enum.Enum):
@@ -53,10 +54,16 @@ class Sequence:
         lost_token_count: tokens that were computed when it lost its last table.
         recomputed_token_count: tokens that it has computed, or is to compute, again.
         stored_token_count: tokens of blocks that it has filled itself.
+        begun_at: leading tokens that its table began with: found in the cache, or moved in from host memory.
+        swapped: what of it is in host memory while it waits.
+        stayed_token_count: tokens of the blocks that others named, too, when it lost its last table.
+        swap_count: preemptions after which its content was in host memory.
+        swapped_block_count: blocks that were moved there and back.
     """
 
     __slots__ = (
         "admission_no",
+        "begun_at",
         "block_seconds",
         "blocks",
         "cached_token_count",
@@ -80,8 +87,12 @@ class Sequence:
         "scheduled",
         "shared_block_count",
         "state",
+        "stayed_token_count",
         "stepwise",
         "stored_token_count",
+        "swap_count",
+        "swapped",
+        "swapped_block_count",
         "table",
         "tokens",
         "total",
@@ -118,6 +129,11 @@ class Sequence:
         self.charged_token_count = 0
         self.stored_token_count = 0
         self.recomputed_token_count = 0
+        self.begun_at = 0
+        self.swapped: SwappedOut | None = None
+        self.stayed_token_count = 0
+        self.swap_count = 0
+        self.swapped_block_count = 0
         self.computed = 0
         self.clear_table()
 

@@ -26,10 +26,15 @@ class StepDraft:
     """(table, index, block) flat: blocks that take the place of shared ones, which `copies` names as their sources."""
     scheduled_tables: list[int] = dataclasses.field(default_factory=list)
     scheduled_counts: list[int] = dataclasses.field(default_factory=list)
+    swap_out: list[int] = dataclasses.field(default_factory=list)
+    """(block, slot) flat; see `gateway.core.swapping`."""
+    swap_in: list[int] = dataclasses.field(default_factory=list)
+    """(slot, block) flat."""
+    swap_freed: list[int] = dataclasses.field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.removed or self.added or self.scheduled_tables)
+        return bool(self.removed or self.added or self.scheduled_tables or self.swap_freed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +63,10 @@ class StepOutcome:
     sibling_tables: list[int] = dataclasses.field(default_factory=list)
     sibling_tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[LogprobRow] = dataclasses.field(default_factory=list)
+    swap_refused: list[int] = dataclasses.field(default_factory=list)
+    swap_slots_elsewhere: int = 0
+    seconds: float = 0.0
+    """Time that the executor took for it, 0 if it does not say."""
 
 
 @dataclasses.dataclass(slots=True)

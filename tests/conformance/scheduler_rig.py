@@ -17,6 +17,7 @@ from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import StepDraft, Update
 from gateway.core.stopping import stop_by_length, stop_by_token
+from gateway.core.swapping import SwapSettings
 from gateway.plan import to_outcome, to_plan
 from memsvc.core.invariants import check_pool
 from memsvc.core.memory import MemoryCore, PoolRegistration
@@ -47,6 +48,7 @@ class Rig:
         forecast: whether the core keeps headroom for what runs.
         max_preemptions: see `choose_victim`.
         ageing: seconds that are worth a step of priority; 0 for none.
+        swap: host memory of the executor; none by default.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Rig:
         forecast: bool = False,
         max_preemptions: int = 8,
         ageing: float = 0.0,
+        swap: SwapSettings | None = None,
     ) -> None:
         spec = PoolSpec(usable + 1, SIZE, 1024, "oracle-model", "float32", CONTEXT)
         self.core = MemoryCore(bytes(32), lease_ttl=float("inf"), forecast=forecast)
@@ -68,10 +71,16 @@ class Rig:
         self._gateway = self.core.connect_gateway("gateway", 1, 0.0)
         self._info: PoolInfo = self.core.pool(POOL_ID).info()
         self.scheduler = Scheduler(
-            self._info, max_num_seqs, budget, max_preemptions, policy=policy, long_prefill_token_threshold=threshold
+            self._info,
+            max_num_seqs,
+            budget,
+            max_preemptions,
+            policy=policy,
+            long_prefill_token_threshold=threshold,
+            swap=swap,
         )
         self.queue = WaitingQueue(1024, policy)
-        self.executor = OracleExecutor(spec, float, budget)
+        self.executor = OracleExecutor(spec, float, budget, swap.slot_count if swap else 0)
         self.in_flight: deque[tuple[StepDraft, pb.StepPlan]] = deque()
         self.asked: list[Sequence] = []
         """Sequences whose admission the core was asked for, granted or not."""
@@ -127,10 +136,9 @@ class Rig:
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence as its client does, wherever it is."""
         sequence.ended = True
+        self.scheduler.finish(sequence, CloseReason.CANCELLED)
         if self.queue.remove(sequence):
             sequence.state = SequenceState.FINISHED
-        else:
-            self.scheduler.finish(sequence, CloseReason.CANCELLED)
 
     def expected(self, sequence: Sequence) -> list[int]:
         """Returns what a sequence must produce up to its limit, stop tokens aside."""
@@ -151,13 +159,14 @@ class Rig:
             columns.pack(sequence.tokens),
             max_new_tokens=sequence.length_limit - len(sequence.tokens),
             resumed=sequence.preemption_count > 0,
+            swapped_token_count=sequence.swapped.token_count if sequence.swapped is not None else 0,
         )
         return self.core.admit(self._gateway, request, 0.0)
 
     def admit(self) -> None:
         """Admits from the head of the queue until the scheduler or the core says no."""
         while self.scheduler.can_admit():
-            sequence = self.queue.pop()
+            sequence = self.queue.pop(pool_id=POOL_ID)
             if sequence is None:
                 return
             try:
@@ -246,8 +255,11 @@ class Rig:
             self.turn()
         else:
             raise AssertionError("requests are left and none goes on")
+        self.turns(2)
         assert not self.executor.rows
         assert self.used() == 0
+        assert not self.executor.host
+        assert not self.scheduler.swapping.held_count
 
     def take(self, count: int) -> list[int]:
         """Leases blocks that nobody grows into."""

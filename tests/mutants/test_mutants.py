@@ -19,6 +19,8 @@ from tests.mutants import (
     scheduler_scenarios,
     sharing_mutants,
     sharing_scenarios,
+    swap_mutants,
+    swap_scenarios,
     window_scenarios,
 )
 from tests.mutants.mutation import Mutant, applied
@@ -32,6 +34,7 @@ SCENARIOS = {
         operator_scenarios,
         scheduler_scenarios,
         sharing_scenarios,
+        swap_scenarios,
         window_scenarios,
     )
     for name, scenario in module.SCENARIOS.items()
@@ -41,6 +44,7 @@ MUTANTS = (
     *operator_mutants.MUTANTS,
     *scheduler_mutants.MUTANTS,
     *sharing_mutants.MUTANTS,
+    *swap_mutants.MUTANTS,
 )
 
 

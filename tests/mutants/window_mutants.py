@@ -111,14 +111,14 @@ WINDOW: Final = (
     ),
     Mutant(
         "a prompt asks for blocks only when it has none",
-        f"{_SCHEDULER}._wanted_ahead",
-        "wanted += max(0, div_ceil(sequence.scheduled + count - sequence.room, self._block_size))",
+        "gateway.core.lease:GrowthLease.demand_ahead",
+        "wanted += max(0, div_ceil(sequence.scheduled + count - sequence.room, self._size))",
         "pass",
         "a_long_prompt_grows_as_its_window_moves",
     ),
     Mutant(
         "the gateway keeps blocks that memory has given away",
-        f"{_SCHEDULER}.update",
+        f"{_SCHEDULER}._report",
         "if self._window:",
         "if False:",
         "both_sides_release_at_the_same_token",

@@ -24,6 +24,8 @@ from quire.memory import PoolSpec
 from quire.window import outside_block_count
 
 VOCAB_SIZE = 256
+SWAP_RATE = 10**12
+"""Bytes a second that blocks are said to move with."""
 EOS_TOKEN = 0
 
 
@@ -165,9 +167,16 @@ class OracleExecutor:
         pool_spec: geometry.
         delay: seconds that a step takes, asked for every step.
         max_num_batched_tokens: token budget of a step.
+        swap_slots: blocks that fit into host memory.
     """
 
-    def __init__(self, pool_spec: PoolSpec, delay: Callable[[], float], max_num_batched_tokens: int = 64) -> None:
+    def __init__(
+        self,
+        pool_spec: PoolSpec,
+        delay: Callable[[], float],
+        max_num_batched_tokens: int = 64,
+        swap_slots: int = 0,
+    ) -> None:
         self.spec = pool_spec
         self.incarnation = 1
         self.epoch = 0
@@ -179,6 +188,13 @@ class OracleExecutor:
         self._delay = delay
         self._budget = max_num_batched_tokens
         self._slots: dict[tuple[int, int], bytes] = {}
+        self.swap_slots = swap_slots
+        self.host: dict[int, list[bytes]] = {}
+        """What slots of host memory hold, by offset in the block."""
+        self.swapped_out_count = self.swapped_in_count = self.refused_count = 0
+        self.says_how_long = True
+        self.elsewhere: Callable[[], int] = int
+        """Slots that other gateways hold, asked for every step."""
         self.rows: dict[int, _Row] = {}
         self._turn = asyncio.Lock()
         self._last_step = 0
@@ -200,6 +216,9 @@ class OracleExecutor:
             model=model,
             max_num_batched_tokens=self._budget,
             max_num_seqs=64,
+            swap_slot_count=self.swap_slots,
+            swap_out_bytes_per_second=SWAP_RATE * bool(self.swap_slots),
+            swap_in_bytes_per_second=SWAP_RATE * bool(self.swap_slots),
         )
 
     async def tokenizer(self) -> TokenizerFiles:
@@ -210,6 +229,7 @@ class OracleExecutor:
         """See ExecutorLink: what an earlier session held is dropped."""
         async with self._turn:
             self.rows.clear()
+            self.host.clear()
             self.epoch = request.epoch
             self._last_step = 0
             self._open = True
@@ -262,12 +282,47 @@ class OracleExecutor:
             blocks = self.rows[table].blocks
             assert index <= len(blocks)
             blocks[index : index + 1] = [block]
+        elsewhere = self.elsewhere()
+        refused = self._swap_out(columns.unpack_list(plan.swap_out, "swap_out", row_length=2), elsewhere)
         copies = columns.unpack_list(plan.copies, "copies", row_length=2)
         self.copied_block_count += len(copies) // 2
         for source, destination in zip(copies[::2], copies[1::2], strict=True):
             for offset in range(self.spec.block_size):
                 self._slots[destination, offset] = self._slots.get((source, offset), b"")
-        return self._compute(plan, removed)
+        self._swap_in(columns.unpack_list(plan.swap_in, "swap_in", row_length=2), refused, copies)
+        for slot in columns.unpack_list(plan.swap_freed, "swap_freed"):
+            assert slot < self.swap_slots
+            self.host.pop(slot, None)
+        result = self._compute(plan, removed)
+        result.swap_refused, result.swap_slots_elsewhere = columns.pack(refused), elsewhere
+        return result
+
+    def _swap_out(self, pairs: list[int], elsewhere: int) -> list[int]:
+        """Keeps blocks in host memory; returns the slots for which there was no place."""
+        refused = []
+        assert len(set(pairs[1::2])) * 2 == len(pairs), "a slot is written twice"
+        for block, slot in zip(pairs[::2], pairs[1::2], strict=True):
+            assert 0 < block < self.spec.block_count
+            assert 0 <= slot < self.swap_slots
+            assert slot not in self.host, "a slot is written over that still holds something"
+            if len(self.host) + elsewhere >= self.swap_slots:
+                refused.append(slot)
+                continue
+            self.host[slot] = [self._slots.get((block, offset), b"") for offset in range(self.spec.block_size)]
+        self.swapped_out_count += len(pairs) // 2
+        self.refused_count += len(refused)
+        return refused
+
+    def _swap_in(self, pairs: list[int], refused: list[int], copies: list[int]) -> None:
+        """Brings blocks back."""
+        assert len(set(pairs[1::2])) * 2 == len(pairs), "a block is written twice"
+        for slot, block in zip(pairs[::2], pairs[1::2], strict=True):
+            assert slot in self.host, "a slot holds nothing"
+            assert slot not in refused
+            assert block not in copies
+            for offset, digest in enumerate(self.host[slot]):
+                self._slots[block, offset] = digest
+        self.swapped_in_count += len(pairs) // 2
 
     def _compute(self, plan: pb.StepPlan, removed: list[int]) -> pb.StepResult:
         tables = columns.unpack_list(plan.scheduled_tables, "scheduled_tables")
@@ -322,6 +377,7 @@ class OracleExecutor:
             sibling_tables=columns.pack(sibling_tables),
             sibling_tokens=columns.pack(sibling_tokens),
             logprobs=logprobs.message() if logprobs.tables else None,
+            model_ns=1000 * sum(counts) * self.says_how_long,
         )
 
     def _check(self, row: _Row, table: int) -> bytes:

@@ -40,11 +40,13 @@ class World:
         window: int = 0,
         forecast: bool = False,
         context: int = 512,
+        swap_slots: int = 0,
+        preemption_mode: str = "auto",
     ) -> None:
         """Lays out the pool; `start` connects. Without a forecast there are more shortages."""
         self.random = random.Random(seed)
         spec = PoolSpec(block_count, 16, 1024, "oracle-model", "float32", context, window)
-        self.executor = OracleExecutor(spec, lambda: self.random.choice((0, 0, 0.001)), budget)
+        self.executor = OracleExecutor(spec, lambda: self.random.choice((0, 0, 0.001)), budget, swap_slots)
         self.memory = LocalMemory(MemoryCore(bytes(32), lease_ttl=float("inf"), forecast=forecast))
         self.memory.register_pool("oracle", self.executor.incarnation, "oracle:0", spec)
         self.config = GatewayConfig(
@@ -52,6 +54,7 @@ class World:
             max_queue_size=queue_size,
             scheduling_policy=policy,
             long_prefill_token_threshold=long_prefill_token_threshold,
+            preemption_mode=preemption_mode,
         )
         self.ready = asyncio.Event()
         self.defects: list[str] = []
@@ -89,13 +92,20 @@ class World:
         """Waits until nothing lives, then checks that nothing is held."""
         await self.engine.drain()
         for _ in range(200):
-            if self.held() == 0:
+            if self.held() == self.swapped() == 0:
                 break
             await asyncio.sleep(0.005)
         assert self.held() == 0
+        assert self.swapped() == 0, "a slot of host memory leaked"
         assert not self.executor.rows
         assert not self.defects
         check_pool(self.memory.core.pool("oracle").memory)
+
+    def swapped(self) -> int:
+        """Returns the slots of host memory that hold something, for the gateway or for the executor."""
+        schedulers = [lane.scheduler for lane in self.engine._lanes.values() if lane.scheduler is not None]
+        counts = [scheduler.swapping.held_count for scheduler in schedulers]
+        return max(*counts, len(self.executor.host) if isinstance(self.executor, OracleExecutor) else 0, 0)
 
     def held(self) -> int:
         """Returns the blocks that a table, a lease or a fence holds."""

@@ -1027,6 +1027,8 @@ class Usage(_message.Message):
     SHARED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     BLOCK_SECONDS_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    SWAP_COUNT_FIELD_NUMBER: _builtins.int
+    SWAPPED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     prompt_token_count: _builtins.int
     """Tokens of the prompt."""
     cached_token_count: _builtins.int
@@ -1034,7 +1036,7 @@ class Usage(_message.Message):
     completion_token_count: _builtins.int
     """Tokens generated, all samples together."""
     preemption_count: _builtins.int
-    """Times a sample lost its blocks and was computed again."""
+    """Times a sample lost its blocks, and was computed again or moved back from host memory."""
     peak_block_count: _builtins.int
     """Most blocks that the request's tables named at one time, a shared block once for each table."""
     stored_token_count: _builtins.int
@@ -1045,6 +1047,10 @@ class Usage(_message.Message):
     """Blocks held times seconds, from admission to the last token; a shared block once for each table."""
     recomputed_token_count: _builtins.int
     """Tokens computed again because a sample had lost its blocks, and did not find them in the cache."""
+    swap_count: _builtins.int
+    """Of preemption_count, those after which a sample's keys and values were in host memory."""
+    swapped_block_count: _builtins.int
+    """Blocks that were moved to host memory, and back, each way counted."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """Time from arrival to admission."""
@@ -1072,10 +1078,12 @@ class Usage(_message.Message):
         shared_block_count: _builtins.int = ...,
         block_seconds: _builtins.float = ...,
         recomputed_token_count: _builtins.int = ...,
+        swap_count: _builtins.int = ...,
+        swapped_block_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queue_time", b"queue_time", "time_to_first_token", b"time_to_first_token", "total_time", b"total_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_seconds", b"block_seconds", "cached_token_count", b"cached_token_count", "completion_token_count", b"completion_token_count", "peak_block_count", b"peak_block_count", "preemption_count", b"preemption_count", "prompt_token_count", b"prompt_token_count", "queue_time", b"queue_time", "recomputed_token_count", b"recomputed_token_count", "shared_block_count", b"shared_block_count", "stored_token_count", b"stored_token_count", "time_to_first_token", b"time_to_first_token", "total_time", b"total_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_seconds", b"block_seconds", "cached_token_count", b"cached_token_count", "completion_token_count", b"completion_token_count", "peak_block_count", b"peak_block_count", "preemption_count", b"preemption_count", "prompt_token_count", b"prompt_token_count", "queue_time", b"queue_time", "recomputed_token_count", b"recomputed_token_count", "shared_block_count", b"shared_block_count", "stored_token_count", b"stored_token_count", "swap_count", b"swap_count", "swapped_block_count", b"swapped_block_count", "time_to_first_token", b"time_to_first_token", "total_time", b"total_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
