@@ -11,7 +11,8 @@ from quire.logging import configure_logging
 
 EXAMPLES = """examples:
   quire gateway --memsvc 127.0.0.1:50061
-  quire gateway --port 50052 --gateway-id front-2 --max-queue-size 4096
+  quire gateway --port 50052 --gateway-id gateway-2 --max-queue-size 4096
+  quire gateway --api-server-count 4
 """
 
 
@@ -24,6 +25,10 @@ def main() -> int:
         return 2
     configure_logging(config.log_level, config.log_format, service="gateway")
     try:
+        if config.api_server_count > 1:
+            from gateway.fronts.supervisor import supervise  # noqa: PLC0415 - not needed for a bad flag
+
+            return asyncio.run(supervise(config, sys.argv[1:]))
         if config.in_process:
             from gateway.in_process import serve_in_process  # noqa: PLC0415 - torch comes with it
 

@@ -52,4 +52,10 @@ class GatewayConfig(ServiceConfig):
     session_ttl: float = setting(
         3600.0, "Seconds without a turn after which a session ends, and most that one may ask for.", minimum=1.0
     )
+    api_server_count: int = setting(
+        1,
+        "Processes that serve clients on the port; with more than 1 the engine has one of its own.",
+        minimum=1,
+        maximum=64,
+    )
     in_process: bool = setting(False, "Run memsvc and the executor inside this process; see QUIRE_EXECSVC_*.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 import time
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from gateway.core.request import Request, RequestSettings
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import LogprobRow
 from gateway.core.stopping import Stop, may_stop, stop_by_length, stop_by_token
+from gateway.intake import draining_error, find_model
 from gateway.lane import Lane
 from gateway.live import LiveRequest, ModelRequests
 from gateway.models import ServedModel
@@ -28,7 +29,6 @@ from protos.execsvc.v1 import execsvc_pb2
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.errors import (
     AdmissionError,
-    ModelNotFoundError,
     NotReadyError,
     QuireError,
     RequestExistsError,
@@ -199,32 +199,33 @@ class Engine:
         for lane in self._lanes.values():
             lane.wake()
 
+    @property
+    def ready(self) -> bool:
+        """Whether any model can be served."""
+        return bool(self._lane_models)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    def full_models(self) -> list[str]:
+        """Returns the models whose queue has no room."""
+        return [name for name, model in self._models.items() if model.queue.is_full]
+
     def models(self) -> list[ServedModel]:
-        """Returns the models served, by name."""
+        """See Intake."""
         return [self._models[name].served for name in sorted(self._models)]
 
     def find_model(self, name: str) -> ServedModel:
-        """Returns the model of this name; an empty name means the only one.
-
-        Raises:
-            NotReadyError: draining, or no executor has come yet.
-            ModelNotFoundError: no such model, or an empty name and several models.
-        """
-        if self._draining:
-            raise NotReadyError("the gateway is draining; try another one", reason="DRAINING", retry_after=1.0)
-        if not self._models:
-            raise NotReadyError("no executor is connected yet; try again soon", retry_after=1.0)
-        if not name and len(self._models) == 1:
-            return next(iter(self._models.values())).served
-        if name not in self._models:
-            served = ", ".join(sorted(self._models))
-            raise ModelNotFoundError(f"model: found {name!r}, served here: {served}", field="model")
-        return self._models[name].served
+        """See Intake."""
+        served = {known: model.served for known, model in self._models.items()}
+        return find_model(served, name, draining=self._draining)
 
     # --- requests -----------------------------------------------------------------------------------------------
 
     def check_request(self, request_id: str, model: str) -> None:
-        """Raises RequestExistsError if a live request has this id, AdmissionError if the model's queue is full."""
+        """See Intake."""
         if request_id in self._live:
             raise RequestExistsError(f"request_id: {request_id!r} is the id of a live request", field="request_id")
         self._models[model].queue.check_room()
@@ -244,7 +245,7 @@ class Engine:
             NotReadyError: draining.
         """
         if self._draining:
-            raise NotReadyError("the gateway is draining; try another one", reason="DRAINING", retry_after=1.0)
+            raise draining_error()
         self.check_request(settings.request_id, settings.model)
         model = self._models[settings.model]
         request = Request(settings, model.served.max_model_len, time.monotonic(), self._config.priority_ageing)
@@ -282,6 +283,11 @@ class Engine:
                 live.delivery.end(sample.index, ending, live.held_text(sample.index))
         self._end_samples(live)
 
+    async def cancel_all(self, request_ids: Collection[str], tenant: str = "") -> set[str]:
+        """See Intake."""
+        found = await asyncio.gather(*(self.cancel(request_id, tenant) for request_id in request_ids))
+        return {request_id for request_id, live in zip(request_ids, found, strict=True) if live}
+
     async def cancel(self, request_id: str, tenant: str = "") -> bool:
         """Cancels a request of a tenant and waits until its blocks are back; returns whether it was live."""
         live = self._live.get(request_id)
@@ -298,7 +304,7 @@ class Engine:
         return True
 
     def abandon(self, stream: RequestStream) -> None:
-        """The client is gone: what is left of its request is cancelled. A no-op for one that has ended."""
+        """See Intake."""
         self.abandon_request(stream.settings.request_id, stream)
 
     def abandon_request(self, request_id: str, delivery: Delivery) -> None:

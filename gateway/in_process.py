@@ -52,8 +52,8 @@ class InProcessLink:
         """See ExecutorLink: the next `open` ends the session, `LocalExecutor.close` the executor."""
 
 
-async def serve_in_process(config: GatewayConfig, sources: Mapping[str, str]) -> int:
-    """Loads the model, then serves until told to stop; returns the exit code.
+async def serve_in_process(config: GatewayConfig, sources: Mapping[str, str], engine_address: str = "") -> int:
+    """Loads the model, then serves until told to stop, at `engine_address` if there are fronts; returns the exit code.
 
     Raises:
         ConfigError: a setting of the executor is wrong, or the address cannot be bound.
@@ -83,7 +83,7 @@ async def serve_in_process(config: GatewayConfig, sources: Mapping[str, str]) ->
         epoch = memory.register_pool(executor_config.executor_id, incarnation, "in-process:0", spec)
         await executor.begin_epoch(epoch)
         link = InProcessLink(executor)
-        code = await run(config, memory, lambda _address: link)
+        code = await run(config, memory, lambda _address: link, engine_address)
     finally:
         await executor.close()
     return 1 if defects else code

@@ -26,3 +26,15 @@ class ServedModel:
     """What holds where a request does not say; never written to."""
     default_max_tokens: int | None = None
     """Most completion tokens where a request does not say; None for the gateway's own default alone."""
+
+    def described(self) -> pb.Model:
+        """Returns the model as it is listed."""
+        return pb.Model(
+            name=self.name,
+            architecture=self.architecture,
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            executor_ids=self.executor_ids,
+            default_sampling=self.default_sampling,
+            default_max_tokens=self.default_max_tokens,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,7 +15,7 @@ from quire.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from gateway.config import GatewayConfig
-    from gateway.engine import Engine
+    from gateway.intake import Intake
     from gateway.streams import RequestStream
 
 _MAX_CANCELS = 1_000
@@ -27,7 +26,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
     """The public API on an engine."""
 
-    def __init__(self, engine: Engine, config: GatewayConfig) -> None:
+    def __init__(self, engine: Intake, config: GatewayConfig) -> None:
         self._engine = engine
         self._config = config
 
@@ -87,10 +86,10 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
             raise InvalidRequestError(message, field="request_ids")
         ids = list(dict.fromkeys(request.request_ids))
         tenant = tenant_of(context, self._config.tenant_metadata)
-        found = await asyncio.gather(*(self._engine.cancel(request_id, tenant) for request_id in ids))
+        live = await self._engine.cancel_all(ids, tenant)
         return pb.CancelRequestsResponse(
-            cancelled_request_ids=[request_id for request_id, live in zip(ids, found, strict=True) if live],
-            unknown_request_ids=[request_id for request_id, live in zip(ids, found, strict=True) if not live],
+            cancelled_request_ids=[request_id for request_id in ids if request_id in live],
+            unknown_request_ids=[request_id for request_id in ids if request_id not in live],
         )
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
@@ -100,17 +99,4 @@ class GenerationService(gateway_pb2_grpc.GenerationServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """Lists the models."""
-        return pb.ListModelsResponse(
-            models=[
-                pb.Model(
-                    name=model.name,
-                    architecture=model.architecture,
-                    max_model_len=model.max_model_len,
-                    vocab_size=model.vocab_size,
-                    executor_ids=model.executor_ids,
-                    default_sampling=model.default_sampling,
-                    default_max_tokens=model.default_max_tokens,
-                )
-                for model in self._engine.models()
-            ]
-        )
+        return pb.ListModelsResponse(models=[model.described() for model in self._engine.models()])

@@ -14,6 +14,7 @@ import grpc
 from gateway.core.session import Message, Session, SessionTable, TurnEnd
 from gateway.refusal import refusal
 from gateway.tenants import tenant_of
+from gateway.turns import TableTurns, Turns
 from gateway.validation import chat_messages, check_for, check_request_id, check_text_length, encode_prompt
 from protos.gateway.v1 import gateway_pb2, session_pb2_grpc
 from protos.gateway.v1 import session_pb2 as pb
@@ -22,7 +23,7 @@ from quire.errors import InvalidRequestError
 if TYPE_CHECKING:
     from gateway.config import GatewayConfig
     from gateway.core.request import RequestSettings
-    from gateway.engine import Engine
+    from gateway.intake import Intake
     from gateway.models import ServedModel
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -36,12 +37,19 @@ _SCOPE_END = "/"
 
 
 class SessionService(session_pb2_grpc.SessionServiceServicer):
-    """Sessions on an engine."""
+    """Sessions on an engine.
 
-    def __init__(self, engine: Engine, config: GatewayConfig) -> None:
+    Args:
+        engine: answers the turns.
+        config: limits.
+        turns: where turns begin and end; by default at the table of this service.
+    """
+
+    def __init__(self, engine: Intake, config: GatewayConfig, turns: Turns | None = None) -> None:
         self._engine = engine
         self._config = config
-        self._table = SessionTable(config.max_sessions)
+        self.table = SessionTable(config.max_sessions)
+        self._turns: Turns = turns or TableTurns(self.table)
 
     def _scope(self, context: Context) -> str:
         """Returns what the table's ids of a call's tenant begin with: nobody reaches the sessions of another."""
@@ -58,18 +66,18 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
                 raise refusal("ttl", f"{ttl:g} s", f"more than 0, at most {self._config.session_ttl:g} s")
         model = self._engine.find_model(request.model)
         now = _now()
-        return pb.CreateSessionResponse(session=_message(self._table.create(session_id, model.name, ttl, now), now))
+        return pb.CreateSessionResponse(session=_message(self.table.create(session_id, model.name, ttl, now), now))
 
     async def AppendSession(self, request: pb.AppendSessionRequest, context: Context) -> None:  # type: ignore[override]
         """Adds a turn and streams the answer; writes, as GenerateStream does."""
         scope = self._scope(context)
-        session = self._table.begin_turn(scope + request.session_id, _now())
+        session = await self._turns.begin(scope + request.session_id)
         try:
             turn = await self._prepare(session, request.turn)
             turn.settings = dataclasses.replace(turn.settings, tenant=scope.removesuffix(_SCOPE_END))
             await self._answer(session, turn, context)
         finally:
-            self._table.end_turn(session, _now())
+            await self._turns.end(session)
 
     async def _prepare(self, session: Session, spec: gateway_pb2.GenerationSpec) -> _Turn:
         """Returns what a turn adds and how it is to be answered; raises QuireError."""
@@ -99,6 +107,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
                         # What is in the last block can be found only once the table is closed.
                         await stream.wait_released()
                         turn.keep(session)
+                        await self._turns.keep(session)
                     await context.write(pb.AppendSessionResponse(event=message))
         finally:
             self._engine.abandon(stream)
@@ -112,14 +121,14 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         now = _now()
         scope = self._scope(context)
         new_ids = [scope + secrets.token_hex(8) for _ in range(count)]
-        forks = self._table.fork(scope + request.session_id, new_ids, at_token, now)
+        forks = self.table.fork(scope + request.session_id, new_ids, at_token, now)
         return pb.ForkSessionResponse(sessions=[_message(fork, now) for fork in forks])
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         """Returns one session."""
         now = _now()
         return pb.GetSessionResponse(
-            session=_message(self._table.get(self._scope(context) + request.session_id, now), now)
+            session=_message(self.table.get(self._scope(context) + request.session_id, now), now)
         )
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
@@ -129,7 +138,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
             raise refusal("page_size", size, f"1 .. {_PAGE_LIMIT}")
         now = _now()
         scope = self._scope(context)
-        found = self._table.page(scope + request.page_token, size + 1, now)
+        found = self.table.page(scope + request.page_token, size + 1, now)
         # Ids with one beginning follow each other.
         found = [session for session in found if session.session_id.startswith(scope)]
         return pb.ListSessionsResponse(
@@ -139,7 +148,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
         """Ends a session."""
-        self._table.delete(self._scope(context) + request.session_id, _now())
+        self.table.delete(self._scope(context) + request.session_id, _now())
         return pb.DeleteSessionResponse()
 
 

@@ -157,6 +157,11 @@ class RequestStream:
             self._error = error
             self._wake()
 
+    @property
+    def finished(self) -> bool:
+        """Whether the end is there, delivered or not."""
+        return self._usage is not None or self._error is not None
+
     def release(self) -> None:
         """See Delivery."""
         self._released.set()

@@ -46,14 +46,14 @@ class ModelTokenizer:
             self._tokenizer = Tokenizer.from_buffer(files.tokenizer_json)
         except ValueError as error:
             raise CorruptionError(f"tokenizer.json cannot be parsed: {error}") from error
-        self._add_special_tokens = add_bos_token
-        self._files = files
+        self.add_bos_token = add_bos_token
+        self.files = files
         self._template = _compile(files.chat_template) if files.chat_template else None
         self.token_bytes = TokenBytes(self._tokenizer)
 
     async def encode_text(self, text: str) -> array[int]:
         """Returns the tokens of a prompt; special tokens written in it are recognised."""
-        return await self._encode(text, add_special_tokens=self._add_special_tokens)
+        return await self._encode(text, add_special_tokens=self.add_bos_token)
 
     async def encode_more(self, text: str) -> array[int]:
         """Returns the tokens of a text that follows other tokens; special tokens written in it are recognised."""
@@ -79,8 +79,8 @@ class ModelTokenizer:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=True,
-                bos_token=self._files.bos_token,
-                eos_token=self._files.eos_token,
+                bos_token=self.files.bos_token,
+                eos_token=self.files.eos_token,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             message = f"chat: the model's chat template refuses this conversation: {error}"

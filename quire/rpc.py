@@ -26,15 +26,19 @@ from quire.errors import DeadlineError, InvalidRequestError, QuireError
 log = structlog.get_logger(__name__)
 
 MAX_MESSAGE_BYTES: Final = 16 * 2**20
+PRIVATE_MESSAGE_BYTES: Final = 64 * 2**20
 REQUEST_ID_KEY: Final = "x-quire-request-id"
 
-_SHARED_OPTIONS: Final = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-]
-# Clients ping idle connections every 10 s or more: without these two a server answers that with GOAWAY.
-SERVER_OPTIONS: Final = [
-    *_SHARED_OPTIONS,
+
+def _limits(message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_send_message_length", message_bytes),
+    ]
+
+
+_SERVER: Final = [
+    # Clients ping idle connections every 10 s or more: without these two a server answers that with GOAWAY.
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -42,13 +46,12 @@ SERVER_OPTIONS: Final = [
     # a bare CANCELLED; a flood must reach the queue, which refuses with a reason and a delay.
     ("grpc.server.max_pending_requests", 100_000),
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
-    # A port in use is an error, not a shared port.
-    ("grpc.so_reuseport", 0),
 ]
-CHANNEL_OPTIONS: Final = [
-    *_SHARED_OPTIONS,
+_CHANNEL: Final = [
     # Services are called directly: `http_proxy` of the environment would be asked even for loopback.
     ("grpc.enable_http_proxy", 0),
+    # Channels of one program would share a connection otherwise, and so one of the processes behind an address.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -56,11 +59,23 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+# A port in use is an error, not a shared port.
+SERVER_OPTIONS: Final = [*_limits(MAX_MESSAGE_BYTES), *_SERVER, ("grpc.so_reuseport", 0)]
+# Several processes of one service listen on its port; the system gives each connection to one of them.
+SHARED_PORT_OPTIONS: Final = [*_limits(MAX_MESSAGE_BYTES), *_SERVER, ("grpc.so_reuseport", 1)]
+# Between processes of one service: one message may carry what several clients have sent.
+PRIVATE_OPTIONS: Final = [*_limits(PRIVATE_MESSAGE_BYTES), *_SERVER]
+CHANNEL_OPTIONS: Final = [*_limits(MAX_MESSAGE_BYTES), *_CHANNEL]
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """Returns a channel to `host:port`."""
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def open_private_channel(address: str) -> grpc.aio.Channel:
+    """Returns a channel to unix:PATH, where another process of the same service listens."""
+    return grpc.aio.insecure_channel(address, options=[*_limits(PRIVATE_MESSAGE_BYTES), *_CHANNEL])
 
 
 class _Malformed:

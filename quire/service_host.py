@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 import structlog
 
 from quire.errors import ConfigError
-from quire.rpc import SERVER_OPTIONS, ErrorInterceptor
+from quire.rpc import PRIVATE_OPTIONS, SERVER_OPTIONS, SHARED_PORT_OPTIONS, ErrorInterceptor
 
 if TYPE_CHECKING:
     from quire.config import ServiceConfig
@@ -32,19 +32,35 @@ class ServiceHost:
     `stop()`. Health is NOT_SERVING before the second and after the fourth.
     """
 
-    def __init__(self, config: ServiceConfig, service_names: tuple[str, ...]) -> None:
-        """Prepares a server for the fully qualified gRPC services named."""
+    def __init__(
+        self,
+        config: ServiceConfig,
+        service_names: tuple[str, ...],
+        *,
+        private_address: str = "",
+        shared_port: bool = False,
+    ) -> None:
+        """Prepares a server.
+
+        Args:
+            config: where to listen, and how to end.
+            service_names: fully qualified names of its gRPC services.
+            private_address: unix:PATH to listen at instead: for other processes of the same service.
+            shared_port: whether other processes of the same user may listen on the port, too.
+        """
         self._config = config
+        self._private_address = private_address
         self._service_names = service_names
         self._stop_requested = asyncio.Event()
         self._stop_reason = ""
         self._health = health.aio.HealthServicer()
         self._parent_watch: asyncio.Task[None] | None = None
-        self.server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ErrorInterceptor()])
+        options = PRIVATE_OPTIONS if private_address else SHARED_PORT_OPTIONS if shared_port else SERVER_OPTIONS
+        self.server = grpc.aio.server(options=options, interceptors=[ErrorInterceptor()])
         self.address = ""
 
     async def start(self) -> str:
-        """Listens and returns "host:port"; not yet serving.
+        """Listens and returns "host:port", or the private address; not yet serving.
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -53,7 +69,7 @@ class ServiceHost:
         names = (*self._service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
         await self.set_serving(serving=False)
-        wanted = f"{self._config.host}:{self._config.port}"
+        wanted = self._private_address or f"{self._config.host}:{self._config.port}"
         try:
             port = self.server.add_insecure_port(wanted)
         except RuntimeError as error:
@@ -61,14 +77,15 @@ class ServiceHost:
                 f"cannot listen on {wanted}: the port is in use or the address is not this machine's; choose --port"
             )
             raise ConfigError(message, field="port") from error
-        if not self._config.host.startswith(_LOOPBACK):
+        if not (self._private_address or self._config.host.startswith(_LOOPBACK)):
             log.warning("address_not_loopback", address=wanted, advice="anyone who reaches this address can use it")
-        self.address = f"{self._config.host}:{port}"
+        self.address = self._private_address or f"{self._config.host}:{port}"
         await self.server.start()
         self._install_signal_handlers()
         if self._config.parent_pid:
             self._parent_watch = asyncio.create_task(self._watch_parent(), name="parent-watch")
-        log.info("service_listening", address=self.address, pid=os.getpid())
+        event = "private_service_listening" if self._private_address else "service_listening"
+        log.info(event, address=self.address, pid=os.getpid())
         return self.address
 
     def _install_signal_handlers(self) -> None:

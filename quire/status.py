@@ -16,6 +16,7 @@ def _error_classes(root: type[errors.QuireError]) -> list[type[errors.QuireError
 
 
 _CLASS_BY_REASON = {cls.default_reason: cls for cls in _error_classes(errors.QuireError)}
+_CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 _CLASS_BY_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.AdmissionError,
@@ -64,8 +65,17 @@ def from_rpc_error(error: grpc.RpcError) -> errors.QuireError:
     """
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), type(error)
     code = error.code()
-    message = error.details() or code.name
-    status = rpc_status.from_call(error)
+    return _from_details(code, error.details() or code.name, rpc_status.from_call(error))
+
+
+def from_status(status: status_pb2.Status) -> errors.QuireError:
+    """Returns the error that `to_status` has made this of."""
+    code = _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
+    return _from_details(code, status.message or code.name, status)
+
+
+def _from_details(code: grpc.StatusCode, message: str, status: status_pb2.Status | None) -> errors.QuireError:
+    """Returns the error of a status: ErrorInfo names its class, else the code does."""
     reason, metadata, field, retry_after = None, {}, None, None
     for detail in status.details if status is not None else ():
         info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()

@@ -59,11 +59,15 @@ class Front:
         running: streams.
         services: what serves them; not started yet.
         block_size: tokens in a block.
+        connections: connections that the clients share.
     """
 
-    def __init__(self, running: int, services: NullStack | BareStack, block_size: int = 16) -> None:
+    def __init__(
+        self, running: int, services: NullStack | BareStack, block_size: int = 16, connections: int = 1
+    ) -> None:
         self._running = running
         self._block_size = block_size
+        self._connections = connections
         self._services = services
         self._stack = contextlib.AsyncExitStack()
         self._stack.push_async_callback(self._services.close)
@@ -80,10 +84,13 @@ class Front:
             QuireError: a service did not start, or a stream ended.
         """
         await self._services.start()
-        channel = await self._stack.enter_async_context(open_channel(self._services.address))
-        stub = gateway_pb2_grpc.GenerationServiceStub(channel)
+        stubs = []
+        for _ in range(self._connections):
+            channel = await self._stack.enter_async_context(open_channel(self._services.address))
+            stubs.append(gateway_pb2_grpc.GenerationServiceStub(channel))
         self._clients = [
-            asyncio.create_task(self._client(stub, index), name=f"client-{index}") for index in range(self._running)
+            asyncio.create_task(self._client(stubs[index % len(stubs)], index), name=f"client-{index}")
+            for index in range(self._running)
         ]
         waiting = asyncio.create_task(self._all_begun.wait())
         done, _ = await asyncio.wait(

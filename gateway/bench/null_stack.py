@@ -84,8 +84,14 @@ class NullStack:
         self._services[name] = service
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Returns the processor time that each service has taken; raises UnsupportedError where nobody tells."""
-        return {name: service.cpu_seconds() for name, service in self._services.items()}
+        """Returns the processor time that each service has taken; raises UnsupportedError where nobody tells.
+
+        That of a gateway of several processes is the sum, and beside it what each of them has taken.
+        """
+        taken = {name: service.cpu_seconds() for name, service in self._services.items()}
+        workers = self._services["gateway"].worker_cpu_seconds()
+        taken["gateway"] += sum(workers.values())
+        return taken | workers
 
     async def close(self) -> None:
         """Stops everything."""

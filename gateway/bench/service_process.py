@@ -100,14 +100,18 @@ class ServiceProcess:
             UnsupportedError: the system does not tell (only Linux does).
         """
         assert self._process is not None
-        try:
-            text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii")
-        except OSError as error:
-            message = "the processor time of a process is read from /proc, which this system has not; use Linux"
-            raise UnsupportedError(message) from error
-        # The name of the command is in parentheses and may contain anything.
-        fields = ["pid", "comm", *text.rpartition(")")[2].split()]
-        return (int(fields[_STAT_USER]) + int(fields[_STAT_SYSTEM])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_seconds(self._process.pid)
+
+    def worker_cpu_seconds(self) -> dict[str, float]:
+        """Returns the same for each process that the service has started with `--worker NAME`, by name."""
+        assert self._process is not None
+        pid = self._process.pid
+        found = {}
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split():
+            command = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+            if "--worker" in command:
+                found[command[command.index("--worker") + 1]] = _cpu_seconds(int(child))
+        return found
 
     async def close(self) -> None:
         """Stops the service."""
@@ -139,3 +143,15 @@ class ServiceProcess:
         assert self._process.stderr is not None
         async for _ in self._process.stderr:
             pass
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Returns the processor time of a process; raises UnsupportedError."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    except OSError as error:
+        message = "the processor time of a process is read from /proc, which this system has not; use Linux"
+        raise UnsupportedError(message) from error
+    # The name of the command is in parentheses and may contain anything.
+    fields = ["pid", "comm", *text.rpartition(")")[2].split()]
+    return (int(fields[_STAT_USER]) + int(fields[_STAT_SYSTEM])) / os.sysconf("SC_CLK_TCK")

@@ -61,9 +61,14 @@ class WaitingQueue:
         self._enter(request.samples[0])
         self._new.add(request.samples[0])
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a new request finds no room."""
+        return len(self._new) >= self._max_size
+
     def check_room(self) -> None:
         """Raises AdmissionError if the queue is full."""
-        if len(self._new) >= self._max_size:
+        if self.is_full:
             message = (
                 f"the queue is full: {len(self._new)} requests wait, allowed are {self._max_size}; try again later"
             )

@@ -114,6 +114,7 @@ def serve(
         int | None, typer.Option(help="Most tokens of one prompt in a step that others take part in.")
     ] = None,
     enable_prefix_caching: Annotated[bool | None, typer.Option(help="Reuse KV of equal prefixes.")] = None,
+    api_server_count: Annotated[int | None, typer.Option(help="Processes of the gateway that serve clients.")] = None,
     log_dir: Annotated[Path, typer.Option(help="Where the services log.")] = LOG_DIRECTORY,
     log_level: Annotated[str, typer.Option(help="Least level that is logged.")] = "info",
     startup_timeout: Annotated[float, typer.Option(min=1, help="Seconds until all must serve.")] = STARTUP_TIMEOUT,
@@ -152,6 +153,7 @@ def serve(
         "attention_backend": attention_backend,
         "num_threads": num_threads,
         "max_queue_size": max_queue_size,
+        "api_server_count": api_server_count,
         "max_queue_time": max_queue_time,
         "scheduling_policy": scheduling_policy,
         "long_prefill_token_threshold": long_prefill_token_threshold,

@@ -40,6 +40,7 @@ _RECEIVERS: Final[Mapping[str, tuple[str, ...]]] = {
     "scheduling_policy": ("gateway",),
     "long_prefill_token_threshold": ("gateway",),
     "enable_prefix_caching": ("gateway",),
+    "api_server_count": ("gateway",),
 }
 
 

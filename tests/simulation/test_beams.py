@@ -39,6 +39,7 @@ async def _found(stream: RequestStream) -> list[list[int]]:
     return [samples[index] for index in sorted(samples)]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("prompt_length", [1, 16, 37])
 @pytest.mark.parametrize("width", [1, 4])
 async def test_a_search_finds_what_its_rules_say_and_computes_each_token_once(prompt_length: int, width: int) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import random
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer
 
 from execsvc.grammars import Grammars
@@ -18,6 +19,8 @@ from quire.errors import ExecutorUnavailableError
 from tests.simulation.oracle_executor import tokenizer_files
 from tests.simulation.world import World, ids, running
 from tests.unit.execsvc import tiny
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 EOS_TOKEN = 256
 MODEL = dataclasses.replace(tiny.CONFIG, num_layers=2)

@@ -14,6 +14,8 @@ from protos.gateway.v1 import gateway_pb2 as pb
 from tests.simulation.oracle_executor import expected_logprobs, expected_tokens
 from tests.simulation.world import World, ids, running
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 PROMPT = [number % 251 + 1 for number in range(45)]
 
 

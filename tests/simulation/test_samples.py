@@ -14,6 +14,8 @@ from quire.memory import Fork, ForkRequest
 from tests.simulation.oracle_executor import expected_tokens
 from tests.simulation.world import World, ids, running
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 PROMPT = [number % 251 + 1 for number in range(1000)]
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from gateway.plan import sample_seed
-from gateway.session_service import SessionService
 from protos.gateway.v1 import gateway_pb2
 from protos.gateway.v1 import session_pb2 as pb
 from quire.errors import InvalidRequestError, PromptTooLongError, SessionBusyError, SessionNotFoundError
 from tests.simulation.oracle_executor import expected_tokens
 from tests.simulation.world import World, ids, running
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 class Reader:
@@ -38,7 +39,7 @@ class Sessions:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.service: Any = SessionService(world.engine, world.config)
+        self.service: Any = world.sessions
 
     async def create(self, name: str = "s", **fields: Any) -> None:
         """Opens a session."""

@@ -12,6 +12,8 @@ from quire.errors import InvalidRequestError
 from tests.simulation.oracle_executor import expected_tokens
 from tests.simulation.world import World, ids, running
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def limited(seconds: float) -> pb.Scheduling:
     """Returns a time limit."""
@@ -128,6 +130,7 @@ async def test_cancels_at_any_moment_leave_nothing(seed: int) -> None:
         await world.settle()
         await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) <= before
+        assert not world.core._live
         assert not world.engine._live
 
 
@@ -154,11 +157,12 @@ async def test_usage_says_how_many_tokens_were_computed_twice() -> None:
 
 async def test_no_tenant_cancels_the_requests_of_another() -> None:
     """Whoever guesses the name of a stranger's request could otherwise end it."""
-    async with running(World(64)) as world:
+    async with running(World(64, tenant_metadata="x-tenant")) as world:
         spec = {"token_ids": ids([1] * 20), "stopping": pb.Stopping(max_tokens=200, ignore_eos=True)}
         stream = await world.submit(tenant="acme", request_id="mine", sampling=pb.Sampling(seed=3), **spec)
         assert not await world.engine.cancel("mine", "other")
-        assert not await world.engine.cancel("mine")
+        # Where tenants are named, a front lets no call without a name get this far.
+        assert world.with_front or not await world.engine.cancel("mine")
         (tokens,), _ = await world.collect(stream)
         assert tokens == expected_tokens([1] * 20, 3, 200, ignore_eos=True)
         stream = await world.submit(tenant="acme", request_id="next", sampling=pb.Sampling(seed=3), **spec)

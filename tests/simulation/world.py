@@ -1,4 +1,4 @@
-"""A gateway on the real memory core and the oracle executor, in one event loop."""
+"""A gateway on the real memory core and the oracle executor, in one event loop; a front before its engine on wish."""
 
 from __future__ import annotations
 
@@ -6,27 +6,44 @@ import asyncio
 from collections.abc import AsyncIterator
 import contextlib
 import dataclasses
+from pathlib import Path
 import random
+import tempfile
+from typing import Any, ClassVar
 
 import pytest
 
 from gateway.config import GatewayConfig
 from gateway.engine import Engine
+from gateway.fronts.engine_service import EngineService
+from gateway.fronts.remote_engine import RemoteEngine
+from gateway.fronts.session_service import FrontSessionService
+from gateway.service import GenerationService
+from gateway.session_service import SessionService
 from gateway.streams import RequestStream
 from gateway.validation import check_spec
 from memsvc.core.invariants import check_pool
 from memsvc.core.memory import MemoryCore
 from memsvc.core.pool import BlockState
 from memsvc.local import LocalMemory
+from protos.gateway.v1 import engine_pb2, engine_pb2_grpc, gateway_pb2_grpc, session_pb2_grpc
 from protos.gateway.v1 import gateway_pb2 as pb
 from quire.memory import PoolSpec
+from quire.rpc import open_private_channel
+from quire.service_host import ServiceHost
 from tests.simulation.oracle_executor import OracleExecutor
 
 DEADLINE_SECONDS = 60.0
 
 
 class World:
-    """A gateway, a memory core and an executor in one event loop."""
+    """A gateway, a memory core and an executor in one event loop.
+
+    `engine` is what takes requests: the engine itself, or a front's end of the stream to it.
+    """
+
+    with_front: ClassVar[bool] = False
+    """Whether requests go through a front."""
 
     def __init__(
         self,
@@ -42,6 +59,7 @@ class World:
         context: int = 512,
         swap_slots: int = 0,
         preemption_mode: str = "auto",
+        tenant_metadata: str = "",
     ) -> None:
         """Lays out the pool; `start` connects. Without a forecast there are more shortages."""
         self.random = random.Random(seed)
@@ -53,12 +71,20 @@ class World:
             gateway_id="test",
             max_queue_size=queue_size,
             scheduling_policy=policy,
+            tenant_metadata=tenant_metadata,
             long_prefill_token_threshold=long_prefill_token_threshold,
             preemption_mode=preemption_mode,
         )
         self.ready = asyncio.Event()
         self.defects: list[str] = []
-        self.engine = Engine(self.memory, lambda _: self.executor, self.config, self._readiness, self.defects.append)
+        # Any: tests look at what is not for everybody.
+        self.core: Any = Engine(self.memory, lambda _: self.executor, self.config, self._readiness, self.defects.append)
+        self.engine: Any = self.core
+        self.sessions: Any = SessionService(self.core, self.config)
+        self.address = ""
+        """Where fronts attach, if there are any."""
+        self.stop_engine_host: Any = None
+        """Ends what fronts have attached to."""
 
     def _readiness(self, ready: bool) -> None:
         if ready:
@@ -91,6 +117,7 @@ class World:
     async def settle(self) -> None:
         """Waits until nothing lives, then checks that nothing is held."""
         await self.engine.drain()
+        await self.core.drain()
         for _ in range(200):
             if self.held() == self.swapped() == 0:
                 break
@@ -103,7 +130,7 @@ class World:
 
     def swapped(self) -> int:
         """Returns the slots of host memory that hold something, for the gateway or for the executor."""
-        schedulers = [lane.scheduler for lane in self.engine._lanes.values() if lane.scheduler is not None]
+        schedulers = [lane.scheduler for lane in self.core._lanes.values() if lane.scheduler is not None]
         counts = [scheduler.swapping.held_count for scheduler in schedulers]
         return max(*counts, len(self.executor.host) if isinstance(self.executor, OracleExecutor) else 0, 0)
 
@@ -116,13 +143,52 @@ class World:
 @contextlib.asynccontextmanager
 async def running(world: World) -> AsyncIterator[World]:
     """Starts a world and, after the test, stops it."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        await world.engine.start()
+    async with asyncio.timeout(DEADLINE_SECONDS), contextlib.AsyncExitStack() as stack:
+        await world.core.start()
+        stack.push_async_callback(world.core.close)
         await world.ready.wait()
-        try:
-            yield world
-        finally:
-            await world.engine.close()
+        if world.with_front:
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            world.address = f"unix:{Path(directory) / 'engine.sock'}"
+            host = contextlib.AsyncExitStack()
+            world.stop_engine_host = stack.push_async_callback(host.aclose)
+            await host.enter_async_context(engine_host(world, world.address))
+            front = await stack.enter_async_context(front_of(world, world.address))
+            world.engine, world.sessions = front
+        yield world
+
+
+@contextlib.asynccontextmanager
+async def engine_host(world: World, address: str) -> AsyncIterator[None]:
+    """Serves the engine of a world to fronts."""
+    service = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
+    host = ServiceHost(world.config, (service,), private_address=address)
+    sessions = SessionService(world.core, world.config)
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineService(world.core, sessions.table), host.server)
+    session_pb2_grpc.add_SessionServiceServicer_to_server(sessions, host.server)
+    generation = GenerationService(world.core, world.config)
+    gateway_pb2_grpc.add_GenerationServiceServicer_to_server(generation, host.server)
+    await host.start()
+    try:
+        yield
+    finally:
+        await host.server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def front_of(world: World, address: str) -> AsyncIterator[tuple[RemoteEngine, FrontSessionService]]:
+    """Yields a front of an engine, once it is attached, and its sessions."""
+    attached = asyncio.Event()
+    channel = open_private_channel(address)
+    engine = RemoteEngine(
+        channel, world.config.tenant_metadata, 1_000, lambda ready: ready and attached.set(), world.defects.append
+    )
+    await engine.start()
+    try:
+        await attached.wait()
+        yield engine, FrontSessionService(engine, world.config, channel)
+    finally:
+        await engine.close()
 
 
 def ids(tokens: list[int]) -> pb.TokenIds:
