@@ -249,7 +249,7 @@ class TritonOperations(TorchOperations):
         """
         super().__init__(cache, rotary, num_heads, window)
         from kernels.kv_write import rotate_write  # noqa: PLC0415 - triton is imported only where it is used
-        from kernels.paged_attention import configs, decode, options, prefill, workspace  # noqa: PLC0415 - the same
+        from kernels.paged_attention import configs, decode, options, prefill, prefill_split, workspace  # noqa: PLC0415 - the same
         from kernels.rms_norm import norm  # noqa: PLC0415 - the same
         from kernels.silu_mul import gate  # noqa: PLC0415 - the same
         from kernels.step_state import state  # noqa: PLC0415 - the same
@@ -272,6 +272,11 @@ class TritonOperations(TorchOperations):
             split_size=split_size,
             context_max=invariant_len,
         )
+        self._prefill_workspace: prefill_split.PrefillWorkspace | None = None
+        if not invariant_len:
+            self._prefill_workspace = prefill_split.PrefillWorkspace(
+                shape, layout.dtype, cache.device, windows=(window,)
+            )
         if cascade and not window and not invariant_len:
             self._prepare_groups(shape, max_num_seqs)
         self._views = [layer_views(cache.data, layer) for layer in range(cache.layout.num_layers)]
@@ -345,4 +350,8 @@ class TritonOperations(TorchOperations):
     ) -> torch.Tensor:
         """See Operations."""
         keys, values = self._views[layer]
-        return self._prefill.paged_attention_prefill(q, keys, values, tables, lens, starts, self._options)
+        if layer == 0 and self._prefill_workspace is not None:
+            self._prefill_workspace.refresh(lens, starts, len(q))
+        return self._prefill.paged_attention_prefill(
+            q, keys, values, tables, lens, starts, self._options, self._prefill_workspace
+        )

@@ -101,9 +101,27 @@ def prefix_config(device: torch.device, shape: HeadShape, kv_dtype: torch.dtype)
     return RowsConfig(**_row("paged_prefix", device, shape, kv_dtype))
 
 
+def split_config(device: torch.device, shape: HeadShape, kv_dtype: torch.dtype) -> RowsConfig:
+    """Returns how prefill with shared-out contexts is compiled for a device, heads and an element type of the cache.
+
+    Raises:
+        ValueError: the device has no arithmetic for the element type.
+    """
+    return RowsConfig(**_row("paged_prefill_split", device, shape, kv_dtype))
+
+
+def _processors(device: torch.device) -> int:
+    """Returns how many multiprocessors a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _INTERPRETED_PROCESSORS
+
+
 def worker_count(device: torch.device, num_kv_heads: int, config: DecodeConfig) -> int:
     """Returns how many programs per kv head fill the device."""
-    processors = _INTERPRETED_PROCESSORS
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, processors * config.programs // num_kv_heads)
+    return max(1, _processors(device) * config.programs // num_kv_heads)
+
+
+def row_worker_count(device: torch.device, num_kv_heads: int) -> int:
+    """Returns how many programs of many rows per kv head fill the device: one takes a whole multiprocessor."""
+    return max(1, _processors(device) // num_kv_heads)

@@ -23,7 +23,7 @@ _PARTS = 16
 
 
 @triton.jit
-def _item_slots(offsets_ptr, item, item_count, workers, FIXED: tl.constexpr):
+def item_slots(offsets_ptr, item, item_count, workers, FIXED: tl.constexpr):
     """Returns the first slot of an item's parts and their number; the slots follow one another."""
     begin = tl.load(offsets_ptr + item)
     end = tl.load(offsets_ptr + item + 1)
@@ -38,7 +38,7 @@ def _item_slots(offsets_ptr, item, item_count, workers, FIXED: tl.constexpr):
 
 
 @triton.jit
-def _fold(
+def fold_parts(
     running_max,
     running_sum,
     acc,
@@ -115,7 +115,7 @@ def _merge_parts(
     """Grid (sequence, query_head). With SHARED, parts over a prefix shared with other sequences come first."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
-    first, count = _item_slots(offsets_ptr, sequence, item_count, workers, FIXED)
+    first, count = item_slots(offsets_ptr, sequence, item_count, workers, FIXED)
     shared_item = -1
     if SHARED:
         shared_item = tl.load(shared_item_ptr + sequence)
@@ -127,13 +127,13 @@ def _merge_parts(
     acc = tl.zeros([1, DIMS], tl.float32)
     if SHARED:  # noqa: SIM102 - one is decided by the compiler, the other by the device
         if shared_item >= 0:
-            shared_first, shared_parts = _item_slots(shared_offsets_ptr, shared_item, shared_count, workers, False)
+            shared_first, shared_parts = item_slots(shared_offsets_ptr, shared_item, shared_count, workers, False)
             row = (head // GROUP) * (MEMBERS * GROUP) + tl.load(shared_place_ptr + sequence) * GROUP + head % GROUP
-            running_max, running_sum, acc = _fold(
+            running_max, running_sum, acc = fold_parts(
                 running_max, running_sum, acc, shared_acc_ptr, shared_max_ptr, shared_sum_ptr, shared_first,
                 shared_parts, row, NUM_HEADS * MEMBERS, HEAD_DIM, DIMS, PARTS,
             )  # fmt: skip
-    running_max, running_sum, acc = _fold(
+    running_max, running_sum, acc = fold_parts(
         running_max, running_sum, acc, part_acc_ptr, part_max_ptr, part_sum_ptr, first, count, head,
         NUM_HEADS, HEAD_DIM, DIMS, PARTS,
     )  # fmt: skip

@@ -8,25 +8,8 @@ from kernels.checks import check_dtype, check_same_device, check_shape
 from kernels.paged_attention.configs import prefill_config
 from kernels.paged_attention.kv_loop import attend_tiles, store_rows
 from kernels.paged_attention.options import AttentionOptions, check_attention, check_outputs
-
-
-@triton.jit
-def find_sequence(starts_ptr, sequence_count, row_block, origin, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Returns the sequence that a row block belongs to, and the sequence's first row block.
-
-    The blocks of sequence s begin at number floor(rows before s / ROWS) + s. That leaves room for ceil(rows of s /
-    ROWS) of them whatever the lengths, and can be computed for any s alone: so it can be searched.
-    """
-    low = 0
-    high = sequence_count - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        first = (tl.load(starts_ptr + middle) - origin) * GROUP // ROWS + middle
-        if first <= row_block:
-            low = middle
-        else:
-            high = middle - 1
-    return low, (tl.load(starts_ptr + low) - origin) * GROUP // ROWS + low
+from kernels.paged_attention.prefill_split import PrefillWorkspace, launch_split
+from kernels.paged_attention.row_blocks import find_sequence
 
 
 @triton.jit(do_not_specialize=["sequence_count"], do_not_specialize_on_alignment=["start_ptr", "len_ptr", "table_ptr"])
@@ -146,6 +129,7 @@ def paged_attention_prefill(
     context_lens: torch.Tensor,
     query_starts: torch.Tensor,
     options: AttentionOptions,
+    workspace: PrefillWorkspace | None = None,
     *,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
@@ -163,6 +147,8 @@ def paged_attention_prefill(
         query_starts: `[sequence + 1]` int32, where each sequence's queries begin in `q`; equal for one that has none.
             The first need not be 0, nor the last the number of tokens: rows outside belong to nobody.
         options: scale, window and the like.
+        workspace: scratch in which few row blocks over long contexts are shared out, after `workspace.refresh`;
+            written. None for results that do not depend on company: what a row sees is then added up tile by tile.
         out: where the result goes; None for a new tensor.
         lse: `[token, query_head]` float32, written: natural logarithm of the sum of the exponentials of the scores,
             sinks included. None if nobody wants it.
@@ -183,6 +169,12 @@ def paged_attention_prefill(
     check_dtype("query_starts", query_starts, (torch.int32,))
     check_same_device(q=q, query_starts=query_starts)
     if q.shape[0] == 0 or sequence_count == 0:
+        return out
+    if workspace is not None and workspace.fits(q.shape[0], sequence_count):
+        if shape != workspace.shape:
+            message = f"q: heads as {workspace.shape} expected (the workspace's), found {shape}"
+            raise ValueError(message)
+        launch_split(q, k_cache, v_cache, block_tables, context_lens, query_starts, options, workspace, out, lse)
         return out
     config = prefill_config(q.device, shape, k_cache.dtype)
     grid = (q.shape[0] * shape.group // config.rows + sequence_count, shape.num_kv_heads)

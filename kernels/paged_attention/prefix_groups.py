@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kernels.paged_attention.group_columns import GroupColumns
 from kernels.paged_attention.partition import Partition
-from kernels.paged_attention.prefill import find_sequence
+from kernels.paged_attention.row_blocks import find_sequence
 
 
 @triton.jit(do_not_specialize=["group_max"])

@@ -163,12 +163,22 @@ def decode(
     return (out, sums) if lse else out
 
 
-def prefill(kernels: Any, case: Case, *, lse: bool = False) -> Any:
-    """Runs prefill; returns its output, or output and logarithms."""
+def prefill(kernels: Any, case: Case, *, lse: bool = False, workers: int = 0) -> Any:
+    """Runs prefill, shared out among `workers` if there are any; returns its output, or output and logarithms."""
     out, sums = outputs(case)
+    workspace = None
+    if workers:
+        from kernels.paged_attention.prefill_split import PrefillWorkspace
+
+        windows = (case.options.window,)
+        workspace = PrefillWorkspace(
+            case.shape, case.k_cache.dtype, case.q.device, windows=windows, workers=workers, item_max=64
+        )
+        assert workspace.fits(len(case.q), len(case.context_lens)), "the case is meant to be shared out"
+        workspace.refresh(case.context_lens, case.query_starts, len(case.q))
     kernels.prefill(
         case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, case.query_starts, case.options,
-        out=out, lse=sums if lse else None,
+        workspace, out=out, lse=sums if lse else None,
     )  # fmt: skip
     return (out, sums) if lse else out
 
