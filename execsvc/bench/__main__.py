@@ -11,10 +11,12 @@ import subprocess
 import sys
 from typing import Any
 
+from execsvc.bench.compare import compare
 from execsvc.bench.report import Request, measure
 from execsvc.config import ExecsvcConfig
 from quire.documents import print_document
 from quire.errors import ConfigError
+from quire.peers.process import choices
 
 _PEER_SECONDS = 600
 
@@ -48,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=_numbers, default=(512, 2048, 8192), help="tokens that they have")
     parser.add_argument("--prompts", type=_numbers, default=(2048, 8192), help="lengths of prompts")
     parser.add_argument("--steps", type=int, default=32, help="decode steps that are timed")
-    parser.add_argument("--peer", default="", help="a Python in which transformers can be imported; auto: this one")
+    parser.add_argument(
+        "--peer", default="", help="a Python with transformers, or auto for this one; or NAME=PYTHON,.. to compare with"
+    )
+    parser.add_argument("--peer-model", default="", help="models of named peers: NAME=PATH,..")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each engine in a comparison")
     return parser
 
 
@@ -58,8 +64,9 @@ def _request(options: argparse.Namespace) -> Request:
         values = getattr(options, name)
         if not values or min(values) < 1:
             raise ConfigError(f"--{name}: {values} found, numbers from 1 are expected", field=name)
-    if options.steps < 1:
-        raise ConfigError(f"--steps: {options.steps} found, at least 1 is expected", field="steps")
+    for name in ("steps", "rounds"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name}: {getattr(options, name)} found, at least 1 is expected", field=name)
     longest = max(max(options.contexts) + 2 * options.steps + 8, max(options.prompts) + 8)
     config = ExecsvcConfig(
         model=options.model,
@@ -114,6 +121,9 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
 
     def make() -> dict[str, Any]:
+        if "=" in options.peer:
+            peers = choices(options.peer, options.peer_model)
+            return compare(_request(options), peers, options.rounds, _say)
         document = measure(_request(options), _say)
         if options.peer:
             document["peer"] = _peer(options, document)

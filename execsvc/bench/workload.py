@@ -7,6 +7,7 @@ second step is always submitted before the first one's tokens are taken, as gate
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 import dataclasses
 import itertools
 import statistics
@@ -104,6 +105,40 @@ class Bench:
                 self._take(step)
             self._engine.drop_all()
         return Timing.of(samples[1:])
+
+    def serve(self, count: int, prompt: int, output: int) -> float:
+        """Returns the seconds in which `count` prompts are computed and `output` tokens of each are generated."""
+        tables = self._open(count, prompt, 0, output)
+        started = time.perf_counter()
+        flying: deque[PendingStep] = deque()
+        for plan in self._serving_plans(tables, prompt, output):
+            flying.append(self._engine.submit(plan))
+            if len(flying) == _DEPTH:
+                self._finish(flying.popleft())
+        while flying:
+            self._finish(flying.popleft())
+        seconds = time.perf_counter() - started
+        self._engine.drop_all()
+        return seconds
+
+    def _serving_plans(self, tables: list[int], prompt: int, output: int) -> Iterator[pb.StepPlan]:
+        """Yields the plans of `serve`: prompts, as many tokens in a step as it may have, then one token of each."""
+        left = dict.fromkeys(tables, prompt)
+        while left:
+            room, counts = self._engine.max_num_batched_tokens, {}
+            for table, count in left.items():
+                if room:
+                    counts[table] = min(room, count)
+                    room -= counts[table]
+            left = {table: rest for table, count in left.items() if (rest := count - counts.get(table, 0))}
+            yield self._plan(scheduled_tables=columns.pack(counts), scheduled_counts=columns.pack(counts.values()))
+        ones = columns.pack([1] * len(tables))
+        for _ in range(output - 1):
+            yield self._plan(scheduled_tables=columns.pack(tables), scheduled_counts=ones)
+
+    def _finish(self, pending: PendingStep) -> None:
+        pending.wait()
+        self._take(pending)
 
     def _chunks(self, length: int) -> list[int]:
         most = self._engine.max_num_batched_tokens

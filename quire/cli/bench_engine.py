@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quire.cli.comparing import describe_peers, print_rates
 from quire.cli.measuring import run_measurements
 from quire.cli.options import Json
 from quire.cli.output import console, print_json, print_table
@@ -29,8 +30,17 @@ def engine(
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Decode steps timed for each of them.")] = 32,
     peer: Annotated[
         str | None,
-        typer.Option(metavar="PYTHON", help="A Python with transformers, or auto for this one: a peer."),
+        typer.Option(
+            metavar="PEER",
+            help="A Python with transformers, or auto for this one; or vllm=PYTHON,llamacpp=PYTHON for a comparison.",
+        ),
     ] = None,
+    peer_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=PATH,..", help="Models of these: a directory for vllm, a GGUF for llamacpp."),
+    ] = None,
+    num_threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads, peers' as well.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Turns of each engine in a comparison.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Measure the engine: decode steps, prompts, the host's part, beside what the device can do at most.
@@ -42,13 +52,26 @@ def engine(
     command = [sys.executable, "-m", "execsvc.bench", "--model", model, "--load-format", load_format]
     command += ["--device", device, "--dtype", dtype, "--kv-cache-dtype", kv_cache_dtype]
     command += ["--batches", batches, "--contexts", contexts, "--prompts", prompts, "--steps", str(steps)]
-    if peer is not None:
-        command += ["--peer", peer]
-    document = run_measurements(command)
+    for flag, value in (("--peer", peer), ("--peer-model", peer_model), ("--num-threads", num_threads)):
+        command += [] if value is None else [flag, str(value)]
+    document = run_measurements([*command, "--rounds", str(rounds)])
     if as_json:
         print_json(document)
+    elif "rows" in document:
+        show_comparison(document)
     else:
         show(document)
+
+
+def show_comparison(document: dict[str, Any]) -> None:
+    """Prints ours beside the peers': tokens a second, and how many times as many."""
+    environment, peers = document["environment"], document["peers"]
+    console().print(
+        f"{document['model']} on {environment['device']}; medians of {document['rounds']} rounds; "
+        f"threads: quire: {environment['threads']}, {describe_peers(peers)}",
+        soft_wrap=True,
+    )
+    print_rates(document["rows"], peers)
 
 
 def show(document: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated, Any, Final
 
@@ -9,12 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import typer
 
 from quire.cli import options
+from quire.cli.comparing import describe_peers, print_rates
 from quire.cli.measuring import read_document
 from quire.cli.output import console, notices, print_json, print_table
 from quire.errors import ConfigError
+from quire.peers.load import Requests, compare_load
+from quire.peers.process import Peer, PeerChoice, choices
 
 _BACKENDS: Final = ("quire", "openai")
 _PROGRESS_PARTS: Final = 6
+_SPARE: Final = 64
 
 
 def serve(
@@ -57,6 +62,16 @@ def serve(
     plot: Annotated[
         str | None, typer.Option(metavar="FILE", help="Draw load, memory and waits into a .png or .svg file.")
     ] = None,
+    peer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=PYTHON,..", help="Beside vllm=PYTHON,llamacpp=PYTHON, with fixed lengths."),
+    ] = None,
+    peer_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=PATH,..", help="Models of peers: a directory for vllm, a GGUF for llamacpp."),
+    ] = None,
+    num_threads: Annotated[int, typer.Option(min=1, metavar="N", help="CPU threads of each peer.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Turns of each beside peers.")] = 3,
     as_json: options.Json = False,
 ) -> None:
     """Load a running endpoint and measure what its clients see.
@@ -68,6 +83,11 @@ def serve(
     """
     if backend not in _BACKENDS:
         raise ConfigError(f"--backend: found {backend!r}, allowed are {', '.join(_BACKENDS)}", field="backend")
+    if peer is not None:
+        requests = _fixed(distribution, num_prompts)
+        found = beside_peers(address, [requests], choices(peer, peer_model or ""), num_threads, rounds)
+        show_beside_peers(found, as_json=as_json)
+        return
     command = [sys.executable, "-m", "gateway.bench.serve", "--address", address, "--backend", backend]
     for name, value in (
         ("model", model),
@@ -94,6 +114,42 @@ def serve(
         _print(document)
         if plot is not None:
             notices().print(f"drawn into {plot}")
+
+
+def _fixed(distribution: str, count: int) -> Requests:
+    """Returns the workload that peers can be given as well; raises ConfigError for another."""
+    kind, _, lengths = distribution.partition(":")
+    try:
+        prompt, output = map(int, lengths.split(","))
+    except ValueError:
+        prompt = output = 0
+    if kind != "fixed" or min(prompt, output) < 1:
+        message = f"--distribution: found {distribution!r}; beside peers it is fixed:PROMPT,OUTPUT"
+        raise ConfigError(message, field="distribution")
+    return Requests(count or 1, prompt, output)
+
+
+def beside_peers(
+    address: str, workloads: list[Requests], peers: list[PeerChoice], threads: int, rounds: int
+) -> dict[str, Any]:
+    """Loads a gateway and peers in alternation; see `compare_load`. Raises QuireError if one fails."""
+    # Engines take a block more than a sequence needs in the end.
+    length = max(requests.prompt + requests.output for requests in workloads) + _SPARE
+    most = max(requests.count for requests in workloads)
+    with notices().status("starting peers") as status, contextlib.ExitStack() as stack:
+        running = [stack.enter_context(Peer(choice, threads, length, most)) for choice in peers]
+        rows = compare_load(address, workloads, running, rounds, status.update)
+    return {"rounds": rounds, "peers": {peer.name: peer.about for peer in running}, "rows": rows}
+
+
+def show_beside_peers(document: dict[str, Any], *, as_json: bool) -> None:
+    """Prints what `beside_peers` found."""
+    if as_json:
+        print_json(document)
+        return
+    peers = document["peers"]
+    console().print(f"medians of {document['rounds']} rounds; threads of {describe_peers(peers)}", soft_wrap=True)
+    print_rates(document["rows"], peers, "output tokens/s")
 
 
 def _run(command: list[str]) -> dict[str, Any]:
