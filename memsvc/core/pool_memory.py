@@ -348,13 +348,17 @@ class PoolMemory:
 
     def publish(self, fresh: FreshContent, slots: Callable[[], Slots], now: float) -> None:
         """Makes full blocks of the tables `slots` matchable, each content once; see the module's text."""
-        for block, other in self.prefix.publish_full(fresh):
+        succeeded: dict[int, int] = {}
+        for block, found in self.prefix.publish_full(fresh):
+            # Of several equal ones at once the first takes the place of a cached one, and is what the others equal.
+            other = succeeded.get(found, found)
             if self.pool.state[other] == BlockState.CACHED:
                 if self.tenancy is not None:
                     self.tenancy.succeed(other, block)
                 self.prefix.forget(np.array([other]))
                 self.pool.discard_cached(np.array([other]), now)
                 self.prefix.republish(block)
+                succeeded[found] = block
             else:
                 self._offer(block, other, slots(), now)
 

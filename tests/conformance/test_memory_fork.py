@@ -337,6 +337,31 @@ async def test_row_73_tables_follow_when_equal_blocks_become_one(rig: Rig) -> No
     assert (await rig.admit([*prompt(40), *[900] * 9])).blocks[:3] == second.blocks[:3]
 
 
+async def test_row_73_of_equal_blocks_that_fill_at_once_one_takes_the_place_of_a_cached_one(rig: Rig) -> None:
+    """Otherwise samples that say the same are offered a block that has just been given up, and free it twice."""
+    tables = [await rig.admit(prompt(15)) for _ in range(3)]
+    cached = await rig.run(prompt(16))
+    for table in tables:
+        table.tokens = prompt(16)
+    await rig.journal(
+        tables=[table.table for table in tables],
+        token_starts=[15] * 3,
+        token_counts=[1] * 3,
+        token_ids=prompt(16)[15:] * 3,
+        written_counts=[16] * 3,
+    )
+    first, second, third = tables
+    offered = await rig.merged()
+    assert offered == [(second.table, 0, first.blocks[0]), (third.table, 0, first.blocks[0])]
+    assert cached.blocks[0] in rig.free_order()
+    for table, (_, index, block) in zip((second, third), offered, strict=True):
+        await table.replace(index, block)
+    assert await references(rig, first) == [3]
+    for table in tables:
+        await table.close()
+    assert (await rig.pool()).used_block_count == 0
+
+
 async def test_row_73_an_offer_that_is_not_taken_up_ends_with_its_table(rig: Rig) -> None:
     """Otherwise a gateway that never follows leaks blocks."""
     first, second = await rig.admit(prompt(40)), await rig.admit(prompt(40))
