@@ -37,6 +37,8 @@ class Beams:
         self._rows: dict[Sequence, LogprobRow] = {}
         self.forks: list[tuple[Sequence, list[Sequence]]] = []
         """Sequences whose tables are to be forked, with those that begin then; whoever does it clears them."""
+        self.resumed: list[Sequence] = []
+        """Sequences that may go on by a token; whoever tells their queue clears them."""
         self.dropped: list[Sequence] = []
         """Sequences that go on no more; whoever ends them clears them."""
 
@@ -72,6 +74,7 @@ class Beams:
                 self.forks.append((beam, new[place]))
             elif place in kept:
                 beam.hold()
+                self.resumed.append(beam)
             if place not in kept:
                 self.dropped.append(beam)
         self._running = running

@@ -432,6 +432,9 @@ class Engine:
             return
         self._forks += beams.forks
         beams.forks = []
+        for sample in beams.resumed:
+            live.model.queue.resumed(sample)
+        beams.resumed = []
         for sample in beams.dropped:
             self._end_sample(live, sample, CloseReason.FINISHED)
         beams.dropped = []

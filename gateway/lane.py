@@ -269,7 +269,12 @@ class Lane:
                     self._in_flight.append(running)
                     continue
             self._return_idle_lease(scheduler)
-            await self._wait()
+            if not self._is_stuck() or not scheduler.yield_held():
+                await self._wait()
+
+    def _is_stuck(self) -> bool:
+        """Whether somebody waits for room and nothing is under way that could make it."""
+        return bool(self._queue) and not self._in_flight and self._admitting is None and not self._side_tasks
 
     async def _wait(self) -> None:
         """Waits for a result or for news; a step that never answers ends the session."""
@@ -277,8 +282,7 @@ class Lane:
             async with asyncio.timeout(_STEP_SECONDS if self._in_flight else None):
                 await self._wake.wait()
         except TimeoutError:
-            message = f"no result within {_STEP_SECONDS:g} s: the executor hangs"
-            raise ExecutorUnavailableError(message) from None
+            raise ExecutorUnavailableError(f"no result in {_STEP_SECONDS:g} s: the executor hangs") from None
 
     def _note_growth(self, draft: StepDraft) -> None:
         """Keeps what a step puts into tables for the journal that travels with the next result."""
@@ -325,12 +329,8 @@ class Lane:
         """Queues what comes back and starts what waited for a prompt."""
         for sequence in update.released:
             self._owner.released(sequence)
-        for sequence in [sequence for sequence in update.requeued if sequence.ended]:
-            sequence.state = SequenceState.FINISHED
-            self._owner.released(sequence)
-        back = [sequence for sequence in update.requeued if not sequence.ended]
-        if back:
-            queue.put_back(back)
+        for sequence in update.requeued:
+            self._put_back(queue, sequence)
         if update.journal.closed:
             self._admission_blocked = False
             self._full_tenants.clear()
@@ -468,6 +468,7 @@ class Lane:
             left = await self._forking.begin(source, samples, taken=self._admitting is not None)
         finally:
             source.resume()
+            queue.resumed(source)
             for sample in left:
                 self._put_back(queue, sample)
             self.wake()
@@ -484,5 +485,8 @@ class Lane:
     def _side_done(self, task: asyncio.Task[None]) -> None:
         """Forgets a finished side task; a defect in one is logged, never swallowed."""
         self._side_tasks.discard(task)
+        if not self._side_tasks and not self._in_flight:
+            # Whether anything is under way is asked without it.
+            self.wake()
         if not task.cancelled() and task.exception() is not None:
             log.error("lane_task_failed", task=task.get_name(), exc_info=task.exception())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from gateway.core.precedence import SchedulingPolicy, place_in_step
+from gateway.core.precedence import SchedulingPolicy, place_in_queue, place_in_step
 from quire.units import div_ceil
 
 if TYPE_CHECKING:
@@ -54,3 +54,13 @@ def choose_victim(
         ),
         default=None,
     )
+
+
+def last_held(running: Iterable[Sequence], policy: SchedulingPolicy) -> Sequence | None:
+    """Returns the one of those that are held that has the last place in the queue; None if nobody is held.
+
+    A beam is held until the others of its search have come as far, which may be the ones that wait for its blocks. It
+    is not queued again before it may go on: so the first in the queue is admitted in the end, whatever it needs.
+    """
+    held = (sequence for sequence in running if sequence.held)
+    return max(held, key=lambda sequence: place_in_queue(sequence, policy), default=None)

@@ -40,6 +40,7 @@ class WaitingQueue:
         self._shares = FairShares() if policy is SchedulingPolicy.FAIR else None
         self._waiting: dict[Sequence, int] = {}
         self._new: set[Sequence] = set()
+        self._parked: set[Sequence] = set()
         self._arrivals = itertools.count(1)
         self._entries = itertools.count(1)
 
@@ -81,9 +82,19 @@ class WaitingQueue:
     def put_back(self, sequences: list[Sequence]) -> None:
         """Enters preempted sequences, refused ones, and further samples of an admitted request, at their places.
 
-        All that was admitted before has its place ahead of what has not been, unless priorities say otherwise.
+        All that was admitted before has its place ahead of what has not been, unless priorities say otherwise. Who is
+        held would only keep blocks from others: it takes its place when it is resumed.
         """
         for sequence in sequences:
+            if sequence.held:
+                self._parked.add(sequence)
+            else:
+                self._enter(sequence)
+
+    def resumed(self, sequence: Sequence) -> None:
+        """A sequence may go on: if it was put back while it was held, it takes its place now."""
+        if sequence in self._parked:
+            self._parked.remove(sequence)
             self._enter(sequence)
 
     def admitted(self, sequence: Sequence, cached_token_count: int) -> None:
@@ -149,6 +160,9 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> bool:
         """Takes a sequence out of the middle; returns whether it was there."""
+        if sequence in self._parked:
+            self._parked.remove(sequence)
+            return True
         self._new.discard(sequence)
         if self._waiting.pop(sequence, None) is None:
             return False

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from gateway.core.lease import GrowthLease
 from gateway.core.precedence import SchedulingPolicy, place_in_step
-from gateway.core.preemption import choose_victim
+from gateway.core.preemption import choose_victim, last_held
 from gateway.core.report import report, report_at
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.sharing import SharedTails
@@ -150,27 +150,17 @@ class Scheduler:
         if admission.table in self._running or admission.table in self._closing:
             raise InvariantError(f"table {admission.table} was granted twice in epoch {admission.epoch}")
         self._admission_no += 1
-        sequence.admission_no = self._admission_no
-        sequence.state = SequenceState.RUNNING
-        sequence.table, sequence.epoch = admission.table, admission.epoch
-        sequence.counted_at = self.now
-        sequence.blocks = list(admission.block_ids)
-        if not sequence.preemption_count:
-            sequence.shared_block_count = admission.cached_token_count // self._block_size
-        sequence.cached_token_count = sequence.computed = begun = admission.cached_token_count
+        sequence.take_table(admission, self._admission_no, self._block_size, self.now)
+        begun = admission.cached_token_count
         if sequence.preemption_count:
             begun = self.swapping.bring_back(sequence, admission, self._running.values())
-        sequence.recomputed_token_count += max(0, sequence.lost_token_count - begun)
-        sequence.begun_at = sequence.scheduled = begun
-        sequence.reported = sequence.total = len(sequence.tokens)
-        sequence.room = len(sequence.blocks) * self._block_size
+        sequence.begin_at(begun)
         sequence.released = sequence.blocks.count(0) if self._window else 0
         moving = bool(admission.copies) or begun > admission.cached_token_count
         sequence.report_at = report_at(sequence, self._block_size, self._window, copying=moving)
         self._running[admission.table] = sequence
         if self._policy is SchedulingPolicy.PRIORITY:
-            ordered = sorted(self._running.items(), key=lambda item: place_in_step(item[1], self._policy))
-            self._running = dict(ordered)
+            self._running = dict(sorted(self._running.items(), key=lambda item: place_in_step(item[1], self._policy)))
         self._to_add.append(sequence)
 
     def schedule(self) -> StepDraft:
@@ -257,7 +247,9 @@ class Scheduler:
         count = min(len(hungry), len(self.lease), budget, max(0, shortage.growth(len(draft.scheduled_tables))))
         shortage.grown(count)
         for sequence in hungry[:count]:
-            self._grow(sequence, draft)
+            # Who was left alone with a shared block by one before it goes on in that.
+            if sequence.scheduled == sequence.room:
+                self._grow(sequence, draft)
             draft.scheduled_tables.append(sequence.table)
             draft.scheduled_counts.append(1)
             sequence.scheduled += 1
@@ -334,14 +326,24 @@ class Scheduler:
             if victim is None:
                 return
             coming += victim.held_block_count
-            victim.preemption_count += 1
-            self.stats.preemption_count += 1
-            if self.swapping.move_out(victim, self._running.values()):
-                # What it gives up is in host memory: nobody need spare it.
-                self._shortage.returned(victim.held_block_count)
-            else:
-                self._shortage.preempted(victim)
-            self._close(victim, CloseReason.PREEMPTED)
+            self._preempt(victim)
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Has a sequence give way."""
+        victim.preemption_count += 1
+        self.stats.preemption_count += 1
+        if self.swapping.move_out(victim, self._running.values()):
+            # What it gives up is in host memory: nobody need spare it.
+            self._shortage.returned(victim.held_block_count)
+        elif not victim.held:
+            self._shortage.preempted(victim)
+        self._close(victim, CloseReason.PREEMPTED)
+
+    def yield_held(self) -> bool:
+        """Preempts the last of those that are held, if there is one: when only they run, and somebody waits."""
+        if (victim := last_held(self._running.values(), self._policy)) is not None:
+            self._preempt(victim)
+        return victim is not None
 
     def _close(self, sequence: Sequence, reason: CloseReason) -> None:
         """Stops scheduling a sequence and has its table fenced by the next step."""
@@ -408,8 +410,7 @@ class Scheduler:
         report(sequence, update.journal)
         update.reported.append(sequence)
         written = update.journal.written_counts[-1]
-        stored = (written // self._block_size - sequence.shared_block_count) * self._block_size
-        sequence.stored_token_count = max(sequence.stored_token_count, stored)
+        sequence.note_stored(written, self._block_size)
         if self._window:
             self._release(sequence, written)
         sequence.report_at = report_at(sequence, self._block_size, self._window)
@@ -428,10 +429,7 @@ class Scheduler:
 
     def _find(self, table: int) -> Sequence | None:
         """Returns the sequence of a table, closing ones included."""
-        sequence = self._running.get(table)
-        if sequence is None and table in self._closing:
-            sequence = self._closing[table][0]
-        return sequence
+        return self._running.get(table) or self._closing.get(table, (None, None))[0]
 
     def _fail(self, table: int, reason: str, message: str, update: Update) -> None:
         """The executor has dropped a sequence; that is a fence."""

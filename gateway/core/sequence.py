@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gateway.core.request import Request
     from gateway.core.swapping import SwappedOut
+    from quire.memory import Admission
 
 
 class SequenceState(enum.Enum):
@@ -151,6 +152,31 @@ class Sequence:
         self.reported = 0
         self.report_at = 0
 
+    def take_table(self, admission: Admission, admission_no: int, block_size: int, now: float) -> None:
+        """Runs on a new table from here on; what it finds there is computed.
+
+        Args:
+            admission: the table.
+            admission_no: its place among all that were ever admitted.
+            block_size: tokens in a block.
+            now: seconds, see `count_blocks`.
+        """
+        self.state = SequenceState.RUNNING
+        self.admission_no = admission_no
+        self.table, self.epoch = admission.table, admission.epoch
+        self.blocks = list(admission.block_ids)
+        self.room = len(self.blocks) * block_size
+        self.counted_at = now
+        if not self.preemption_count:
+            self.shared_block_count = admission.cached_token_count // block_size
+        self.cached_token_count = self.computed = admission.cached_token_count
+        self.reported = self.total = len(self.tokens)
+
+    def begin_at(self, token_count: int) -> None:
+        """Computes on behind so many tokens, which its table holds or is about to."""
+        self.recomputed_token_count += max(0, self.lost_token_count - token_count)
+        self.begun_at = self.scheduled = token_count
+
     @property
     def pending(self) -> int:
         """Tokens that steps in flight will sample."""
@@ -168,9 +194,19 @@ class Sequence:
             self.total_limit = self.length_limit
 
     @property
+    def held(self) -> bool:
+        """Whether it has all tokens that it may have for now."""
+        return len(self.tokens) >= self.total_limit
+
+    @property
     def held_block_count(self) -> int:
         """Blocks that its table holds."""
         return len(self.blocks) - self.released
+
+    def note_stored(self, written: int, block_size: int) -> None:
+        """Counts what it has filled itself, of so many tokens that are written."""
+        stored = (written // block_size - self.shared_block_count) * block_size
+        self.stored_token_count = max(self.stored_token_count, stored)
 
     def count_blocks(self, now: float) -> None:
         """Counts what its blocks have cost up to `now` seconds; called before their number changes."""

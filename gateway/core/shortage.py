@@ -30,6 +30,8 @@ class Shortage:
     @property
     def lasts(self) -> bool:
         """Whether somebody who was preempted waits."""
+        if self._waiting:
+            self._waiting = {sequence for sequence in self._waiting if not sequence.ended}
         return bool(self._waiting)
 
     def preempted(self, sequence: Sequence) -> None:

@@ -86,8 +86,12 @@ def test_row_78_what_the_ended_gave_back_is_spent_freely() -> None:
     rig.turns(3)
     running = [sequence for sequence in sequences if sequence.state is SequenceState.RUNNING]
     assert [len(sequence.blocks) for sequence in running] == [3, 3, 3, 3, 3]
-    rig.run()
+    while any(sequence.state in {SequenceState.WAITING, SequenceState.CLOSING} for sequence in sequences[2:]):
+        assert rig.scheduler._shortage.lasts
+        rig.turn()
     assert not rig.scheduler._shortage.lasts
+    assert not all(sequence.state is SequenceState.FINISHED for sequence in preempted(sequences))
+    rig.run()
     assert len(preempted(sequences)) >= 2
     for sequence in (sequences[0], *sequences[2:]):
         assert rig.output[sequence] == rig.expected(sequence)

@@ -69,7 +69,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a preemption is not counted",
-        f"{_SCHEDULER}._make_room",
+        f"{_SCHEDULER}._preempt",
         "victim.preemption_count += 1",
         "pass",
         "row 38",
@@ -84,8 +84,8 @@ MUTANTS: Final = (
     Mutant(
         "what was in flight for a victim is lost",
         f"{_SCHEDULER}._find",
-        "sequence = self._closing[table][0]",
-        "pass",
+        "or self._closing.get(table, (None, None))[0]",
+        "",
         "row 39",
     ),
     Mutant(

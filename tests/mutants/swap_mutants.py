@@ -26,9 +26,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "what is to be moved in is taken for written when it is planned",
-        f"{_SCHEDULER}._open",
-        "sequence.begun_at = sequence.scheduled = begun",
-        "sequence.begun_at = sequence.computed = sequence.scheduled = begun",
+        "gateway.core.sequence:Sequence.begin_at",
+        "self.begun_at = self.scheduled = token_count",
+        "self.begun_at = self.computed = self.scheduled = token_count",
         "swap: two phases",
     ),
     Mutant(
@@ -138,7 +138,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "blocks are saved for those who are in host memory",
-        f"{_SCHEDULER}._make_room",
+        f"{_SCHEDULER}._preempt",
         "self._shortage.returned(victim.held_block_count)",
         "self._shortage.preempted(victim)",
         "swap: not spared",

@@ -39,6 +39,24 @@ async def _found(stream: RequestStream) -> list[list[int]]:
     return [samples[index] for index in sorted(samples)]
 
 
+@pytest.mark.parametrize(("pool", "max_num_seqs"), [(24, 256), (12, 256), (64, 2), (64, 1)])
+async def test_searches_that_wait_for_each_others_room_all_end(pool: int, max_num_seqs: int) -> None:
+    """A beam is held until the others of its search have come as far: who holds must give way to who waits."""
+    async with running(World(pool, budget=32, context=128, max_num_seqs=max_num_seqs)) as world:
+
+        async def client(number: int) -> None:
+            prompt = PROMPT[number : number + 35 + 3 * number]
+            stream = await world.submit(
+                token_ids=ids(prompt),
+                sampling=pb.Sampling(beam_width=4, n=4),
+                stopping=pb.Stopping(max_tokens=8, ignore_eos=True),
+            )
+            assert await _found(stream) == expected(prompt, BeamSettings(4), 8, 4, set())
+
+        await asyncio.gather(*(client(number) for number in range(6)))
+        await world.settle()
+
+
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("prompt_length", [1, 16, 37])
 @pytest.mark.parametrize("width", [1, 4])

@@ -60,6 +60,7 @@ class World:
         swap_slots: int = 0,
         preemption_mode: str = "auto",
         tenant_metadata: str = "",
+        max_num_seqs: int = 256,
     ) -> None:
         """Lays out the pool; `start` connects. Without a forecast there are more shortages."""
         self.random = random.Random(seed)
@@ -70,6 +71,7 @@ class World:
         self.config = GatewayConfig(
             gateway_id="test",
             max_queue_size=queue_size,
+            max_num_seqs=max_num_seqs,
             scheduling_policy=policy,
             tenant_metadata=tenant_metadata,
             long_prefill_token_threshold=long_prefill_token_threshold,
