@@ -40,6 +40,11 @@ _EARLY_SECONDS: Final = 5.0
 _REFUSALS: Final = {1, 2}
 
 
+def worker_command() -> tuple[str, ...]:
+    """Returns what starts a worker, before its flags."""
+    return (sys.executable, "-m", "gateway.fronts.worker")
+
+
 class _Worker:
     """One process, started as often as need be."""
 
@@ -92,7 +97,7 @@ class FrontSupervisor:
         self._stop_reason = ""
         self._stop_requested = asyncio.Event()
         common = [
-            *(sys.executable, "-m", "gateway.fronts.worker", *argv),
+            *(*worker_command(), *argv),
             *("--port", str(config.port), "--gateway-id", config.gateway_id),
             *("--parent-pid", str(os.getpid()), "--engine-address", engine_address),
         ]
