@@ -13,6 +13,7 @@ from execsvc import attention, events, memory_profile
 from execsvc.config import ExecsvcConfig
 from execsvc.engine import Engine
 from execsvc.gpu.device_memory import CudaMemory, DeviceMemory
+from execsvc.gpu.kv_scales import KVScales
 from execsvc.gpu.ladder import ladder
 from execsvc.kv_cache import KVCache
 from execsvc.memory_profile import MemoryBudget
@@ -110,9 +111,12 @@ class Assembly:
         if self.on_gpu:
             from execsvc.gpu.steps import gpu_steps  # noqa: PLC0415 - imports triton's kernels
 
+            assert isinstance(self.model, Llama), "the other kind of model is for CPUs"
+            known = self.model.kv_scales if self.kv_dtype.itemsize == 1 else None
+            scales = KVScales(self.model.config.num_layers, known)
             gpu = gpu_steps(
                 self.model, cache, batch_invariant=self.config.batch_invariant,
-                cascade=not self.config.disable_cascade_attn, **limits,
+                cascade=not self.config.disable_cascade_attn, scales=scales, **limits,
             )  # fmt: skip
             started = time.monotonic()
             gpu.capture([] if self.config.enforce_eager else sizes)

@@ -31,6 +31,11 @@ class ExecsvcConfig(ServiceConfig):
         "Element type of the KV cache; auto is the one computed in, fp8_e4m3 holds twice the tokens (GPU only).",
         choices=("auto", "fp8_e4m3"),
     )
+    calculate_kv_scales: bool = setting(
+        False,
+        "With a float8 KV cache, divide each layer's keys and values by what the first prompt shows; else by the "
+        "checkpoint's k_scale and v_scale, if it has any.",
+    )
     swap_space: str | None = setting(
         None, "Host memory for blocks that are swapped out, for example 8GiB; none for no swap."
     )

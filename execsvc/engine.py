@@ -130,6 +130,10 @@ class Engine:
         """Drops every sequence."""
         self._rows.drop_all()
 
+    def calculate_kv_scales(self) -> None:
+        """Lets the next step's keys and values decide the scales of a float8 cache. Nothing must be cached yet."""
+        self._steps.calculate_kv_scales()
+
     def settle(self) -> None:
         """Returns when nothing that was submitted can write any more."""
         self._steps.synchronize()

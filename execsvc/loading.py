@@ -13,6 +13,7 @@ from execsvc import attention, events
 from execsvc.assembly import Assembly
 from execsvc.config import ExecsvcConfig
 from execsvc.engine import Engine
+from execsvc.gpu.kv_scales import KVScales
 from execsvc.grammars import Grammars
 from execsvc.invariance import measure_batch_invariance
 from execsvc.memory_profile import MemoryBudget
@@ -119,6 +120,11 @@ def _choose_dtype(
 def _choose_kv_dtype(config: ExecsvcConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Returns the element type of the KV cache; raises ConfigError where there are no kernels for it."""
     if config.kv_cache_dtype == "auto":
+        if config.calculate_kv_scales:
+            raise ConfigError(
+                "calculate_kv_scales: only a float8 cache has scales; use it with --kv-cache-dtype fp8_e4m3",
+                field="calculate_kv_scales",
+            )
         return dtype
     if device.type != "cuda" or config.attention_backend == "torch":
         raise ConfigError(
@@ -134,6 +140,16 @@ def _choose_kv_dtype(config: ExecsvcConfig, dtype: torch.dtype, device: torch.de
             field="kv_cache_dtype",
         )
     return torch.float8_e4m3fn
+
+
+def _choose_scales(config: ExecsvcConfig, model: llama.Llama | NativeModel, engine: Engine) -> None:
+    """Says by what a float8 cache's keys and values are divided, and has it measured if that was asked for."""
+    assert isinstance(model, llama.Llama), "the compiled CPU step has no float8 cache"
+    if config.calculate_kv_scales:
+        engine.calculate_kv_scales()
+        log.info(events.KV_SCALES_CHOSEN, origin="first prompt", advice="they are logged when there was one")
+        return
+    log.info(events.KV_SCALES_CHOSEN, **KVScales(model.config.num_layers, model.kv_scales).described())
 
 
 def _dummy_dtype(config: ExecsvcConfig, device: torch.device) -> torch.dtype:
@@ -197,6 +213,8 @@ def _load_source(
     invariant = measure_batch_invariance(engine, budget.block_count)
     log.info(events.BATCH_INVARIANCE_MEASURED, batch_invariant=invariant, attention_backend=backend_name)
     swap_rates = engine.measure_swap()
+    if kv_dtype.itemsize == 1:
+        _choose_scales(config, model, engine)
     if engine.swap_slot_count:
         out, back = swap_rates
         log.info(

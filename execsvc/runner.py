@@ -17,6 +17,7 @@ from execsvc.model.llama import Llama
 from execsvc.model.native import NativeModel
 from execsvc.sequences import Sequence, SequenceRows
 from execsvc.steps import FinishedStep, Observe
+from quire.errors import InvariantError
 
 
 class HostSteps(abc.ABC):
@@ -72,6 +73,10 @@ class HostSteps(abc.ABC):
     def copy_blocks(self, pairs: npt.NDArray[np.int64]) -> None:
         """See Steps."""
         self._cache.copy_blocks(torch.from_numpy(pairs).to(self._cache.device))
+
+    def calculate_kv_scales(self) -> None:
+        """See Steps; raises InvariantError."""
+        raise InvariantError("a float8 cache has steps of its own: execsvc.gpu")
 
     def synchronize(self) -> None:
         """Waits for the device, if there is one."""

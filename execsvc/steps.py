@@ -95,6 +95,10 @@ class Steps(Protocol):
         """Returns when nothing that was launched can write any more."""
         ...
 
+    def calculate_kv_scales(self) -> None:
+        """Lets what the next step writes decide by what keys and values are divided in a float8 cache."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FinishedStep:

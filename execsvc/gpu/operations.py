@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch.nn import functional
 
+from execsvc.gpu.kv_scales import KVScales
 from execsvc.kv_cache import KVCache
 from execsvc.model.layers import RMSNorm, Rotary, rotate
 from execsvc.prefix_tree import GroupRules
+from kernels.kv_write.reference import quantize
 from kernels.layout import layer_views
 from kernels.paged_attention import group_columns
 from kernels.step_state import reference
@@ -33,6 +36,8 @@ class Operations(Protocol):
     """Which sequences of a step share a prefix; None where prefixes are not read for several at once."""
     group_rules: GroupRules
     """When groups pay, where there are any."""
+    scales: KVScales
+    """What keys and values are divided by in the cache."""
 
     def norm(self, rows: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """Returns `rows`, normalised over the last axis."""
@@ -116,6 +121,7 @@ class TorchOperations:
         window: int,
         groups: group_columns.GroupColumns | None = None,
         group_rules: GroupRules = _NO_GROUPS,
+        scales: KVScales | None = None,
     ) -> None:
         """As the arguments say.
 
@@ -126,7 +132,9 @@ class TorchOperations:
             window: each query sees its last so many positions; 0 for all.
             groups: see Operations.
             group_rules: see Operations.
+            scales: see Operations; None for 1.
         """
+        self.scales = KVScales(cache.layout.num_layers) if scales is None else scales
         self.groups, self.group_rules = groups, group_rules
         self._cache = cache
         self._rotary = rotary
@@ -156,13 +164,17 @@ class TorchOperations:
         """See Operations."""
         layout, keys_end = self._cache.layout, self._num_heads + self._cache.layout.num_kv_heads
         rotated = rotate(heads[:, :keys_end], *self._rotary.at(positions))
-        for cached, new in zip(
-            layer_views(self._cache.data, layer), (rotated[:, self._num_heads :], heads[:, keys_end:]), strict=True
+        written = (rotated[:, self._num_heads :], heads[:, keys_end:])
+        if self.scales.measuring:
+            self.scales.measure(layer, *written)
+        for cached, data, scale in zip(
+            layer_views(self._cache.data, layer), written, self.scales.pairs[layer], strict=True
         ):
+            new = quantize(data, scale, cached.dtype)
             # Padding goes to the null block and takes what is there: shapes must not depend on content.
             blocks, offsets = slots.clamp_min(0) // layout.block_size, slots.clamp_min(0) % layout.block_size
             old = cached[blocks, :, offsets]
-            cached[blocks, :, offsets] = torch.where((slots >= 0)[:, None, None], new.to(cached.dtype), old)
+            cached[blocks, :, offsets] = torch.where((slots >= 0)[:, None, None], new, old)
         return rotated[:, : self._num_heads]
 
     def attend_last(
@@ -203,7 +215,8 @@ class TorchOperations:
         blocks = torch.where(used, tables, 0).long()
         # [sequence, block, kv_head, slot, dim] -> [sequence, kv_head, position, dim]
         keys, values = (
-            cached[blocks].float().transpose(1, 2).flatten(2, 3) for cached in layer_views(self._cache.data, layer)
+            cached[blocks].float().transpose(1, 2).flatten(2, 3) * scale
+            for cached, scale in zip(layer_views(self._cache.data, layer), self.scales.pairs[layer], strict=True)
         )
         values = torch.where((positions < lens[:, None])[:, None, :, None], values, 0.0)
         group = q.shape[2] // heads
@@ -234,6 +247,7 @@ class TritonOperations(TorchOperations):
         invariant_len: int = 0,
         *,
         cascade: bool = True,
+        scales: KVScales | None = None,
     ) -> None:
         """As TorchOperations.
 
@@ -246,8 +260,9 @@ class TritonOperations(TorchOperations):
             invariant_len: longest sequence, where attention must not depend on company; 0 where it may.
             cascade: whether prefixes are read once for the sequences that share them, where that can be: not with a
                 window, behind which blocks are released one by one, nor with `invariant_len`.
+            scales: see Operations; None for 1.
         """
-        super().__init__(cache, rotary, num_heads, window)
+        super().__init__(cache, rotary, num_heads, window, scales=scales)
         from kernels.kv_write import rotate_write  # noqa: PLC0415 - triton is imported only where it is used
         from kernels.paged_attention import configs, decode, options, prefill, prefill_split, workspace  # noqa: PLC0415 - the same
         from kernels.rms_norm import norm  # noqa: PLC0415 - the same
@@ -258,7 +273,10 @@ class TritonOperations(TorchOperations):
         self._norm, self._gate = norm, gate
         layout = cache.layout
         shape = options.HeadShape(num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size)
-        self._options = options.AttentionOptions(self._scale, window=window)
+        self._options = [
+            options.AttentionOptions(self._scale, window=window, k_scale=k_scale, v_scale=v_scale)
+            for k_scale, v_scale in self.scales.pairs
+        ]
         split_size = 0
         if invariant_len:
             tile = configs.decode_config(cache.device, shape, layout.dtype).tile
@@ -320,9 +338,19 @@ class TritonOperations(TorchOperations):
     ) -> torch.Tensor:
         """See Operations."""
         keys, values = self._views[layer]
+        if self.scales.measuring:
+            self._measure_scales(layer, heads, positions)
         return self._write.rotate_and_write(
-            heads, self._rotary.cosines, self._rotary.sines, positions, keys, values, slots
+            heads, self._rotary.cosines, self._rotary.sines, positions, keys, values, slots, *self.scales.pairs[layer]
         )
+
+    def _measure_scales(self, layer: int, heads: torch.Tensor, positions: torch.Tensor) -> None:
+        """Sets the scales of a layer by what is about to be written."""
+        keys_end = self._num_heads + self._cache.layout.num_kv_heads
+        rotated = rotate(heads[:, self._num_heads : keys_end], *self._rotary.at(positions))
+        self.scales.measure(layer, rotated, heads[:, keys_end:])
+        k_scale, v_scale = self.scales.pairs[layer]
+        self._options[layer] = dataclasses.replace(self._options[layer], k_scale=k_scale, v_scale=v_scale)
 
     def attend_last(
         self, layer: int, q: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, *, grouped: bool = False
@@ -333,11 +361,11 @@ class TritonOperations(TorchOperations):
             if layer == 0:
                 self._cascade_workspace.refresh(lens)
             return self._cascade.paged_attention_cascade(
-                q, keys, values, tables, lens, self._options, self._cascade_workspace
+                q, keys, values, tables, lens, self._options[layer], self._cascade_workspace
             )
         if layer == 0:
             self._workspace.refresh(lens)
-        return self._decode.paged_attention_decode(q, keys, values, tables, lens, self._options, self._workspace)
+        return self._decode.paged_attention_decode(q, keys, values, tables, lens, self._options[layer], self._workspace)
 
     def attend_chunks(
         self,
@@ -353,5 +381,5 @@ class TritonOperations(TorchOperations):
         if layer == 0 and self._prefill_workspace is not None:
             self._prefill_workspace.refresh(lens, starts, len(q))
         return self._prefill.paged_attention_prefill(
-            q, keys, values, tables, lens, starts, self._options, self._prefill_workspace
+            q, keys, values, tables, lens, starts, self._options[layer], self._prefill_workspace
         )

@@ -22,11 +22,14 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 
+from execsvc import events
 from execsvc.batch import Arrangement, arrange
 from execsvc.gpu.changes import ResidentChanges
 from execsvc.gpu.decoder import Decoder
+from execsvc.gpu.kv_scales import KVScales
 from execsvc.gpu.ladder import ladder, rung_of_size
 from execsvc.gpu.launched import Clock, Launched, Reports
 from execsvc.gpu.masks import GrammarMasks
@@ -51,6 +54,8 @@ _PADDING: Final = 128
 """Words that go to the alignment of what is put into a buffer."""
 _WRITE_ROOM: Final = 65536
 """Changes of the state that go with a step; more are sent in portions before it."""
+
+log = structlog.get_logger(__name__)
 
 Ints = npt.NDArray[np.int64]
 Writes = tuple[torch.Tensor, torch.Tensor]
@@ -119,6 +124,8 @@ class GpuSteps:
         self._logits = torch.empty(0, device=runtime.device)
         self._rungs: dict[int, Rung] = {}
         self._rung_of_size: list[int] = []
+        self._outdated = False
+        """Whether graphs hold constants that have changed."""
 
     def _prefix_groups(self, operations: Operations) -> StepGroups | None:
         """Returns what finds sequences that share a prefix, if the operations can make use of it."""
@@ -203,14 +210,27 @@ class GpuSteps:
             observe: called with (tables, logits) of the sequences that sample.
         """
         started_ns = time.perf_counter_ns()
+        scales = self._decoder.operations.scales
+        if self._outdated:
+            self.capture(self.sizes)
+            self._outdated = False
         self._changes.send(self._staging)
         row_ids = np.array([sequence.row for sequence, _ in scheduled], dtype=np.int64)
         counts = np.array([count for _, count in scheduled], dtype=np.int64)
         computed = rows.computed[row_ids]
         decodes = (counts == 1) & (computed + 1 == rows.known[row_ids]) & ~rows.has_siblings[row_ids]
-        if len(scheduled) < len(self._rung_of_size) and decodes.all():
+        if len(scheduled) < len(self._rung_of_size) and decodes.all() and not scales.measuring:
             return self._launch_decode(rows, [sequence for sequence, _ in scheduled], row_ids, observe, started_ns)
-        return self._launch_mixed(rows, arrange(rows, scheduled), observe, started_ns)
+        launched = self._launch_mixed(rows, arrange(rows, scheduled), observe, started_ns)
+        if scales.measuring:
+            scales.finish()
+            self._outdated = True
+            log.info(events.KV_SCALES_CHOSEN, **scales.described())
+        return launched
+
+    def calculate_kv_scales(self) -> None:
+        """See Steps. Graphs hold scales as constants: they are captured anew before the step after that one."""
+        self._decoder.operations.scales.measuring = True
 
     def mark(self) -> Launched:
         """Returns a step that computes nothing and is done when all that was launched before it is."""
@@ -443,11 +463,12 @@ def gpu_steps(
     max_model_len: int,
     batch_invariant: bool = False,
     cascade: bool = True,
+    scales: KVScales | None = None,
 ) -> GpuSteps:
     """Returns the steps of a model on the device of its cache, with the fastest operations that there are.
 
     With `batch_invariant`, with the fastest of which none lets a sequence's attention depend on others. Without
-    `cascade`, each sequence reads its own prefix.
+    `cascade`, each sequence reads its own prefix. `scales` are those of the cache, None for 1.
     """
     config = model.config
     operations = TritonOperations(
@@ -458,6 +479,7 @@ def gpu_steps(
         max_num_seqs,
         max_model_len if batch_invariant else 0,
         cascade=cascade,
+        scales=scales,
     )
     return GpuSteps(
         Decoder(model, operations),

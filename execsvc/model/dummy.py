@@ -43,6 +43,10 @@ class DummySource:
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         return tensor.normal_(0.0, shape[-1] ** -0.5, generator=generator)
 
+    def find(self, name: str) -> torch.Tensor | None:  # noqa: ARG002 - the protocol's name
+        """Returns None: the configuration says what there is."""
+        return None
+
     def rope_factors(self) -> torch.Tensor | None:
         """Returns None: the configuration says it all."""
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import math
 
 import torch
 from torch.nn import functional
@@ -45,6 +46,8 @@ class Llama:
     head: Projection
     """`[vocab_size, hidden_size]`; equal to the embeddings where they are tied."""
     rotary: Rotary
+    kv_scales: tuple[tuple[float, float], ...] | None = None
+    """What the checkpoint wants each layer's keys and values divided by in a float8 cache; None if it does not say."""
 
     @property
     def parameter_count(self) -> int:
@@ -135,7 +138,7 @@ def load(
     frequencies = inverse_frequencies(config.rope, config.head_dim, source.rope_factors())
     rotary = Rotary.build(frequencies, max_model_len, device)
     progress(1.0)
-    return Llama(config, embeddings, tuple(layers), final_norm, head, rotary)
+    return Llama(config, embeddings, tuple(layers), final_norm, head, rotary, load_kv_scales(source))
 
 
 def fetch(source: ModelSource, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -146,6 +149,36 @@ def fetch(source: ModelSource, name: str, shape: tuple[int, ...]) -> torch.Tenso
             f"{source.path}: tensor {name!r} has shape {list(tensor.shape)}, the configuration says {list(shape)}"
         )
     return tensor
+
+
+def load_kv_scales(source: ModelSource) -> tuple[tuple[float, float], ...] | None:
+    """Returns (key scale, value scale) of each layer by the names that vLLM knows; 1 where a layer has none.
+
+    Returns None if no layer has any.
+
+    Raises:
+        ModelFormatError: a scale is not one positive number.
+    """
+
+    def find(layer: int, name: str) -> float | None:
+        for suffix in (f"attn.{name}_scale", f"{name}_scale", f"{name}_proj.{name}_scale", f"{name}_proj.output_scale",
+                       "kv_scale"):  # fmt: skip
+            tensor_name = f"model.layers.{layer}.self_attn.{suffix}"
+            tensor = source.find(tensor_name)
+            if tensor is None:
+                continue
+            scale = float(tensor) if tensor.numel() == 1 else math.nan
+            if not (math.isfinite(scale) and scale > 0.0):
+                raise ModelFormatError(
+                    f"{source.path}: tensor {tensor_name!r}: one positive number expected, found {tensor.tolist()}"
+                )
+            return scale
+        return None
+
+    found = [(find(layer, "k"), find(layer, "v")) for layer in range(source.config.num_layers)]
+    if not any(scale for pair in found for scale in pair):
+        return None
+    return tuple((key or 1.0, value or 1.0) for key, value in found)
 
 
 def _load_layer(config: ModelConfig, get: Callable[..., torch.Tensor], prefix: str) -> Layer:

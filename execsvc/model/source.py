@@ -66,6 +66,10 @@ class ModelSource(Protocol):
         """Returns a tensor; raises ModelFormatError if there is none of this name."""
         ...
 
+    def find(self, name: str) -> torch.Tensor | None:
+        """Returns a tensor that not every checkpoint has; None if there is none of this name."""
+        ...
+
     def rope_factors(self) -> torch.Tensor | None:
         """Returns divisors of the rotary frequencies, `[head_dim / 2]`, if the file brings them."""
         ...
@@ -110,6 +114,10 @@ class GGUFSource:
                 return matrix.rows(_unpermute(torch.arange(len(matrix.quants)), head_count))
         return matrix
 
+    def find(self, name: str) -> torch.Tensor | None:  # noqa: ARG002 - the protocol's name
+        """Returns None: what the format may leave out has methods of its own."""
+        return None
+
     def rope_factors(self) -> torch.Tensor | None:
         """Returns the tensor `rope_freqs.weight`, which holds the scaling of Llama 3.1 and later."""
         return self.file.load("rope_freqs.weight") if "rope_freqs.weight" in self.file.tensors else None
@@ -136,6 +144,10 @@ class DirectorySource:
     def load(self, name: str) -> torch.Tensor:
         """Returns a tensor in the type it is stored in."""
         return self.files.load(name)
+
+    def find(self, name: str) -> torch.Tensor | None:
+        """See ModelSource."""
+        return self.files.load(name) if name in self.files.files else None
 
     def rope_factors(self) -> torch.Tensor | None:
         """Returns None: the configuration says it all."""

@@ -11,6 +11,7 @@ import torch
 
 from execsvc.gpu.runtime import CudaRuntime, Runtime
 from execsvc.grammars import Grammars
+from execsvc.model import llama
 from kernels.step_state import reference
 from kernels.step_state.tensors import Resident, Staged
 from quire import columns
@@ -146,6 +147,33 @@ def test_an_engine_on_the_kernels_chooses_as_the_host_whatever_is_asked_for(kern
         values = [columns.unpack_floats(result.logprobs.values, "") for result in (mine, theirs)]
         assert values[0] and values[0] == pytest.approx(values[1], abs=1e-3)
     assert found[0][0].sibling_tables == columns.pack([2, 2])
+
+
+def test_a_float8_cache_with_measured_scales_holds_what_would_saturate(kernels: Any, device: torch.device) -> None:
+    """Values above 448 are cut off without a scale: the first prompt's must keep them, in replays, too."""
+
+    class LargeValues(tiny.RandomSource):
+        """Values of hundreds."""
+
+        def load(self, name: str) -> torch.Tensor:
+            """Returns a tensor."""
+            return super().load(name) * (500.0 if "v_proj" in name else 1.0)
+
+    config = dataclasses.replace(tiny.CONFIG, num_layers=1)
+    found = []
+    for kv_dtype, calculated in ((torch.float32, False), (torch.float8_e4m3fn, True), (torch.float8_e4m3fn, False)):
+        engine = tiny.gpu_engine_of(
+            llama.load(LargeValues(config), torch.float32, device, 64), operations="triton",
+            runtime=_runtime(device), sizes=[1], kv_dtype=kv_dtype, max_num_seqs=1, blocks=4, max_model_len=64,
+        )  # fmt: skip
+        if calculated:
+            engine.calculate_kv_scales()
+        driver = Driver(engine)
+        driver.run({1: 18}, added=[start(1, [(7 * i) % 311 for i in range(18)], [1, 3])])
+        driver.run({1: 1})
+        found.append(torch.stack(driver.logits[1]))
+    errors = [float((found[0] - other).norm() / found[0].norm()) for other in found[1:]]
+    assert 0 < errors[0] < 0.1 < errors[1], errors
 
 
 def test_a_float8_cache_gives_logits_near_those_of_a_wide_one(kernels: Any, device: torch.device) -> None:

@@ -63,6 +63,9 @@ class RandomSource:
             return 1.0 + 0.1 * tensor
         return tensor * (0.5 if tensor.dim() == 1 else tensor.shape[-1] ** -0.5 * 2)
 
+    def find(self, name: str) -> None:
+        """There is nothing that a model could do without."""
+
     def rope_factors(self) -> None:
         """There are none."""
 
