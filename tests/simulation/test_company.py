@@ -25,6 +25,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "scheduling_policy": "priority",
         "pipeline_depth": 1,
     },
+    "host memory, three steps deep": {
+        "blocks": DEMAND // 4,
+        "swap_space": "64MiB",
+        "preemption_mode": "swap",
+        "pipeline_depth": 3,
+        "fail_at": (300,),
+    },
     "a forecast, fair shares, four steps deep": {
         "blocks": DEMAND // 2,
         "forecast": True,
@@ -83,4 +90,5 @@ async def test_every_request_gives_the_same_alone_and_in_any_company(
         assert not differences, f"{len(differences)} of {COUNT}:\n" + "\n\n".join(differences[:3])
         if not settings.get("forecast"):
             assert sum(count for _, count in answers) > 0, "the pool was meant to be too small"
+        assert bool(world.swap_count) == ("swap_space" in SETTINGS[name])
         await world.settle()

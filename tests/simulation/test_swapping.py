@@ -162,14 +162,14 @@ async def test_a_beam_search_is_the_same_with_and_without_swap() -> None:
     """Beams are forked after every token, held in between, and dropped at any time: their slots, too."""
     found = []
     for mode in ("recompute", "swap"):
-        async with running(World(20, swap_slots=200, preemption_mode=mode)) as world:
+        async with running(World(24, swap_slots=200, preemption_mode=mode)) as world:
             streams = [
                 await world.submit(
                     token_ids=ids([number + 1] * 50),
                     sampling=pb.Sampling(beam_width=3),
                     stopping=pb.Stopping(max_tokens=40, **ENDLESS),
                 )
-                for number in range(2)
+                for number in range(3)
             ]
             results = await asyncio.gather(*(world.collect(stream) for stream in streams))
             await world.settle()

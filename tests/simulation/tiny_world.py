@@ -73,6 +73,7 @@ class TinyWorld:
         blocks: of the pool.
         fail_at: steps whose result is lost, and the session with it.
         forecast: whether the core keeps headroom for what runs; without it there are more shortages.
+        swap_space: host memory for blocks that are swapped out.
         settings: of the gateway.
     """
 
@@ -83,6 +84,7 @@ class TinyWorld:
         *,
         fail_at: tuple[int, ...] = (),
         forecast: bool = False,
+        swap_space: str | None = None,
         **settings: Any,
     ) -> None:
         config = ExecsvcConfig(
@@ -91,6 +93,7 @@ class TinyWorld:
             max_model_len=CONTEXT,
             max_num_seqs=MAX_NUM_SEQS,
             num_threads=1,
+            swap_space=swap_space,
         )
         self.defects: list[object] = []
         self.executor = LocalExecutor(config, self.defects.append)
@@ -117,16 +120,24 @@ class TinyWorld:
         await self.engine.start()
         await self._ready.wait()
 
+    @property
+    def swap_count(self) -> int:
+        """Preemptions whose content went to host memory."""
+        return self.memory.core.pool(_POOL_ID).memory.statistics.swap_count
+
     async def settle(self) -> None:
         """Waits until nothing lives, then checks that nothing is held."""
         await self.engine.drain()
         memory = self.memory.core.pool(_POOL_ID).memory
         for _ in range(200):
             held = sum(memory.pool.count(state) for state in (BlockState.USED, BlockState.LEASED, BlockState.PENDING))
-            if not held:
+            schedulers = [lane.scheduler for lane in self.engine._lanes.values() if lane.scheduler is not None]
+            slots = sum(scheduler.swapping.held_count for scheduler in schedulers)
+            if not held and not slots:
                 break
             await asyncio.sleep(0.005)
         assert not held
+        assert not slots, "a slot of host memory leaked"
         fenced = await self.executor.fence(execsvc_pb2.FenceRequest())
         assert not fenced.open_tables
         assert not self.defects
