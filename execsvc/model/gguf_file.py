@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import torch
 
+from execsvc.model.few_bits import UNPACK
 from kernels.cpu.panels import Quantised
 from quire.errors import ModelFormatError, UnsupportedError
 
@@ -219,27 +220,20 @@ class GGUFFile:
     def load_quantised(self, name: str) -> Quantised | None:
         """Returns a matrix in the bits that the file has it in, or None if it has it in another kind than 4 or 8.
 
-        Blocks of 32 (llama.cpp): Q8_0 is scale and 32 signed bytes; Q4_0 and Q4_1 are scale, (Q4_1) offset, and 16
-        bytes, whose low halves are the first 16 and whose high halves the other 16; Q4_0 means quant - 8.
+        Kinds of llama.cpp: Q8_0, Q4_0 and Q4_1 have blocks of 32 weights; Q4_K and Q6_K blocks of 256 with a scale, in
+        few bits, for each 32 or 16 of them (`execsvc.model.few_bits`).
 
         Raises:
             ModelFormatError: no such tensor.
         """
         if name not in self.tensors:
             raise ModelFormatError(f"{self.path}: tensor {name!r} is missing")
-        info, kinds = self.tensors[name], gguf.GGMLQuantizationType
-        if info.kind not in {kinds.Q4_0, kinds.Q4_1, kinds.Q8_0} or len(info.shape) != _MATRIX_AXES:
+        info = self.tensors[name]
+        unpack = UNPACK.get(info.kind)
+        if unpack is None or len(info.shape) != _MATRIX_AXES:
             return None
         _, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
         data = np.frombuffer(self._data, dtype=np.uint8, count=info.byte_count, offset=info.offset)
         blocks = torch.from_numpy(data.reshape(info.shape[0], -1, block_bytes).copy())
         del data
-        scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
-        if info.kind == kinds.Q8_0:
-            return Quantised(blocks[..., 2:].contiguous().view(torch.int8).flatten(1), scales, None)
-        if info.kind == kinds.Q4_1:
-            offsets = blocks[..., 2:4].contiguous().view(torch.float16).squeeze(-1).float()
-        else:
-            offsets = -8.0 * scales
-        halves = blocks[..., block_bytes - 16 :]
-        return Quantised(torch.cat([halves & 15, halves >> 4], -1).flatten(1), scales, offsets)
+        return unpack(blocks)

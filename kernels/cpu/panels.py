@@ -20,8 +20,10 @@ from torch.nn import functional
 BF16: Final = 0
 FOUR_BITS: Final = 1
 EIGHT_BITS: Final = 2
+EIGHT_BITS_OF_16: Final = 3
+"""EIGHT_BITS with a scale for each 16 inputs."""
 GROUP: Final = 32
-"""Inputs that share a scale, in the formats of few bits."""
+"""Inputs that share a scale, in the other formats of few bits."""
 
 LANE = 16
 """Outputs of a panel."""
@@ -35,19 +37,25 @@ class Matrix:
 
     panels: torch.Tensor
     format: int
-    """BF16, FOUR_BITS or EIGHT_BITS."""
+    """BF16, FOUR_BITS, EIGHT_BITS or EIGHT_BITS_OF_16."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Quantised:
-    """A matrix in few bits: weight = scale * quant + offset, a scale and an offset for each GROUP inputs of a row."""
+    """A matrix in few bits: weight = scale * quant + offset, with a scale and an offset for each group of inputs."""
 
     quants: torch.Tensor
     """`[output, input]`, uint8 below 16 if there are offsets, else int8."""
     scales: torch.Tensor
-    """`[output, input / GROUP]` float32, numbers that float16 holds."""
+    """`[output, input / group]` float32. A group has GROUP inputs, or half as many where there are no offsets. Where
+    there are, scales have so few bits that their product with a quant is exact."""
     offsets: torch.Tensor | None
     """Like `scales`, or None for none."""
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.quants.shape[1] // self.scales.shape[1]
 
     def rows(self, order: torch.Tensor) -> Quantised:
         """Returns the rows of the given indexes."""
@@ -56,16 +64,16 @@ class Quantised:
 
     def dequantise(self) -> torch.Tensor:
         """Returns `[output, input]` float32."""
-        groups = self.quants.float().view(*self.scales.shape, GROUP) * self.scales[:, :, None]
+        groups = self.quants.float().view(*self.scales.shape, self.group) * self.scales[:, :, None]
         if self.offsets is not None:
             groups += self.offsets[:, :, None]
         return groups.flatten(1)
 
 
 def stack(parts: list[Quantised]) -> Quantised | None:
-    """Returns the rows of all parts, or None if some have offsets and some have none."""
+    """Returns the rows of all parts, or None if they differ in their groups or in whether there are offsets."""
     offsets = [part.offsets for part in parts if part.offsets is not None]
-    if len(offsets) not in {0, len(parts)}:
+    if len(offsets) not in {0, len(parts)} or len({part.group for part in parts}) > 1:
         return None
     return Quantised(
         torch.cat([part.quants for part in parts]),
@@ -94,17 +102,17 @@ def pack(weight: torch.Tensor | Quantised) -> Matrix:
 
 
 def _pack_quantised(weight: Quantised) -> Matrix:
-    """Returns panels of bytes, `[output / 16, input / GROUP, bytes of a group]`."""
+    """Returns panels of bytes, `[output / 16, input / group, bytes of a group]`."""
 
     def by_group(values: torch.Tensor) -> torch.Tensor:
         """Returns `[panel, group, bytes]` of `[output, group]` floats."""
         return _padded(values).view(-1, LANE, values.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
 
     # [panel, lane, group, pair, 2] -> [panel, group, pair, 2, lane]
-    quants = _padded(weight.quants).view(-1, LANE, weight.scales.shape[1], GROUP // 2, 2).permute(0, 2, 3, 4, 1)
+    quants = _padded(weight.quants).view(-1, LANE, weight.scales.shape[1], weight.group // 2, 2).permute(0, 2, 3, 4, 1)
     if weight.offsets is None:
         parts = [by_group(weight.scales), quants.contiguous().view(torch.uint8).flatten(2)]
-        return Matrix(torch.cat(parts, 2).contiguous(), EIGHT_BITS)
+        return Matrix(torch.cat(parts, 2).contiguous(), EIGHT_BITS if weight.group == GROUP else EIGHT_BITS_OF_16)
     halves = quants[..., 0, :] | quants[..., 1, :] << 4
     parts = [by_group(weight.scales), by_group(weight.offsets), halves.flatten(2)]
     return Matrix(torch.cat(parts, 2).contiguous(), FOUR_BITS)

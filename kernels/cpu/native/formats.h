@@ -4,9 +4,10 @@
 //     kFourBits     for each 32 inputs: 16 scales, 16 offsets (float), then [16][16] bytes:
 //                   low half the even input of a pair, high half the odd one;   weight = scale * quant + offset
 //     kEightBits    for each 32 inputs: 16 scales (float), then [16][2][16] signed bytes;   weight = scale * quant
+//     kEightBitsOf16    the same for each 16 inputs
 //
-// Scales and offsets come from halves, so scale * quant is exact and a weight is rounded once, as when a file is
-// dequantised to float. A reader hands out the weights of one pair of inputs after the other, in groups of kGroup pairs.
+// Scales and offsets are halves, or halves times few bits, so a weight is rounded once, as when a file is dequantised to
+// float: scale * quant is exact where an offset is added. A reader hands out the weights of one pair of inputs after the other, in groups of kGroup pairs.
 
 constexpr int kGroupInputs = 32;
 constexpr int kScaleBytes = kLane * static_cast<int>(sizeof(float));
@@ -67,9 +68,9 @@ struct FourBitReader {
     void next() { at += kPairBytes; }
 };
 
-template <class L>
+template <class L, int Inputs>
 struct EightBitReader {
-    static constexpr int kGroup = kGroupInputs / 2;
+    static constexpr int kGroup = Inputs / 2;
     static constexpr int kPairBytes = 2 * kLane;
     static constexpr int kGroupBytes = kScaleBytes + kGroup * kPairBytes;
     static constexpr size_t bytes(int pairs) { return static_cast<size_t>(pairs / kGroup) * kGroupBytes; }
@@ -126,6 +127,8 @@ template <class L>
 void embed_panels(const void *panels, Format format, int64_t index, int size, float *out) {
     if (format == Format::kFourBits)
         embed_row<L, FourBitReader<L>>(panels, index, size, out);
+    else if (format == Format::kEightBits)
+        embed_row<L, EightBitReader<L, kGroupInputs>>(panels, index, size, out);
     else
-        embed_row<L, EightBitReader<L>>(panels, index, size, out);
+        embed_row<L, EightBitReader<L, kGroupInputs / 2>>(panels, index, size, out);
 }

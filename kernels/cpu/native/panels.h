@@ -212,6 +212,9 @@ void product(const Product &job, int first_row, int end_row, int first_pair, int
         case Format::kFourBits:
             return product_of<L, FourBitReader<L>>(job, first_row, end_row, first_pair, end_pair, memory);
         case Format::kEightBits:
-            return product_of<L, EightBitReader<L>>(job, first_row, end_row, first_pair, end_pair, memory);
+            return product_of<L, EightBitReader<L, kGroupInputs>>(job, first_row, end_row, first_pair, end_pair, memory);
+        case Format::kEightBitsOf16:
+            return product_of<L, EightBitReader<L, kGroupInputs / 2>>(job, first_row, end_row, first_pair, end_pair,
+                                                                      memory);
     }
 }

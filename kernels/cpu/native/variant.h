@@ -16,7 +16,7 @@ constexpr int kRowTile = 96;    // most rows of a product in one go
 enum class Epilogue { kStore, kAdd, kSwiGLU };
 
 // How a matrix is stored: see formats.h.
-enum class Format { kBf16, kFourBits, kEightBits };
+enum class Format { kBf16, kFourBits, kEightBits, kEightBitsOf16 };
 
 // rows [row][2 * pairs] times the transpose of a weight in panels.
 struct Product {

@@ -35,13 +35,14 @@ class RoundedSource(RandomSource):
 
 
 class FewBitsSource(RandomSource):
-    """Random weights whose matrices are in 4 bits, and the head in 8."""
+    """Random weights whose matrices are in 4 bits, and the head and what leads down in 8, with groups of two sizes."""
 
     def load_quantised(self, name: str) -> Quantised:
         """Returns a matrix."""
         weight = super().load(name)
-        groups = weight.view(len(weight), -1, GROUP)
-        if "lm_head" in name or "embed" in name:
+        down = "down_proj" in name
+        groups = weight.view(len(weight), -1, GROUP // 2 if down else GROUP)
+        if down or "lm_head" in name or "embed" in name:
             scales = (groups.abs().amax(-1) / 127).half().float()
             return Quantised((groups / scales[:, :, None]).round().to(torch.int8).flatten(1), scales, None)
         offsets = groups.amin(-1).half().float()

@@ -9,6 +9,7 @@ from pathlib import Path
 import struct
 
 import gguf
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -290,3 +291,27 @@ def test_every_kind_of_few_bits_is_read_as_its_inventor_means_it(tmp_path: Path,
         assert matrix is not None
         assert torch.equal(matrix.dequantise(), file.load("few"))
         assert file.load_quantised("many") is None
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_blocks_of_256_are_read_as_their_inventor_means_them(tmp_path: Path, kind: str) -> None:
+    """Files in Q4_K_M, which most people download, have both: any bit pattern must mean what llama.cpp means by it."""
+    wanted = gguf.GGMLQuantizationType[kind]
+    _, block_bytes = gguf.GGML_QUANT_SIZES[wanted]
+    data = np.random.default_rng(2).integers(0, 256, (32, 3, block_bytes), np.uint8)
+    scales = np.random.default_rng(3).normal(0, 0.1, (32, 3, 2)).astype(np.float16).view(np.uint8)
+    if kind == "Q4_K":
+        data[..., :4] = scales
+    else:
+        data[..., -2:] = scales[..., :2]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("few", data.reshape(32, -1), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        matrix = file.load_quantised("few")
+        assert matrix is not None
+        assert matrix.group == {"Q4_K": 32, "Q6_K": 16}[kind]
+        assert torch.equal(matrix.dequantise(), file.load("few"))
