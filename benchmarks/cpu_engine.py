@@ -51,7 +51,6 @@ def make_engine(model: str, threads: int, *, compiled: bool) -> Engine:
     dtype = torch.bfloat16 if compiled else torch.float32
     layout = KVLayout(1700, config.num_layers, config.num_kv_heads, BLOCK_SIZE, config.head_dim, dtype)
     cache = KVCache(layout, cpu)
-    advise_huge_pages(cache.data)
     runner: Runner | NativeRunner
     if compiled:
         variant, reason = library.choose()

@@ -3,6 +3,7 @@
 from typing import Final
 
 MODEL_LOADING: Final = "model_loading"
+NUMA_NODE_CHOSEN: Final = "numa_node_chosen"
 CPU_STEP_CHOSEN: Final = "cpu_step_chosen"
 MODEL_LOADED: Final = "model_loaded"
 SAMPLING_DEFAULTS: Final = "sampling_defaults"

@@ -24,6 +24,7 @@ from execsvc.model.generation import SamplingDefaults, sampling_defaults
 from execsvc.model.native import NativeModel
 from execsvc.model.source import ModelSource, open_model
 from execsvc.model.tokenizer import TokenizerFiles
+from execsvc.numa import stay_on_one_node
 from kernels.cpu.library import SLOW, Variant
 from quire.errors import ConfigError
 
@@ -172,8 +173,10 @@ def load(config: ExecsvcConfig, progress: Callable[[float], None] = lambda _: No
     """
     if config.block_size not in {16, 32, 64}:
         raise ConfigError(f"block_size: {config.block_size} is not one of 16, 32, 64", field="block_size")
-    torch.set_num_threads(config.num_threads or _default_threads())
     device = choose_device(config.device)
+    if device.type == "cpu":
+        stay_on_one_node(config.num_threads)
+    torch.set_num_threads(config.num_threads or _default_threads())
     source: ModelSource
     if config.load_format == "dummy":
         source = open_dummy(config.model, config.seed, device, _dummy_dtype(config, device))

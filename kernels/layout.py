@@ -14,6 +14,8 @@ import dataclasses
 
 import torch
 
+from kernels.cpu.memory import advise_huge_pages
+
 NULL_BLOCK = 0
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a model computes in."""
@@ -83,8 +85,11 @@ class KVLayout:
         return self.block_count * self.bytes_per_block
 
     def allocate(self, device: torch.device) -> torch.Tensor:
-        """Returns a zeroed cache of `shape` on `device`."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=device)
+        """Returns a zeroed cache of `shape` on `device`, on a CPU in huge pages if the system has them."""
+        cache = torch.empty(self.shape, dtype=self.dtype, device=device)
+        if device.type == "cpu":
+            advise_huge_pages(cache)
+        return cache.zero_()
 
 
 def layer_views(cache: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
