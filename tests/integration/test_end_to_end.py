@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from quire.errors import (
     RequestExistsError,
 )
 from quire.generation import FinishReason
-from tests.integration.stack import POOL_ID, Stack
+from tests.integration.stack import POOL_ID, Stack, running_stack
 
 GREEDY = {"temperature": 0.0}
 SENTENCE = "The history of printing begins with woodblocks, and every page was carved by hand. "
@@ -220,6 +221,29 @@ async def test_memory_pressure_changes_no_text(small_stack: Stack) -> None:
     assert [text for text, _ in together] == [text for text, _ in alone]
     assert sum(count for _, count in together) > 0, "the pool was meant to be too small"
     small_stack.wait_idle()
+
+
+async def test_a_seed_gives_the_same_after_a_restart_in_another_batch_and_when_preempted(
+    small_stack: Stack, tmp_path: Path
+) -> None:
+    """Whoever reports a bad answer with its seed must see it again, whatever the server was doing then."""
+
+    async def one(client: AsyncClient, number: int) -> tuple[list[list[int]], int]:
+        prompt = f"{number}. {SENTENCE * 6}"
+        result = await client.generate(prompt, max_tokens=48, ignore_eos=True, seed=number, n=2, temperature=1.2)
+        return [list(sample.token_ids) for sample in result.completions], result.usage.preemption_count
+
+    async with AsyncClient(small_stack.address, timeout=240) as client:
+        together = await asyncio.gather(*(one(client, number) for number in range(6)))
+    small_stack.wait_idle()
+    assert sum(count for _, count in together) > 0, "the pool was meant to be too small"
+    flags = ("--kv-cache-tokens", "4096", "--max-model-len", "1024", "--max-num-batched-tokens", "96")
+    for _ in range(2):
+        with running_stack(tmp_path, execsvc=flags) as restarted:
+            async with AsyncClient(restarted.address, timeout=240) as client:
+                for number, (tokens, _) in enumerate(together):
+                    assert (await one(client, number))[0] == tokens
+    assert len({tuple(sample) for tokens, _ in together for sample in tokens}) == 12, "every sample draws by itself"
 
 
 def test_a_killed_client_leaves_no_block(stack: Stack) -> None:
