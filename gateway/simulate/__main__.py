@@ -75,6 +75,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         options.max_num_batched_tokens,
         step_seconds=options.step_ms / 1000,
         timed_arrivals=options.arrivals == "trace",
+        swap_slot_count=options.swap_tokens // options.block_size,
     )
     results = [
         Simulation(name, POLICIES[name](spec), workload, limits, _progress(name)).run()
@@ -104,6 +105,7 @@ def main() -> int:
         ("block-size", 16),
         ("max-model-len", 2048),
         ("pool-tokens", 14_336),
+        ("swap-tokens", 0),
         ("max-num-seqs", 1024),
         ("max-num-batched-tokens", 8192),
     ):

@@ -36,7 +36,7 @@ class FakeExecutor:
     def add(self, sequence: Sequence, request: int) -> None:
         """Takes in a table that was admitted."""
         self._requests[sequence.table] = request
-        self.written[request] = sequence.cached_token_count
+        self.written[request] = sequence.begun_at
         self.known[request] = len(sequence.tokens)
 
     def run(self, draft: StepDraft) -> StepOutcome:

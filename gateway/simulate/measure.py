@@ -74,6 +74,8 @@ class Counters:
     """All that the executor computed."""
     recomputed_tokens: int = 0
     """Of these, computed before and lost to a preemption."""
+    swapped_blocks: int = 0
+    """Moved to host memory and back, each way counted."""
     finished_count: int = 0
     finished_prompt_tokens: int = 0
     finished_output_tokens: int = 0
@@ -116,6 +118,7 @@ class PolicyResult:
             "steps": self.steps,
             "preemptions": self.preemptions,
             "stalls": self.stalls,
+            "swapped_blocks": counts.swapped_blocks,
             "finished_count": counts.finished_count,
             "truncated_count": counts.truncated_count,
             "computed_tokens": counts.computed_tokens,

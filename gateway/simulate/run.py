@@ -19,6 +19,7 @@ from gateway.core.request import Request, RequestSettings, SamplingSettings
 from gateway.core.scheduler import Scheduler
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import StepDraft, Update
+from gateway.core.swapping import PreemptionMode, SwapSettings
 from gateway.simulate.executor import FakeExecutor
 from gateway.simulate.measure import Counters, PolicyResult, Recorder, Slots
 from gateway.simulate.workload import Workload
@@ -49,6 +50,7 @@ class Limits:
         max_tokens: completion tokens that every request asks for; None for as many as the model allows.
         step_seconds: time a step takes; arrivals are compared with it.
         timed_arrivals: whether requests arrive as in the trace; otherwise all are there at the beginning.
+        swap_slot_count: blocks of preempted sequences that fit into host memory.
     """
 
     max_num_seqs: int
@@ -56,6 +58,7 @@ class Limits:
     max_tokens: int | None = None
     step_seconds: float = 0.03
     timed_arrivals: bool = False
+    swap_slot_count: int = 0
 
 
 class Simulation:
@@ -79,7 +82,11 @@ class Simulation:
         self._size = spec.block_size
         self._longest = spec.max_model_len
         self._scheduler = Scheduler(
-            policy.pool, limits.max_num_seqs, limits.max_num_batched_tokens, max_preemptions=_MAX_PREEMPTIONS
+            policy.pool,
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            max_preemptions=_MAX_PREEMPTIONS,
+            swap=SwapSettings(limits.swap_slot_count, mode=PreemptionMode.SWAP),
         )
         self._queue = WaitingQueue(2 * _QUEUE_AHEAD)
         self._executor = FakeExecutor(len(workload), workload.output_token)
@@ -118,7 +125,8 @@ class Simulation:
                 self._progress(done + self.counters.rejected_count, total)
         self.counters.computed_tokens = self._executor.computed_tokens
         self.counters.recomputed_tokens = self._executor.recomputed_tokens
-        stats = self._scheduler.stats
+        stats, swap = self._scheduler.stats, self._scheduler.swapping.stats
+        self.counters.swapped_blocks = swap.out_count + swap.in_count
         return PolicyResult(
             self._name,
             self.counters,
@@ -178,7 +186,7 @@ class Simulation:
         if self._steps < self._retry_at:
             return
         while scheduler.can_admit():
-            sequence = self._queue.pop()
+            sequence = self._queue.pop(pool_id=self._policy.pool.pool_id)
             if sequence is None:
                 return
             try:
@@ -204,6 +212,7 @@ class Simulation:
             max_new_tokens=sequence.length_limit - len(sequence.tokens),
             resumed=resumed,
             min_new_tokens=sequence.length_limit - len(sequence.tokens) if self._workload.knows_output else 0,
+            swapped_token_count=sequence.swapped.token_count if sequence.swapped is not None else 0,
         )
         admission = self._policy.admit(Wish(request, int(self._outputs[index]), sequence.prompt_length))
         self._scheduler.start(sequence, admission)

@@ -44,6 +44,9 @@ def simulate(
     ),
     max_model_len: Annotated[int, typer.Option(min=1, help="Longest sequence in tokens.")] = 2048,
     pool_tokens: Annotated[int, typer.Option(min=16, help="Token slots of the pool.")] = 14_336,
+    swap_tokens: Annotated[
+        int, typer.Option(min=0, help="Token slots in host memory that preempted sequences are swapped out to.")
+    ] = 0,
     block_size: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens in a block: 16, 32 or 64.")] = 16,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Most sequences that run at once.")] = 1024,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in a step.")] = 8192,
@@ -73,6 +76,7 @@ def simulate(
         ("block-size", block_size),
         ("max-model-len", max_model_len),
         ("pool-tokens", pool_tokens),
+        ("swap-tokens", swap_tokens),
         ("max-num-seqs", max_num_seqs),
         ("max-num-batched-tokens", max_num_batched_tokens),
         ("step-ms", step_ms),
@@ -135,6 +139,8 @@ def _print(document: dict[str, Any], *, is_paper: bool) -> None:
         if any(name in figures for figures in document["policies"].values())
     ]
     headings += [(name.replace("_", " "), True) for name in costs]
+    swaps = any(figures["swapped_blocks"] for figures in document["policies"].values())
+    headings += [("blocks swapped", True)] if swaps else []
     headings += [("paper: useful, batch", True)] if is_paper else []
     rows = []
     for policy, figures in document["policies"].items():
@@ -144,6 +150,8 @@ def _print(document: dict[str, Any], *, is_paper: bool) -> None:
         row = [policy, *shares, *rates, *wastes, f"{figures['prefix_hit_rate']:.1%}"]
         row += [str(figures["rejected_count"]), f"{figures['steps']:,}"]
         row += [f"{figures[name]:.3g}" if figures[name] is not None else "" for name in costs]
+        if swaps:
+            row.append(f"{figures['swapped_blocks']:,}")
         if is_paper:
             row.append(f"{_PAPER[policy][0]:.1%}, {_PAPER[policy][1]}" if policy in _PAPER else "")
         rows.append(row)

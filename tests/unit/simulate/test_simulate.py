@@ -45,6 +45,18 @@ def test_paged_memory_holds_more_sequences_than_contiguous(capsys: pytest.Captur
     assert policies["paged"]["utilization"] > 2 * policies["contiguous"]["utilization"]
 
 
+def test_with_host_memory_nothing_is_computed_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever asks what host memory would save must not be told of transfers that are not made."""
+    wanted = ("--num-prompts", "150", "--policies", "paged", "--pool-tokens", "8192")
+    without = simulate(capsys, *wanted)["paged"]
+    swapping = simulate(capsys, *wanted, "--swap-tokens", "100000")["paged"]
+    assert without["recomputed_tokens"] > 0 == without["swapped_blocks"]
+    assert swapping["recomputed_tokens"] == 0 < swapping["swapped_blocks"]
+    assert swapping["finished_output_tokens"] == without["finished_output_tokens"]
+    assert run(["simulate", *wanted, "--swap-tokens", "100000"]) == 0
+    assert "blocks swapped" in capsys.readouterr().out
+
+
 def test_a_trace_is_replayed_and_longer_requests_are_rejected(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
