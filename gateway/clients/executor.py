@@ -99,13 +99,15 @@ class RemoteExecutor:
 
     async def _exchange(self, request: pb.RunRequest) -> pb.RunResponse:
         """Sends one message and waits for its answer; answers come in order."""
-        if self._call is None:
-            raise ExecutorUnavailableError(f"the session with the executor at {self._address} is over")
         answer: asyncio.Future[pb.RunResponse] = asyncio.get_running_loop().create_future()
         async with self._write_lock:
+            # Asked for here: the session may have ended while another message was written.
+            call = self._call
+            if call is None:
+                raise ExecutorUnavailableError(f"the session with the executor at {self._address} is over")
             self._waiting.append(answer)
             try:
-                await self._call.write(request)
+                await call.write(request)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 # The reader sees why the stream ended and fails every waiting answer, this one included.
                 log.debug("executor_write_failed", address=self._address)

@@ -35,6 +35,9 @@ log = structlog.get_logger(__name__)
 _PARENT_POLL_SECONDS: Final = 0.5
 _STOP_MARGIN_SECONDS: Final = 2.0
 """What a worker gets beyond its own drain before it is killed."""
+_SOCKET: Final = "engine.sock"
+_LONGEST_SOCKET: Final = 107
+"""Of Linux, in bytes; see unix(7)."""
 _EARLY_SECONDS: Final = 5.0
 # Statuses of a worker that would fail again in the same way, if it has them early: its settings, its address.
 _REFUSALS: Final = {1, 2}
@@ -187,16 +190,33 @@ def reserve_port(host: str, port: int) -> socket.socket:
     return reserved
 
 
+def socket_directory() -> tempfile.TemporaryDirectory[str]:
+    """Makes the directory of the engine's socket: only this user may enter it, and so call the engine.
+
+    Raises:
+        ConfigError: there is none in which it can be made, or its name is too long for a socket.
+    """
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="quire-gateway-")
+    except OSError as error:
+        message = f"no directory for the engine's socket: {error.strerror or error}; set TMPDIR to one that is writable"
+        raise ConfigError(message) from error
+    path = str(Path(directory.name) / _SOCKET)
+    if len(os.fsencode(path)) > _LONGEST_SOCKET:
+        directory.cleanup()
+        message = (
+            f"the engine's socket would be {path}, allowed are {_LONGEST_SOCKET} bytes; set TMPDIR to a shorter one"
+        )
+        raise ConfigError(message)
+    return directory
+
+
 async def supervise(config: GatewayConfig, argv: Sequence[str]) -> int:
     """Runs a gateway of several fronts until it is told to stop; returns the exit code.
 
     Raises:
-        ConfigError: the address cannot be bound.
+        ConfigError: the address cannot be bound, or there is no place for the engine's socket.
     """
-    with (
-        reserve_port(config.host, config.port) as reserved,
-        # Only this user may enter it, and so the engine.
-        tempfile.TemporaryDirectory(prefix="quire-gateway-") as directory,
-    ):
+    with reserve_port(config.host, config.port) as reserved, socket_directory() as directory:
         config = complete(config, port=reserved.getsockname()[1])
-        return await FrontSupervisor(config, argv, f"unix:{Path(directory) / 'engine.sock'}").run()
+        return await FrontSupervisor(config, argv, f"unix:{Path(directory) / _SOCKET}").run()

@@ -13,7 +13,7 @@ import pytest
 
 from gateway.config import GatewayConfig
 from gateway.fronts import supervisor as module
-from gateway.fronts.supervisor import FrontSupervisor, reserve_port
+from gateway.fronts.supervisor import FrontSupervisor, reserve_port, socket_directory
 from quire.errors import ConfigError
 
 
@@ -33,6 +33,28 @@ def test_a_port_that_is_reserved_is_shared_with_those_who_ask_for_that_alone() -
                 reserve_port("127.0.0.1", port)
             with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
                 stranger.bind(("127.0.0.1", port))
+
+
+def test_the_engine_can_be_reached_by_its_own_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reaches it speaks for every tenant."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with socket_directory() as directory:
+        assert Path(directory).stat().st_mode & 0o777 == 0o700
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("nowhere", "set TMPDIR to one that is"), ("x" * 90, "to a shorter one")]
+)
+def test_a_place_where_no_socket_can_be_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, message: str
+) -> None:
+    """The engine would otherwise fail to listen again and again, for a reason that its fronts cannot tell."""
+    (tmp_path / ("x" * 90)).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / place))
+    with pytest.raises(ConfigError, match=message):
+        socket_directory()
+    assert not list((tmp_path / ("x" * 90)).iterdir())
 
 
 def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> FrontSupervisor:
