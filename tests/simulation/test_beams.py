@@ -14,6 +14,8 @@ from quire.errors import InvalidRequestError
 from tests.simulation.oracle_executor import EOS_TOKEN, digest_of, likely_tokens
 from tests.simulation.world import World, ids, running
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 PROMPT = [number % 251 + 1 for number in range(90)]
 
 
@@ -57,7 +59,6 @@ async def test_searches_that_wait_for_each_others_room_all_end(pool: int, max_nu
         await world.settle()
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("prompt_length", [1, 16, 37])
 @pytest.mark.parametrize("width", [1, 4])
 async def test_a_search_finds_what_its_rules_say_and_computes_each_token_once(prompt_length: int, width: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from gateway.session_service import SessionService
 from tests.simulation.tiny_world import MAX_NUM_SEQS, TinyWorld, serving, write_model
 from tests.simulation.wishes import Answer, Wish, all_alone, answer, make_wishes
+from tests.simulation.world import engine_host, front_of
 
 COUNT = 200
 SEED = 7
@@ -31,6 +34,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "preemption_mode": "swap",
         "pipeline_depth": 3,
         "fail_at": (300,),
+    },
+    "through a front": {
+        "blocks": DEMAND // 4,
+        "max_num_batched_tokens": 64,
+        "tenant_metadata": "tenant",
+        "fail_at": (200,),
+        "fronts": True,
     },
     "a forecast, fair shares, four steps deep": {
         "blocks": DEMAND // 2,
@@ -72,15 +82,21 @@ def difference(wish: Wish, found: list[Answer], whole: list[Answer]) -> str:
 @pytest.mark.invariant(8, 9, 13, 14)
 @pytest.mark.parametrize("name", SETTINGS)
 async def test_every_request_gives_the_same_alone_and_in_any_company(
-    name: str, model: str, alone: list[tuple[Wish, list[Answer]]]
+    name: str, model: str, alone: list[tuple[Wish, list[Answer]]], tmp_path: Path
 ) -> None:
     """Otherwise an answer would depend on who else is served: samples, searches, forks, turns, whoever leaves or fails.
 
     Tokens, texts, endings and log-probabilities are compared bit for bit.
     """
     settings = dict(SETTINGS[name])
-    async with serving(TinyWorld(model, settings.pop("blocks"), **settings), SECONDS) as world:
+    fronts = settings.pop("fronts", False)
+    world = TinyWorld(model, settings.pop("blocks"), **settings)
+    async with serving(world, SECONDS), contextlib.AsyncExitStack() as stack:
         sessions = SessionService(world.engine, world.config)
+        if fronts:
+            address = f"unix:{tmp_path / 'engine.sock'}"
+            await stack.enter_async_context(engine_host(world, address))
+            world.engine, sessions = await stack.enter_async_context(front_of(world, address))
         answers = await asyncio.gather(*(answer(world, sessions, wish) for wish, _ in alone))
         differences = [
             text

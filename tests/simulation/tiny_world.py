@@ -103,7 +103,9 @@ class TinyWorld:
             gateway_id="test", max_queue_size=1024, max_queue_time=600.0, max_num_seqs=MAX_NUM_SEQS, **settings
         )
         self._ready = asyncio.Event()
-        self.engine = Engine(self.memory, lambda _: self.link, self.config, self._readiness, self.defects.append)
+        self.core: Any = Engine(self.memory, lambda _: self.link, self.config, self._readiness, self.defects.append)
+        self.engine: Any = self.core
+        """What takes requests: the engine itself, or a front's end of the stream to it."""
 
     def _readiness(self, ready: bool) -> None:
         if ready:
@@ -117,7 +119,7 @@ class TinyWorld:
         spec = PoolSpec(pool.block_count, SIZE, pool.bytes_per_block, pool.model_id, pool.kv_dtype, pool.max_model_len)
         epoch = self.memory.register_pool(_POOL_ID, description.executor_incarnation, "in-process:0", spec)
         await self.executor.begin_epoch(epoch)
-        await self.engine.start()
+        await self.core.start()
         await self._ready.wait()
 
     @property
@@ -128,10 +130,11 @@ class TinyWorld:
     async def settle(self) -> None:
         """Waits until nothing lives, then checks that nothing is held."""
         await self.engine.drain()
+        await self.core.drain()
         memory = self.memory.core.pool(_POOL_ID).memory
         for _ in range(200):
             held = sum(memory.pool.count(state) for state in (BlockState.USED, BlockState.LEASED, BlockState.PENDING))
-            schedulers = [lane.scheduler for lane in self.engine._lanes.values() if lane.scheduler is not None]
+            schedulers = [lane.scheduler for lane in self.core._lanes.values() if lane.scheduler is not None]
             slots = sum(scheduler.swapping.held_count for scheduler in schedulers)
             if not held and not slots:
                 break
@@ -152,5 +155,5 @@ async def serving(world: TinyWorld, seconds: float) -> AsyncIterator[TinyWorld]:
             await world.start()
             yield world
         finally:
-            await world.engine.close()
+            await world.core.close()
             await world.executor.close()

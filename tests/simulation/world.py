@@ -161,7 +161,7 @@ async def running(world: World) -> AsyncIterator[World]:
 
 
 @contextlib.asynccontextmanager
-async def engine_host(world: World, address: str) -> AsyncIterator[None]:
+async def engine_host(world: Any, address: str) -> AsyncIterator[None]:
     """Serves the engine of a world to fronts."""
     service = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
     host = ServiceHost(world.config, (service,), private_address=address)
@@ -178,7 +178,7 @@ async def engine_host(world: World, address: str) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def front_of(world: World, address: str) -> AsyncIterator[tuple[RemoteEngine, FrontSessionService]]:
+async def front_of(world: Any, address: str) -> AsyncIterator[tuple[RemoteEngine, FrontSessionService]]:
     """Yields a front of an engine, once it is attached, and its sessions."""
     attached = asyncio.Event()
     channel = open_private_channel(address)
