@@ -27,9 +27,10 @@ struct Lanes : Avx512 {
     static Operand weights(const uint16_t *p, int) { return (__m512bh)_mm512_loadu_si512(p); }
     // Weights are rounded to bf16 here, so that they are those of the same model stored in bf16.
     static Operand operand(Vector even, Vector odd, int) {
-        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-        return (__m512bh)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // 16 of even, then 16 of odd
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        return (__m512bh)_mm512_permutexvar_epi16(order, halves);
     }
     static void put_pair(uint16_t *p, int, Vector even, Vector odd) {
         _mm512_storeu_si512(p, (__m512i)operand(even, odd, 0));
