@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gateway.admission import admit_request
 from gateway.core.precedence import SchedulingPolicy
 from gateway.core.sequence import Sequence, SequenceState
 from gateway.core.step import StepDraft
@@ -235,6 +236,28 @@ def test_a_slot_that_was_refused_is_not_counted_on() -> None:
     assert second.recomputed_token_count > 0
     assert rig.output[second] == rig.expected(second)
     assert rig.core.pool(POOL_ID).memory.statistics.swap_count == 0
+
+
+def test_who_is_in_the_host_memory_of_an_executor_waits_for_that_one() -> None:
+    """Another executor of the same model would compute all of it again; once the slots are void, any may take it."""
+    rig, _, second = short()
+    later = rig.submit(SIZE)
+    assert rig.queue.pop(pool_id="another") is later
+    assert rig.queue.pop(pool_id="another") is None
+    assert second.swapped is not None
+    rig.scheduler.swapping.abandon()
+    assert rig.queue.pop(pool_id="another") is second
+
+
+def test_what_comes_back_waits_for_nobody_who_computes_the_same() -> None:
+    """It has all of it already: waiting for a prefix to be published would only keep it out."""
+    rig, _, second = short()
+    request = admit_request(rig.scheduler.pool, second, wait_for_prefix=True)
+    assert second.swapped is not None
+    assert (request.wait_for_prefix, request.swapped_token_count) == (False, second.swapped.token_count)
+    rig.scheduler.swapping.abandon()
+    request = admit_request(rig.scheduler.pool, second, wait_for_prefix=True)
+    assert (request.wait_for_prefix, request.swapped_token_count) == (True, 0)
 
 
 def rates(bytes_per_second: float) -> SwapSettings:

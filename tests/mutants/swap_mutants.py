@@ -67,6 +67,20 @@ MUTANTS: Final = (
         "swap: taken along",
     ),
     Mutant(
+        "any executor takes what is in the host memory of another one",
+        "gateway.core.queue:WaitingQueue._pop_from",
+        "sequence.swapped.pool_id != pool_id",
+        "False",
+        "swap: at home",
+    ),
+    Mutant(
+        "a session that is over still holds slots",
+        f"{_SWAPPING}.abandon",
+        "sequence.swapped = None",
+        "pass",
+        "swap: at home",
+    ),
+    Mutant(
         "who is cancelled while it waits keeps its slots",
         f"{_SCHEDULER}.finish",
         "if sequence.state is SequenceState.WAITING:",

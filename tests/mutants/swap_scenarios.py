@@ -21,6 +21,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "swap: taken along": functools.partial(
         swapping.test_the_last_one_who_names_a_shared_block_takes_it_along_for_all, "ends"
     ),
+    "swap: at home": swapping.test_who_is_in_the_host_memory_of_an_executor_waits_for_that_one,
+    "swap: waits for nobody": swapping.test_what_comes_back_waits_for_nobody_who_computes_the_same,
     "swap: slots": swapping.test_slots_return_however_a_sequence_ends,
     "swap: no room": swapping.test_without_room_in_host_memory_a_victim_is_computed_again,
     "swap: others": swapping.test_what_others_hold_is_no_room,
