@@ -4,6 +4,8 @@ The public client is `quire.Client` and `quire.AsyncClient`; the errors that the
 """
 
 from importlib import metadata
+from pathlib import Path
+import tomllib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +13,17 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "Client", "__version__"]
 
-__version__ = metadata.version("quire")
+
+def _version() -> str:
+    """Returns the version as installed; that of pyproject.toml where the sources are run as they lie."""
+    try:
+        return metadata.version("quire")
+    except metadata.PackageNotFoundError:
+        project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
+        return str(project["project"]["version"])
+
+
+__version__ = _version()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,11 @@ from kernels.block_copy.copy import block_copy
 from kernels.block_swap.swap import gather_blocks, scatter_blocks
 from kernels.kv_write.rotate_write import rotate_and_write
 from kernels.kv_write.write import kv_write
+from kernels.paged_attention.cascade import CascadeWorkspace, paged_attention_cascade
 from kernels.paged_attention.decode import paged_attention_decode
 from kernels.paged_attention.options import AttentionOptions, HeadShape
 from kernels.paged_attention.prefill import paged_attention_prefill
+from kernels.paged_attention.prefill_split import PrefillWorkspace
 from kernels.paged_attention.workspace import DecodeWorkspace
 from kernels.rms_norm.norm import add_rms_norm, rms_norm
 from kernels.sampling.choose import most_likely, sample
@@ -108,41 +110,101 @@ def sampling_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def attention_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
-    """Yields decode of even and ragged batches and of one long sequence, and prefill."""
-    shape = HeadShape(scale.heads, scale.kv_heads, scale.head_dim, scale.block_size)
-    options = AttentionOptions(scale.head_dim**-0.5)
-    ragged = scale.ragged_lengths()
-    batches = (("even", [scale.context] * scale.batch), ("ragged", ragged), ("one", [scale.longest]))
-    for name, lengths in batches:
-        problem = PagedProblem.build(scale, lengths, device)
+def decode_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
+    """Yields decode of even and ragged batches, of one long sequence, and over a float8 cache."""
+    even = [scale.context] * scale.batch
+    for name, lengths, dtype in (
+        ("even", even, torch.bfloat16),
+        ("ragged", scale.ragged_lengths(), torch.bfloat16),
+        ("one", [scale.longest], torch.bfloat16),
+        ("even, float8", even, torch.float8_e4m3fn),
+    ):
+        problem = PagedProblem.build(scale, lengths, device, dtype)
         q = torch.randn(len(lengths), scale.heads, scale.head_dim, device=device).to(torch.bfloat16)
-        workspace = DecodeWorkspace(shape, len(lengths), q.dtype, device)
+        work = _decode(scale, problem, q)
+        row_bytes = 2 * scale.kv_heads * scale.head_dim * dtype.itemsize
+        found = peers.decode(problem, q) if dtype == torch.bfloat16 else {}
+        yield Case(f"decode, {name}", "paged_attention", work, sum(lengths) * row_bytes, peers=found)
+
+
+def _decode(scale: Scale, problem: PagedProblem, q: torch.Tensor) -> Work:
+    """Returns decode of a problem, its contexts being shared out already."""
+    workspace = DecodeWorkspace(_shape(scale), len(q), problem.keys.dtype, q.device)
+    workspace.refresh(problem.lens)
+    options, out = AttentionOptions(scale.head_dim**-0.5), torch.empty_like(q)
+    return lambda: paged_attention_decode(
+        q, problem.keys, problem.values, problem.tables, problem.lens, options, workspace, out=out
+    )
+
+
+def _shape(scale: Scale) -> HeadShape:
+    return HeadShape(scale.heads, scale.kv_heads, scale.head_dim, scale.block_size)
+
+
+def cascade_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
+    """Yields decode of a batch of which all begin with the same blocks, beside the same without a group.
+
+    Bytes are those of each key and value once. Where it stops paying shows what `cascade` in the tables should say.
+    """
+    options = AttentionOptions(scale.head_dim**-0.5)
+    for name, shared_share in (("half shared", 0.5), ("nearly all shared", 0.95)):
+        shared_blocks = int(scale.context * shared_share) // scale.block_size
+        problem = PagedProblem.build(scale, [scale.context] * scale.batch, device)
+        problem.tables[:, :shared_blocks] = problem.tables[:1, :shared_blocks].clone()
+        q = torch.randn(scale.batch, scale.heads, scale.head_dim, device=device).to(torch.bfloat16)
+        decode = DecodeWorkspace(_shape(scale), scale.batch, q.dtype, device)
+        workspace = CascadeWorkspace(decode, q.dtype, device, 1)
+        shared = shared_blocks * scale.block_size
+        columns = workspace.groups.columns
+        columns.starts[1] = scale.batch
+        columns.members.copy_(torch.arange(scale.batch, dtype=torch.int32))
+        columns.shared.fill_(shared)
         workspace.refresh(problem.lens)
         out = torch.empty_like(q)
 
-        def decode(problem: PagedProblem = problem, q: torch.Tensor = q, out: torch.Tensor = out,
-                   workspace: DecodeWorkspace = workspace) -> object:  # fmt: skip
-            return paged_attention_decode(
+        def work(problem: PagedProblem = problem, q: torch.Tensor = q, out: torch.Tensor = out,
+                 workspace: CascadeWorkspace = workspace) -> object:  # fmt: skip
+            return paged_attention_cascade(
                 q, problem.keys, problem.values, problem.tables, problem.lens, options, workspace, out=out
             )
 
         row_bytes = 2 * scale.kv_heads * scale.head_dim * q.element_size()
-        yield Case(
-            f"decode, {name}", "paged_attention", decode, sum(lengths) * row_bytes, peers=peers.decode(problem, q)
-        )
+        tokens = shared + scale.batch * (scale.context - shared)
+        alone = {"decode without groups": _decode(scale, problem, q)}
+        yield Case(f"cascade, {name}", "paged_attention", work, tokens * row_bytes, peers=alone)
+
+
+def prefill_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
+    """Yields a whole prompt, and a turn of few tokens on a long context, shared out and not."""
+    options = AttentionOptions(scale.head_dim**-0.5)
     length = scale.prompt
     problem = PagedProblem.build(scale, [length], device)
     q = torch.randn(length, scale.heads, scale.head_dim, device=device).to(torch.bfloat16)
-    starts = torch.tensor([0, length], dtype=torch.int32, device=device)
-    result = torch.empty_like(q)
     yield Case(
-        "prefill", "paged_attention",
-        lambda: paged_attention_prefill(
-            q, problem.keys, problem.values, problem.tables, problem.lens, starts, options, out=result
-        ),
+        "prefill", "paged_attention", _prefill(problem, q, options, None),
         flops=2 * scale.heads * scale.head_dim * length * length, peers=peers.prefill(problem, q),
+    )  # fmt: skip
+    row_bytes = 2 * scale.kv_heads * scale.head_dim * q.element_size()
+    turn = PagedProblem.build(scale, [scale.longest], device)
+    q = q[: scale.turn].contiguous()
+    workspace = PrefillWorkspace(_shape(scale), q.dtype, device)
+    starts = torch.tensor([0, len(q)], dtype=torch.int32, device=device)
+    workspace.refresh(turn.lens, starts, len(q))
+    yield Case(
+        "prefill, a turn on a long context", "paged_attention", _prefill(turn, q, options, workspace),
+        scale.longest * row_bytes, peers={"not shared out": _prefill(turn, q, options, None)},
     )  # fmt: skip
 
 
-FAMILIES = (attention_cases, layer_cases, block_cases, sampling_cases)
+def _prefill(
+    problem: PagedProblem, q: torch.Tensor, options: AttentionOptions, workspace: PrefillWorkspace | None
+) -> Work:
+    """Returns prefill of the last tokens of one sequence."""
+    starts = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
+    out = torch.empty_like(q)
+    return lambda: paged_attention_prefill(
+        q, problem.keys, problem.values, problem.tables, problem.lens, starts, options, workspace, out=out
+    )
+
+
+FAMILIES = (decode_cases, cascade_cases, prefill_cases, layer_cases, block_cases, sampling_cases)

@@ -23,6 +23,8 @@ class Scale:
     longest: int = 32768
     """Tokens of the sequence that is decoded alone."""
     prompt: int = 8192
+    turn: int = 32
+    """Tokens that are added to the longest sequence at once."""
     moves: int = 64
     """Blocks that are copied at once."""
     sampled_rows: int = 256
@@ -39,7 +41,7 @@ class Scale:
 
 TINY = Scale(
     rows=4, hidden=64, inner=64, heads=4, kv_heads=2, head_dim=64, layers=2, batch=2, context=20, longest=40,
-    prompt=20, moves=2, sampled_rows=2, vocabulary=300,
+    prompt=20, turn=3, moves=2, sampled_rows=2, vocabulary=300,
 )  # fmt: skip
 """For a dry run in the interpreter."""
 
@@ -49,7 +51,7 @@ class PagedProblem:
     """Sequences in a paged cache, whose blocks lie in random order."""
 
     keys: torch.Tensor
-    """`[block, kv_head, block_size, head_dim]` bfloat16, a view of a cache with one layer."""
+    """`[block, kv_head, block_size, head_dim]`, a view of a cache with one layer."""
     values: torch.Tensor
     """Like `keys`."""
     tables: torch.Tensor
@@ -60,12 +62,14 @@ class PagedProblem:
     """The same on the host."""
 
     @classmethod
-    def build(cls, scale: Scale, lengths: Sequence[int], device: torch.device) -> "PagedProblem":
-        """Returns sequences of these lengths, with random keys and values."""
+    def build(
+        cls, scale: Scale, lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> "PagedProblem":
+        """Returns sequences of these lengths, with random keys and values of `dtype`."""
         counts = [-(-length // scale.block_size) for length in lengths]
         block_count = sum(counts) + 1
         shape = (block_count, 1, 2, scale.kv_heads, scale.block_size, scale.head_dim)
-        cache = torch.randn(shape, dtype=torch.bfloat16, device=device)
+        cache = torch.randn(shape, dtype=torch.bfloat16, device=device).to(dtype)
         order = (torch.randperm(block_count - 1) + 1).to(torch.int32)
         tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
         taken = 0

@@ -53,6 +53,9 @@ def test_every_kernel_is_measured_beside_its_peers(bench: Any) -> None:
     )
     assert {"kv_write", "rotate_and_write", "block_copy", "gather_blocks", "scatter_blocks"} <= set(kernels)
     assert {"most_likely", "sample, all kept", "sample, top_p 0.9", "sample, top_k 50, top_p 0.9"} <= set(kernels)
+    assert {"decode, even, float8", "cascade, half shared", "prefill, a turn on a long context"} <= set(kernels)
+    assert "decode without groups" in kernels["cascade, half shared"]["peers"]
+    assert not [peer for kernel in kernels.values() for peer in kernel["peers"].values() if "failed" in peer]
     even = kernels["decode, even"]
     assert even["bytes"] == 2 * 20 * 2 * 2 * 64 * 2
     assert even["bytes_per_second"] == pytest.approx(even["bytes"] * 1e3)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
@@ -50,12 +51,34 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(gpu: ModuleType) -> Non
     assert broken["tail"] == ["last words"]
     assert "longer than" in _run(gpu, "import time; time.sleep(60)", limit=0.2)["failed"]
     assert gpu.run_part(gpu.Part("late", ["false"], 10.0), 0.0) == {"failed": "no time was left"}
+    lacking = gpu.run_part(gpu.Part("bare", ["false"], 10.0, needs={"no_such_module": "nothing"}), 10.0)
+    assert "no_such_module" in lacking["failed"]
+
+
+def test_a_part_that_takes_too_long_ends_with_all_that_it_started(gpu: ModuleType, tmp_path: Path) -> None:
+    """What goes on would be measured together with the next part."""
+    mark = tmp_path / "mark"
+    child = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    found = _run(gpu, code, limit=1.0)
+    assert "longer than" in found["failed"] and "begun" in found["tail"]
+    time.sleep(2.5)
+    assert not mark.exists()
+
+
+def test_what_has_no_wheel_is_named_and_the_rest_installed(gpu: ModuleType, tmp_path: Path) -> None:
+    """One wheel that was forgotten must not cost the whole run."""
+    failures = gpu.install(tmp_path, tmp_path / "target", ["structlog", "google.rpc"])
+    assert failures == [
+        f"googleapis-common-protos: no wheel in {tmp_path}", f"structlog: no wheel in {tmp_path}"
+    ]  # fmt: skip
 
 
 def test_the_parts_are_the_project_s_own_and_stay_within_the_time(gpu: ModuleType) -> None:
     """A command that does not exist would be found on the GPU machine only."""
     found = {part.name: part for part in gpu.parts("auto")}
-    assert {"kernel tests", "engine"} <= set(found)
+    assert {"kernels", "engine", "kernel tests"} <= set(found)
+    assert all(part.needs for part in found.values())
     assert gpu.SECONDS < 480
     assert json.loads(gpu.SHAPE.read_text())["num_hidden_layers"] == 32
     from execsvc.bench.__main__ import _parser, _request

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from execsvc.gpu.runtime import EagerRuntime
 
-# Torch's dispatch imports triton, whose own library is interpreted or not for good: tests of kernels need it to be.
-with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+# Torch's dispatch imports triton, whose own library is interpreted or not for good: tests of kernels need it to be, but
+# for those that run on a device.
+_INTERPRETED = {} if os.environ.get("QUIRE_KERNELS_ON") == "cuda" else {"TRITON_INTERPRET": "1"}
+with mock.patch.dict(os.environ, _INTERPRETED):
     from triton.runtime.interpreter import InterpretedFunction
 
 # What would make a capture on a GPU fail, or freeze a number that depends on content.
