@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-import contextlib
 import hashlib
 import itertools
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -104,8 +103,10 @@ class RemoteEngine:
         """Attaches; where that takes long, goes on trying and returns."""
         self._keeper = asyncio.create_task(self._keep_attached(), name="engine-link")
         self._keeper.add_done_callback(self._keeper_done)
-        with contextlib.suppress(TimeoutError):
+        try:
             await asyncio.wait_for(self._first_attached.wait(), _START_SECONDS)
+        except TimeoutError:
+            log.warning("engine_awaited", seconds=_START_SECONDS)
 
     def _keeper_done(self, task: asyncio.Task[None]) -> None:
         """The link only ends when it is cancelled: anything else is a defect."""
@@ -135,8 +136,10 @@ class RemoteEngine:
                 await self._attach()
                 log.warning("engine_lost", reason="ENDED")
             except (grpc.aio.AioRpcError, QuireError, TimeoutError) as error:
-                if self._attached or attempt == 0:
-                    log.warning("engine_lost", reason=type(error).__name__, message=str(error)[:500])
+                found = status.from_rpc_error(error) if isinstance(error, grpc.aio.AioRpcError) else error
+                # One that was never there is starting; one that is gone is told of once.
+                tell = log.warning if self._attached else log.debug
+                tell("engine_lost", reason=type(found).__name__, message=str(found))
             finally:
                 attempt = 0 if self._attached else attempt + 1
                 await self._detach()

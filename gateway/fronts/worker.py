@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+import contextlib
 import os
+from pathlib import Path
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -52,18 +54,27 @@ async def serve_front(config: WorkerConfig, sources: Mapping[str, str]) -> int:
     return await host_worker(ServiceHost(config, SERVICE_NAMES, shared_port=True), make, add, work_first=True)
 
 
-def main() -> int:
-    """Runs a worker and returns the exit code."""
+def _run_engine(config: WorkerConfig, sources: Mapping[str, str]) -> int:
+    """Runs the engine until it is told to stop; returns the exit code, and raises as `serve`."""
     try:
-        config, sources = load(WorkerConfig, "gateway", sys.argv[1:], os.environ)
-        configure_logging(config.log_level, config.log_format, service=f"gateway-{config.worker}")
-        if config.worker != ENGINE:
-            return asyncio.run(serve_front(config, sources))
         if config.in_process:
             from gateway.in_process import serve_in_process  # noqa: PLC0415 - torch comes with it
 
             return asyncio.run(serve_in_process(config, sources, config.engine_address))
         return asyncio.run(serve(config, sources, config.engine_address))
+    finally:
+        if os.getppid() != config.parent_pid:
+            # Whoever made the socket's directory was killed. It is empty by now, or not ours to remove.
+            with contextlib.suppress(OSError):
+                Path(config.engine_address.removeprefix("unix:")).parent.rmdir()
+
+
+def main() -> int:
+    """Runs a worker and returns the exit code."""
+    try:
+        config, sources = load(WorkerConfig, "gateway", sys.argv[1:], os.environ)
+        configure_logging(config.log_level, config.log_format, service=f"gateway-{config.worker}")
+        return _run_engine(config, sources) if config.worker == ENGINE else asyncio.run(serve_front(config, sources))
     except QuireError as error:
         sys.stderr.write(f"quire gateway: {error.message}\n")
         return 1

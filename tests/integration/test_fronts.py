@@ -204,9 +204,13 @@ def test_a_supervisor_that_is_killed_leaves_no_process(fronts: Stack) -> None:
     """A process that nobody knows of would keep the port."""
     names = ("engine", *(f"front-{number}" for number in range(FRONTS)))
     pids = [pid_of(fronts.gateway, name) for name in names]
+    (engine,) = fronts.gateway.events("private_service_listening")
+    directory = Path(str(engine["address"]).removeprefix("unix:")).parent
+    assert directory.is_dir()
     fronts.gateway.process.kill()
     fronts.gateway.process.wait()
     wait_until(lambda: not any(is_running(pid) for pid in pids))
+    assert not directory.exists()
 
 
 def test_a_port_in_use_is_an_error(fronts: Stack, tmp_path: Path) -> None:
