@@ -211,7 +211,8 @@ class Engine:
         if launched.siblings:
             _add_siblings(result, launched, errors)
         report_logprobs(launched.logprobs, errors, result)
-        result.swap_refused = columns.pack(pending.swap_refused)
+        if pending.swap_refused:
+            result.swap_refused = columns.pack(pending.swap_refused)
         result.swap_slots_elsewhere = pending.swap_slots_elsewhere
         result.model_ns, result.sample_ns = launched.durations()
         result.errors.extend(

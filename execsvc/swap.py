@@ -1,11 +1,11 @@
 """Host memory to which blocks of the KV cache are swapped out, and from which they come back.
 
-A block is one contiguous extent of the cache and a place one of host memory, so neighbours move in one transfer.
+A block is one contiguous extent of the cache and goes to one of host memory, so neighbours move in one transfer.
 Transfers are ordered with the steps: what a plan swaps out is read before its step writes, what it swaps in is there
 before its step reads. Which block goes where is decided by whoever sends plans.
 
-Every stream of plans numbers its slots by itself; a slot has a place as long as it holds something. So streams share
-the places that there are without knowing of each other, and none can read what another one put away.
+Every stream of plans numbers its slots by itself; a slot has an extent as long as it holds something. So streams share
+what extents there are without knowing of each other, and none can read what another one put away.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SwapSpace:
     """Places of the size of a block; page-locked where the cache is on a GPU. One thread calls."""
 
     def __init__(self, cache: KVCache, slot_count: int) -> None:
-        """Allocates `slot_count` places for blocks of `cache`."""
+        """Allocates `slot_count` extents for blocks of `cache`."""
         shape = (slot_count, *cache.layout.shape[1:])
         self.slot_count = slot_count
         self._cache = cache
@@ -41,7 +41,7 @@ class SwapSpace:
         # So that the pages exist before the first transfer.
         self._content.zero_()
         self._free = list(range(slot_count))
-        self._places: dict[int, dict[int, int]] = {}
+        self._extents: dict[int, dict[int, int]] = {}
 
     def check(self, swap_out: Pairs, swap_in: Pairs, copies: Pairs, owner: int) -> None:
         """Checks what a plan of stream `owner` moves: `[pair, 2]` each.
@@ -61,10 +61,10 @@ class SwapSpace:
             raise InvalidRequestError("swap_out: a slot is written twice", field="swap_out")
         if len(np.unique(swap_in[:, 1])) != len(swap_in) or np.isin(swap_in[:, 1], copies).any():
             raise InvalidRequestError("swap_in: a block is written twice, or copied in the same step", field="swap_in")
-        places = self._places.get(owner, {})
+        extents = self._extents.get(owner, {})
         written = set(swap_out[:, 1].tolist())
         for slot in swap_in[:, 0].tolist():
-            if slot not in places or slot in written:
+            if slot not in extents or slot in written:
                 message = f"swap_in: slot {slot} holds nothing that a plan of this stream before put there"
                 raise InvalidRequestError(message, field="swap_in")
 
@@ -73,43 +73,43 @@ class SwapSpace:
         """Copies blocks to slots: checked (block, slot) pairs of stream `owner`. The host does not wait.
 
         Returns:
-            The slots for which no place was left; they hold nothing.
+            The slots for which no extent was left; they hold nothing.
         """
-        places, refused, moves = self._places.setdefault(owner, {}), [], []
+        extents, refused, moves = self._extents.setdefault(owner, {}), [], []
         for block, slot in pairs.tolist():
-            if slot not in places:
+            if slot not in extents:
                 if not self._free:
                     refused.append(slot)
                     continue
-                places[slot] = heapq.heappop(self._free)
-            moves.append((block, places[slot]))
-        for block, place, count in _runs(moves):
-            self._content[place : place + count].copy_(self._cache.data[block : block + count], non_blocking=True)
+                extents[slot] = heapq.heappop(self._free)
+            moves.append((block, extents[slot]))
+        for block, extent, count in _runs(moves):
+            self._content[extent : extent + count].copy_(self._cache.data[block : block + count], non_blocking=True)
         return refused
 
     @torch.inference_mode()
     def move_in(self, pairs: Pairs, owner: int) -> None:
         """Copies slots to blocks: checked (slot, block) pairs. The host does not wait. Writes the cache."""
-        places = self._places.get(owner, {})
-        for place, block, count in _runs([(places[slot], block) for slot, block in pairs.tolist()]):
-            self._cache.data[block : block + count].copy_(self._content[place : place + count], non_blocking=True)
+        extents = self._extents.get(owner, {})
+        for extent, block, count in _runs([(extents[slot], block) for slot, block in pairs.tolist()]):
+            self._cache.data[block : block + count].copy_(self._content[extent : extent + count], non_blocking=True)
 
     def free(self, slots: Iterable[int], owner: int) -> None:
         """Makes slots of one stream hold nothing. Transfers that read them are ordered before any that follows."""
-        places = self._places.get(owner, {})
+        extents = self._extents.get(owner, {})
         for slot in slots:
-            if slot in places:
-                heapq.heappush(self._free, places.pop(slot))
+            if slot in extents:
+                heapq.heappush(self._free, extents.pop(slot))
 
     def forget(self, owner: int | None = None) -> None:
         """Makes slots hold nothing: those of one stream, or all."""
-        for stream in list(self._places) if owner is None else [owner]:
-            for place in self._places.pop(stream, {}).values():
-                heapq.heappush(self._free, place)
+        for stream in list(self._extents) if owner is None else [owner]:
+            for extent in self._extents.pop(stream, {}).values():
+                heapq.heappush(self._free, extent)
 
     def held_elsewhere(self, owner: int) -> int:
         """Returns how many slots others than `owner` hold."""
-        return self.slot_count - len(self._free) - len(self._places.get(owner, {}))
+        return self.slot_count - len(self._free) - len(self._extents.get(owner, {}))
 
     def measure(self) -> tuple[int, int]:
         """Returns the bytes that move out and in within a second, one block after the other; (0, 0) without slots.

@@ -115,7 +115,7 @@ def scheduler_for(pool: PoolInfo, description: pb.DescribeResponse, config: Gate
 
 def to_plan(draft: StepDraft, step: int, epoch: int) -> pb.StepPlan:
     """Returns a draft as step number `step`."""
-    return pb.StepPlan(
+    plan = pb.StepPlan(
         step=step,
         epoch=epoch,
         removed=columns.pack(draft.removed),
@@ -124,10 +124,11 @@ def to_plan(draft: StepDraft, step: int, epoch: int) -> pb.StepPlan:
         copies=columns.pack(draft.copies),
         scheduled_tables=columns.pack(draft.scheduled_tables),
         scheduled_counts=columns.pack(draft.scheduled_counts),
-        swap_out=columns.pack(draft.swap_out),
-        swap_in=columns.pack(draft.swap_in),
-        swap_freed=columns.pack(draft.swap_freed),
     )
+    if draft.swap_out or draft.swap_in or draft.swap_freed:
+        plan.swap_out, plan.swap_in = columns.pack(draft.swap_out), columns.pack(draft.swap_in)
+        plan.swap_freed = columns.pack(draft.swap_freed)
+    return plan
 
 
 def to_outcome(result: pb.StepResult) -> StepOutcome:
@@ -149,7 +150,7 @@ def to_outcome(result: pb.StepResult) -> StepOutcome:
         sibling_tokens=columns.unpack_list(result.sibling_tokens, "sibling_tokens", row_count=len(siblings)),
         logprobs=_logprob_rows(result.logprobs) if result.HasField("logprobs") else [],
         errors=[(error.table, error.reason, error.message) for error in result.errors],
-        swap_refused=columns.unpack_list(result.swap_refused, "swap_refused"),
+        swap_refused=columns.unpack_list(result.swap_refused, "swap_refused") if result.swap_refused else [],
         swap_slots_elsewhere=result.swap_slots_elsewhere,
         seconds=(result.model_ns + result.sample_ns) / 1e9,
     )

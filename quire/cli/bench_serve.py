@@ -185,7 +185,10 @@ def _print(document: dict[str, Any]) -> None:
         ["output tokens a second", f"{document['output_throughput_tokens_per_s']:,.1f}"],
         ["all tokens a second", f"{document['total_throughput_tokens_per_s']:,.1f}"],
         ["prompt tokens from the cache", f"{document['cached_prompt_share']:.1%}"],
-        ["computed twice", f"{document['recompute_tax']:.2%} ({document['preemptions']:,} preemptions)"],
+        [
+            "computed twice",
+            f"{document['recompute_tax']:.2%} ({document['preemptions']:,} preemptions, {document['swaps']:,} by swap)",
+        ],
     ]
     if "goodput_share" in document:
         share = f"{document['goodput_requests_per_s']:,.2f} a second, {document['goodput_share']:.1%} of all"

@@ -97,6 +97,7 @@ class QuireBackend:
                     record.cached_token_count = usage.cached_token_count
                     record.recomputed_token_count = usage.recomputed_token_count
                     record.preemption_count = usage.preemption_count
+                    record.swap_count = usage.swap_count
                     record.queue_seconds = usage.queue_time.ToNanoseconds() / 1e9
         except grpc.aio.AioRpcError as error:
             record.failure = status.from_rpc_error(error).reason

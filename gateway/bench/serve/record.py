@@ -21,6 +21,7 @@ class Record:
     cached_token_count: int = 0
     recomputed_token_count: int = 0
     preemption_count: int = 0
+    swap_count: int = 0
     queue_seconds: float | None = None
     """Time in the server's queue, if the server tells."""
 

@@ -126,6 +126,7 @@ def build_document(
         "cached_prompt_share": round(sum(record.cached_token_count for record in good) / prompt, 6) if prompt else 0.0,
         "output_tokens": output,
         "preemptions": sum(record.preemption_count for record in good),
+        "swaps": sum(record.swap_count for record in good),
         "recompute_tax": round(recompute_tax(good), 6),
         "client_lateness_ms": round(result.lateness_seconds * _MILLI, 3),
     }
