@@ -18,6 +18,7 @@ import json
 import os
 from pathlib import Path
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,8 @@ def main() -> None:
     peers = [PeerChoice(ALONE, sys.executable, options.model)]
     peers += choices(options.peer, options.peer_model) if options.peer else []
     inside = options.executor_threads or options.threads
+    # Who ends this ends what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with system(options.model, inside) as (address, process):
         before = processor_seconds(process)
         document = beside_peers(address, WORKLOADS, peers, options.threads, options.rounds)
