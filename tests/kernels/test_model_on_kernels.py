@@ -16,7 +16,7 @@ from tests.unit.execsvc import tiny
 from tests.unit.execsvc.recorded_graphs import RecordingRuntime
 from tests.unit.execsvc.tiny import Driver, start
 
-SMALL = dataclasses.replace(tiny.CONFIG, num_layers=2)
+SMALL = dataclasses.replace(tiny.CONFIG, num_layers=1)
 
 
 def test_the_triton_backend_gives_the_tokens_of_the_torch_backend(kernels: Any) -> None:

@@ -26,7 +26,7 @@ def test_a_turn_on_a_long_context_is_shared_out(
 @pytest.mark.parametrize("heads", [(2, 2), (5, 1), (48, 1), (96, 1)])
 def test_with_any_group_of_heads(kernels: Any, heads: tuple[int, int], device: torch.device) -> None:
     """The rows of an item are tokens times heads: a token may be cut between two items."""
-    case = make_case([150, 30], [7, 3], heads=heads, device=device)
+    case = make_case([150, 30], [7, 3], torch.float16, heads=heads, device=device)
     case.check(*prefill(kernels, case, lse=True, workers=3))
 
 
