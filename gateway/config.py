@@ -13,7 +13,10 @@ class GatewayConfig(ServiceConfig):
 
     port: int = setting(50051, "Port to listen on; 0 lets the system choose.", minimum=0, maximum=65535)
     memsvc: str = setting("127.0.0.1:50061", "HOST:PORT of the memory service.")
-    gateway_id: str = setting("", "Name of this gateway, unique and stable over restarts; empty for HOSTNAME:PORT.")
+    gateway_id: str = setting(
+        "",
+        "Name of this gateway, unique and stable over restarts; empty for HOSTNAME:PORT, or a random one if the port is 0.",
+    )
     max_num_seqs: int = setting(256, "Most sequences that run at once on one executor.", minimum=1, maximum=65536)
     max_num_batched_tokens: int | None = setting(
         None, "Most tokens that one step computes; none for what the executor allows.", minimum=1

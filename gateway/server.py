@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 import dataclasses
 import platform
+import secrets
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import structlog
@@ -54,9 +55,14 @@ AnyWorker = TypeVar("AnyWorker", bound=Worker)
 
 
 def complete(config: GatewayConfig, port: int | None = None) -> GatewayConfig:
-    """Returns the configuration with derived values filled in, and with the port that was found, if one was."""
+    """Returns the configuration with derived values filled in, and with the port that was found, if one was.
+
+    A port that is not known yet names nobody: two gateways of one machine would take each other for an earlier life of
+    their own.
+    """
     port = config.port if port is None else port
-    return dataclasses.replace(config, port=port, gateway_id=config.gateway_id or f"{platform.node()}:{port}")
+    name = f"{platform.node()}:{port or secrets.token_hex(4)}"
+    return dataclasses.replace(config, port=port, gateway_id=config.gateway_id or name)
 
 
 async def serve(config: GatewayConfig, sources: Mapping[str, str], engine_address: str = "") -> int:
