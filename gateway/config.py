@@ -15,7 +15,7 @@ class GatewayConfig(ServiceConfig):
     memsvc: str = setting("127.0.0.1:50061", "HOST:PORT of the memory service.")
     gateway_id: str = setting(
         "",
-        "Name of this gateway, unique and stable over restarts; empty for HOSTNAME:PORT, or a random one if the port is 0.",
+        "Name of this gateway, unique and stable over restarts; empty for HOSTNAME:PORT, random if that is 0.",
     )
     max_num_seqs: int = setting(256, "Most sequences that run at once on one executor.", minimum=1, maximum=65536)
     max_num_batched_tokens: int | None = setting(
