@@ -252,7 +252,7 @@ class Executor:
 
 def _model_info(loaded: LoadedModel) -> pb.ModelInfo:
     """Returns what gateways need to know of the model."""
-    tokenizer = loaded.tokenizer
+    tokenizer, defaults = loaded.tokenizer, loaded.sampling_defaults
     return pb.ModelInfo(
         name=loaded.name,
         architecture=loaded.architecture,
@@ -263,7 +263,7 @@ def _model_info(loaded: LoadedModel) -> pb.ModelInfo:
         add_bos_token=tokenizer is not None and tokenizer.add_bos_token,
         parameter_count=loaded.parameter_count,
         dtype=loaded.dtype,
-        default_sampling=pb.DefaultSampling(**dataclasses.asdict(loaded.sampling_defaults)),
+        default_sampling=pb.DefaultSampling(**dataclasses.asdict(defaults)) if defaults.named() else None,
     )
 
 
