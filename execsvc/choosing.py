@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from execsvc.grammars import Matcher
-from execsvc.sampler import SamplingSpec, sample
+from execsvc.sampler import SamplingSpec, most_likely, sample
 from execsvc.sequences import Sequence
 
 Siblings = dict[int, list[int]]
@@ -45,7 +45,7 @@ class LogprobRows:
         """
         exact = logits.double()
         logarithms = exact - torch.logsumexp(exact, -1)
-        most = most_likely(exact, min(count, len(exact))) if count else []
+        most = most_likely(exact, min(count, len(exact))).tolist() if count else []
         tokens = [token, *most]
         self.tables.append(table)
         self.positions.append(position)
@@ -53,16 +53,6 @@ class LogprobRows:
         self.counts.append(len(tokens))
         self.token_ids += tokens
         self.values += logarithms[tokens].tolist()
-
-
-def most_likely(logits: torch.Tensor, count: int) -> list[int]:
-    """Returns the `count` most likely tokens of one row, at least one, equal ones by token."""
-    # What `topk` returns of equal values is left open: they are taken in order.
-    least = torch.topk(logits, count).values[-1]
-    above = torch.nonzero(logits > least)[:, 0]
-    tokens = torch.cat([above, torch.nonzero(logits == least)[: count - len(above), 0]])
-    found: list[int] = tokens[torch.sort(logits[tokens], descending=True, stable=True).indices].tolist()
-    return found
 
 
 @dataclasses.dataclass(slots=True)

@@ -221,7 +221,8 @@ def _most_likely(scaled: torch.Tensor, spec: SamplingSpec) -> tuple[torch.Tensor
     vocabulary = scaled.shape[-1]
     count = min(spec.top_k, vocabulary) if spec.top_k else vocabulary
     if vocabulary > _HEAD_COUNT:
-        values, order = _ordered(*torch.topk(scaled, min(count, _HEAD_COUNT)))
+        order = most_likely(scaled, min(count, _HEAD_COUNT))
+        values = scaled[order]
         if count <= _HEAD_COUNT:
             return torch.softmax(values, -1, dtype=torch.float64), order
         if not spec.top_k:
@@ -232,11 +233,13 @@ def _most_likely(scaled: torch.Tensor, spec: SamplingSpec) -> tuple[torch.Tensor
     return torch.softmax(values[:count], -1, dtype=torch.float64), order[:count]
 
 
-def _ordered(values: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns both sorted by value, equal values by token: `topk` leaves the order of equal values open."""
-    order, by_token = torch.sort(order)
-    values, by_value = torch.sort(values[by_token], descending=True, stable=True)
-    return values, order[by_value]
+def most_likely(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the `count` most likely tokens of one row, at least one, most likely first, equal ones by token."""
+    # Which of equal values `topk` returns is left open: they are taken in order.
+    least = torch.topk(values, count).values[-1]
+    above = torch.nonzero(values > least)[:, 0]
+    tokens = torch.cat([above, torch.nonzero(values == least)[: count - len(above), 0]])
+    return tokens[torch.sort(values[tokens], descending=True, stable=True).indices]
 
 
 def _pick(cumulative: torch.Tensor, draw: float) -> int:

@@ -40,6 +40,7 @@ def _change(
     masses_ptr,
     plain_heads_ptr,
     plain_masses_ptr,
+    samples_ptr,
     stride_logits: tl.int64,
     stride_changed: tl.int64,
     stride_seen: tl.int64,
@@ -99,6 +100,8 @@ def _change(
     tl.store(changed_ptr + place * stride_changed + tokens, values, mask=inside)
     heads = tl.max(values, 1)
     tl.store(heads_ptr + at, heads, mask=runs < run_count)
+    sample = tl.sum(tl.where(tokens % SIZE == 0, values, 0.0), 1)
+    tl.store(samples_ptr + at, sample, mask=runs < run_count)
     temperature = tl.load(temperature_ptr + place)
     inverse = 1.0 / tl.where(temperature == 0.0, 1.0, temperature)
     below = values - tl.where(heads == float("-inf"), 0.0, heads)[:, None]
@@ -179,8 +182,8 @@ def change_logits(
         logits, changed, changes.rows, changes.seen, changes.entry_tokens, changes.entry_bias, changes.entry_counts,
         changes.mask_places, changes.masks, temperature, penalties.repetition, penalties.frequency,
         penalties.presence, penalties.withheld_until, positions, workspace.heads, workspace.masses,
-        workspace.plain_heads, workspace.plain_masses, logits.stride(0), changed.stride(0), changes.seen.stride(0),
-        changes.entry_tokens.stride(0), changes.masks.stride(0), vocabulary, run_count,
+        workspace.plain_heads, workspace.plain_masses, workspace.samples, logits.stride(0), changed.stride(0),
+        changes.seen.stride(0), changes.entry_tokens.stride(0), changes.masks.stride(0), vocabulary, run_count,
         RUNS=config["scan_runs"], SIZE=RUN, ENTRIES=_ENTRIES, num_warps=config["scan_warps"], enable_fp_fusion=False,
     )  # fmt: skip
     return changed

@@ -1,5 +1,7 @@
 """Triton: one pass over the logits for all rows, then one program a row that looks at what is likely."""
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -8,10 +10,16 @@ from kernels.checks import check_dtype, check_last_axis_dense, check_same_device
 from kernels.configs import lookup
 from kernels.layout import ACTIVATION_DTYPES
 from kernels.sampling import tensors
+from kernels.sampling.buckets import WIDE, count, split
 from kernels.sampling.draw import cutoff, draw_among, draw_from_all, draw_in_row, first_of, gather, uniform
 from kernels.sampling.logprobs import write_reports
 from kernels.sampling.order import rank_of
 from kernels.sampling.tensors import RUN, Choice, Workspace
+from kernels.sampling.wide import MANY, bracket, settle
+
+_SPAN = 16384
+"""Tokens of a wide row that one program sums up."""
+_WIDE_TILE = 1024
 
 
 @triton.jit
@@ -20,6 +28,7 @@ def _scan(
     temperature_ptr,
     heads_ptr,
     masses_ptr,
+    samples_ptr,
     stride_logits: tl.int64,
     vocabulary,
     run_count,
@@ -46,6 +55,8 @@ def _scan(
     else:
         inverse = 1.0
         if not PLAIN:
+            sample = tl.sum(tl.where(tokens % SIZE == 0, logits, 0.0), 1)
+            tl.store(samples_ptr + at, sample, mask=runs < run_count)
             temperature = tl.load(temperature_ptr + row)
             inverse = 1.0 / tl.where(temperature == 0.0, 1.0, temperature)
         # A run of -inf has no mass; -inf minus -inf would be NaN.
@@ -80,6 +91,28 @@ def _take_first(
 
 
 @triton.jit
+def _bar(heads, masses, runs, least, largest, inverse, total, top_k, top_p, ROOM: tl.constexpr, SIZE: tl.constexpr):
+    """Returns (a bar that about `runs` runs reach, whether the tokens that reach it are enough, and there is room).
+
+    Before any of them is read again: of a run no more tokens reach the bar than its mass allows.
+    """
+    wanted = tl.where((top_k > 0) & (top_k < runs), top_k, runs)
+    cut = cutoff(heads, wanted)
+    bar = tl.maximum(cut, least)
+    at_bar = tl.exp((bar - largest) * inverse).to(tl.float64)
+    others = tl.maximum(masses - tl.exp((heads - largest) * inverse).to(tl.float64), 0.0) * 1.001
+    reaches = heads >= bar
+    most = tl.minimum(others / tl.maximum(at_bar, 1e-300), SIZE - 1.0) + 1.0
+    fits = tl.sum(tl.where(reaches, most, 0.0), 0) <= ROOM
+    outside = tl.sum(tl.where(reaches, tl.minimum(others, (SIZE - 1.0) * at_bar), masses), 0)
+    everything = (least >= cut) & (least > float("-inf"))
+    enough = everything | (total - outside > top_p * total)
+    if top_k > 0:
+        enough = (top_k <= wanted) | (everything & (top_p >= 1.0))
+    return bar, fits & (enough | (bar == float("-inf")))
+
+
+@triton.jit
 def _choose(
     logits_ptr,
     temperature_ptr,
@@ -94,18 +127,20 @@ def _choose(
     masses_ptr,
     values_ptr,
     tokens_ptr,
+    found_ptr,
     out_ptr,
     stride_logits: tl.int64,
     vocabulary,
     run_count,
     HEAD: tl.constexpr,
+    LANES: tl.constexpr,
     ROOM: tl.constexpr,
     ALL_RUNS: tl.constexpr,
     RUNS: tl.constexpr,
     SIZE: tl.constexpr,
     TOKEN_BITS: tl.constexpr,
 ):
-    """Grid (row,): writes -2 where the candidates do not hold all that is kept."""
+    """Grid (row,): writes MANY where this program does not hold all candidates, WIDE where they would not be enough."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_logits
     runs = tl.arange(0, ALL_RUNS)
@@ -131,33 +166,38 @@ def _choose(
             if (top_k <= 0) & (top_p >= 1.0) & (min_p <= 0.0) & (typical_p >= 1.0):
                 token = draw_from_all(logits_ptr, masses, draw * total, largest, inverse, vocabulary, ALL_RUNS, SIZE)
             else:
-                wanted = tl.where((top_k > 0) & (top_k < HEAD), top_k, HEAD)
-                bar = cutoff(heads, wanted)
-                # Nothing below this can stay; a little less, because it is only compared with what may stay.
+                # Nothing below this can stay; a little less, because it is only compared with what may stay. But what
+                # top_k keeps counts for top_p as a whole.
                 least = largest + (tl.log(min_p) - 0.001) * temperature
-                everything = least >= bar
-                bar = tl.maximum(bar, least)
-                values_ptr += row * ROOM
-                tokens_ptr += row * ROOM
-                count = gather(
-                    logits_ptr, heads_ptr + row * run_count, values_ptr, tokens_ptr, bar, vocabulary, run_count,
-                    SIZE, RUNS, ROOM,
-                )  # fmt: skip
-                places = tl.arange(0, ROOM)
-                there = places < count
-                values = tl.load(values_ptr + places, mask=there, other=float("-inf"))
-                ranks = rank_of(values, tl.load(tokens_ptr + places, mask=there, other=0), TOKEN_BITS)
-                ranks = tl.where(there, ranks, 0)
-                likely = tl.exp((values - largest) * inverse)
-                enough = (top_k <= count) | (everything & (top_p >= 1.0))
-                if top_k <= 0:
-                    enough = everything | (tl.sum(likely, 0) > top_p * total)
-                if enough & (count <= ROOM):
-                    token = draw_among(
-                        ranks, values, likely, total, top_k, top_p, min_p, typical_p, temperature, draw, TOKEN_BITS
+                least = tl.where((top_k > 0) & (top_p < 1.0), float("-inf"), least)
+                bar, suffices = _bar(heads, masses, HEAD, least, largest, inverse, total, top_k, top_p, ROOM, SIZE)
+                if suffices == 0:
+                    # Few runs, whose tokens there is room for in any case.
+                    bar, suffices = _bar(
+                        heads, masses, ROOM // SIZE, least, largest, inverse, total, top_k, top_p, ROOM, SIZE
                     )
+                if suffices:
+                    values_ptr += row * ROOM
+                    tokens_ptr += row * ROOM
+                    count = gather(
+                        logits_ptr, heads_ptr + row * run_count, values_ptr, tokens_ptr, bar, vocabulary, run_count,
+                        SIZE, RUNS, ROOM,
+                    )  # fmt: skip
+                    tl.store(found_ptr + row, count)
+                    if count <= LANES:
+                        places = tl.arange(0, LANES)
+                        there = places < count
+                        values = tl.load(values_ptr + places, mask=there, other=float("-inf"))
+                        ranks = rank_of(values, tl.load(tokens_ptr + places, mask=there, other=0), TOKEN_BITS)
+                        ranks = tl.where(there, ranks, 0)
+                        likely = tl.exp((values - largest) * inverse)
+                        token = draw_among(
+                            ranks, values, likely, total, top_k, top_p, min_p, typical_p, temperature, draw, TOKEN_BITS
+                        )
+                    else:
+                        token = tl.where(count <= ROOM, MANY, WIDE)
                 else:
-                    token = tl.full([], -2, tl.int32)
+                    token = tl.full([], WIDE, tl.int32)
     tl.store(out_ptr + row, token)
 
 
@@ -184,7 +224,7 @@ def _choose_in_row(
 ):
     """Grid (row,): the rows that `_choose` left. A kernel of its own, because it needs registers that others do not."""
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(out_ptr + row) != -2:  # noqa: PLR2004
+    if tl.load(out_ptr + row) != WIDE:
         return
     runs = tl.arange(0, ALL_RUNS)
     heads = tl.load(heads_ptr + row * run_count + runs, mask=runs < run_count, other=float("-inf"))
@@ -252,7 +292,7 @@ def most_likely(logits: torch.Tensor, out: torch.Tensor, workspace: Workspace) -
         return
     config = lookup("sampling", logits.device, vocabulary=vocabulary)
     _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
-        logits, workspace.heads, workspace.heads, workspace.masses, logits.stride(0), vocabulary,
+        logits, workspace.heads, workspace.heads, workspace.masses, workspace.samples, logits.stride(0), vocabulary,
         run_count, GREEDY=True, PLAIN=True, RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
     )  # fmt: skip
     _take_first[(row_count,)](
@@ -285,9 +325,8 @@ def sample(
     Raises:
         ValueError: a shape, dtype or device does not fit.
 
-    Complexity: one pass over the logits, one over those runs of it that hold likely tokens, and one run more. Rows
-        whose top_k or top_p keeps more tokens than there is room for are searched again and again, about 17 passes
-        for each of top_k, top_p and the draw.
+    Complexity: three passes over the logits at most: see the README. The first is that of `change_logits` where
+        `scanned` says so.
     """
     row_count, vocabulary, run_count = _check(logits, workspace, out)
     check_shape("positions", positions, (row_count,))
@@ -303,8 +342,9 @@ def sample(
     config = lookup("sampling", logits.device, vocabulary=vocabulary)
     if not scanned:
         _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
-            logits, choice.temperature, workspace.heads, workspace.masses, logits.stride(0), vocabulary, run_count,
-            GREEDY=False, PLAIN=False, RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
+            logits, choice.temperature, workspace.heads, workspace.masses, workspace.samples, logits.stride(0),
+            vocabulary, run_count, GREEDY=False, PLAIN=False, RUNS=config["scan_runs"], SIZE=RUN,
+            num_warps=config["scan_warps"],
         )  # fmt: skip
     shared = (
         logits, choice.temperature, choice.top_k, choice.top_p, choice.min_p, choice.seed_low, choice.seed_high,
@@ -312,10 +352,46 @@ def sample(
     )  # fmt: skip
     all_runs, token_bits = triton.next_power_of_2(run_count), max(1, (vocabulary - 1).bit_length())
     _choose[(row_count,)](
-        *shared, workspace.values, workspace.tokens, out, logits.stride(0), vocabulary, run_count,
-        HEAD=_head_count(vocabulary, run_count), ROOM=tensors.CANDIDATES, ALL_RUNS=all_runs,
-        RUNS=config["gather_runs"], SIZE=RUN, TOKEN_BITS=token_bits, num_warps=config["choose_warps"],
+        *shared, workspace.values, workspace.tokens, workspace.found, out, logits.stride(0), vocabulary, run_count,
+        HEAD=_head_count(vocabulary, run_count), LANES=tensors.CANDIDATES, ROOM=workspace.values.shape[1],
+        ALL_RUNS=all_runs, RUNS=config["gather_runs"], SIZE=RUN, TOKEN_BITS=token_bits,
+        num_warps=config["choose_warps"],
     )  # fmt: skip
+    if vocabulary > tensors.CANDIDATES:
+        _choose_widely(logits, shared, out, workspace, config)
+
+
+def _choose_widely(
+    logits: torch.Tensor,
+    shared: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+    workspace: Workspace,
+    config: Mapping[str, int],
+) -> None:
+    """Launches what chooses for the rows that `_choose` left; each program looks first whether its row is one."""
+    row_count, vocabulary = logits.shape
+    run_count, splits, room = triton.cdiv(vocabulary, RUN), workspace.splits, workspace.values.shape[1]
+    all_runs, token_bits = triton.next_power_of_2(run_count), max(1, (vocabulary - 1).bit_length())
+    temperature, typical_p = shared[1], shared[7]
+    buckets = (workspace.splitters, workspace.counts, workspace.bucket_masses, workspace.moments)
+    split[(row_count,)](
+        out, workspace.samples, *buckets, run_count, STEP=triton.cdiv(run_count, splits - 1), SPLITS=splits,
+        num_warps=8,
+    )  # fmt: skip
+    count[(row_count, triton.cdiv(vocabulary, _SPAN))](
+        logits, temperature, typical_p, workspace.heads, out, *buckets, logits.stride(0), vocabulary, run_count,
+        ALL_RUNS=all_runs, SPAN=_SPAN, TILE=_WIDE_TILE, SPLITS=splits, SPLIT_BITS=splits.bit_length() - 1,
+        num_warps=8,
+    )  # fmt: skip
+    gathered = (
+        out, workspace.found, workspace.equal_found, workspace.first, workspace.values, workspace.tokens,
+        workspace.members, workspace.equals, workspace.equal_members, *buckets, workspace.flags,
+    )  # fmt: skip
+    shape = {"ALL_RUNS": all_runs, "ROOM": room, "SPLITS": splits, "SPLIT_BITS": splits.bit_length() - 1}
+    bracket[(row_count,)](
+        *shared, *gathered, logits.stride(0), vocabulary, run_count, TILE=_WIDE_TILE, **shape, num_warps=8
+    )
+    settle[(row_count,)](*shared[1:], *gathered, vocabulary, run_count, TOKEN_BITS=token_bits, **shape, num_warps=8)
     _choose_in_row[(row_count,)](
         *shared, out, logits.stride(0), vocabulary, run_count, ALL_RUNS=all_runs, TOKEN_BITS=token_bits,
         TILE=config["tile"], num_warps=4,
@@ -345,7 +421,7 @@ def report(
     config = lookup("sampling", logits.device, vocabulary=vocabulary)
     heads, masses = workspace.plain_heads, workspace.plain_masses
     _scan[(row_count, triton.cdiv(run_count, config["scan_runs"]))](
-        logits, heads, heads, masses, logits.stride(0), vocabulary, run_count, GREEDY=False, PLAIN=True,
-        RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
+        logits, heads, heads, masses, workspace.samples, logits.stride(0), vocabulary, run_count, GREEDY=False,
+        PLAIN=True, RUNS=config["scan_runs"], SIZE=RUN, num_warps=config["scan_warps"],
     )  # fmt: skip
     write_reports(logits, tokens, counts, heads, masses, reports)

@@ -76,7 +76,7 @@ def draw_among(
         bound = tl.maximum(bound, find_among(ranks, (ranks > 0).to(tl.float32), top_k - 0.5, TOKEN_BITS))
         total = tl.sum(tl.where(ranks >= bound, masses, 0.0), 0).to(tl.float64)
     if top_p < 1.0:
-        bound = tl.maximum(bound, find_among(ranks, masses, top_p * total, TOKEN_BITS))
+        bound = tl.maximum(bound, reach_among(ranks, masses, top_p * total, TOKEN_BITS))
     keeps = (ranks >= bound) & (masses >= min_p)
     if typical_p < 1.0:
         weights = tl.where(keeps, masses, 0.0).to(tl.float64)
@@ -122,7 +122,7 @@ def draw_in_row(
         )
     if top_p < 1.0:
         reached = find_in_row(
-            logits_ptr, vocabulary, largest, inverse, temperature, 0, 0.0, 0.0, 0, top_p * total, True, False, False,
+            logits_ptr, vocabulary, largest, inverse, temperature, 0, 0.0, 0.0, 0, top_p * total, True, False, True,
             TOKEN_BITS, TILE,
         )  # fmt: skip
         bound = tl.maximum(bound, reached)

@@ -10,6 +10,10 @@ RUN = 64
 """Logits that share one summary. A power of two."""
 CANDIDATES = 1024
 """Room for likely tokens of a row, which one program holds in registers. A power of two."""
+ROOM = 4096
+"""Tokens of a row that are gathered at most. A power of two, at least as many as CANDIDATES."""
+SPLITS = 1024
+"""Buckets that a row is cut into, at most half of them. A power of two."""
 REPORTED = 20
 """Most likely tokens that are reported at most."""
 REPORT_WORDS = 2 + 2 * REPORTED
@@ -133,17 +137,72 @@ class Workspace:
     """Heads of the logits that the model gave, for log-probabilities."""
     plain_masses: torch.Tensor
     """The same of masses, without temperature."""
-    values: torch.Tensor
-    """`[row, candidate]` float32."""
-    tokens: torch.Tensor
-    """`[row, candidate]` int32."""
+    samples: torch.Tensor
+    """`[row, run]` float32: the first logit of each run."""
     changed: torch.Tensor
     """`[row, vocabulary]` float32: changed logits; no columns where none are changed."""
+    found: torch.Tensor
+    """`[row]` int32: candidates gathered."""
+    equal_found: torch.Tensor
+    """`[row]` int32: equal tokens gathered."""
+    first: torch.Tensor
+    """`[row]` int32: number of the first of them among its equals."""
+    values: torch.Tensor
+    """`[row, ROOM]` float32: their logits."""
+    tokens: torch.Tensor
+    """`[row, ROOM]` int32: which they are."""
+    members: torch.Tensor
+    """`[row, ROOM]` int32: their buckets."""
+    equals: torch.Tensor
+    """`[row, ROOM]` int32: tokens that equal a splitter."""
+    equal_members: torch.Tensor
+    """`[row, ROOM]` int32: their buckets."""
+    splitters: torch.Tensor
+    """`[row, split]` float32: sorted samples, the rest infinite."""
+    counts: torch.Tensor
+    """`[row, bucket]` int32: tokens in it."""
+    bucket_masses: torch.Tensor
+    """`[row, bucket]` int64: their mass."""
+    moments: torch.Tensor
+    """`[row, bucket]` int64: sum of mass times how far a scaled logit is below the largest."""
+    flags: torch.Tensor
+    """`[row, bucket]` int32: which of them are gathered."""
+
+    @property
+    def splits(self) -> int:
+        """Number of splitters."""
+        return self.splitters.shape[1]
 
     @classmethod
     def allocate(cls, row_count: int, vocabulary: int, device: torch.device, *, changes: bool = False) -> "Workspace":
         """Returns a workspace for up to `row_count` rows of `vocabulary` logits, which may be changed or not."""
-        runs = torch.empty(4, row_count, -(-vocabulary // RUN), dtype=torch.float32, device=device)
-        values = torch.empty(row_count, CANDIDATES, dtype=torch.float32, device=device)
+        run_count = -(-vocabulary // RUN)
+        # One more than there are samples, so that the last one is infinite.
+        splits = min(SPLITS, 2 ** run_count.bit_length())
+        runs = torch.empty(5, row_count, run_count, dtype=torch.float32, device=device)
         changed = torch.empty(row_count, vocabulary if changes else 0, dtype=torch.float32, device=device)
-        return cls(runs[0], runs[1], runs[2], runs[3], values, torch.empty_like(values, dtype=torch.int32), changed)
+        gathered = torch.empty(5, row_count, ROOM, dtype=torch.int32, device=device)
+        words = torch.empty(2, row_count, 2 * splits, dtype=torch.int32, device=device)
+        sums = torch.empty(2, row_count, 2 * splits, dtype=torch.int64, device=device)
+        found = torch.empty(3, row_count, dtype=torch.int32, device=device)
+        return cls(
+            heads=runs[0],
+            masses=runs[1],
+            plain_heads=runs[2],
+            plain_masses=runs[3],
+            samples=runs[4],
+            changed=changed,
+            found=found[0],
+            equal_found=found[1],
+            first=found[2],
+            values=gathered[0].view(torch.float32),
+            tokens=gathered[1],
+            members=gathered[2],
+            equals=gathered[3],
+            equal_members=gathered[4],
+            splitters=torch.empty(row_count, splits, dtype=torch.float32, device=device),
+            counts=words[0],
+            bucket_masses=sums[0],
+            moments=sums[1],
+            flags=words[1],
+        )

@@ -14,6 +14,7 @@ for bounds only.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -97,6 +98,8 @@ class LaunchWatch:
         """One sentence for each fault, in the order of the launches."""
         self.launch_count = 0
         """Launches seen: a test that launches nothing proves nothing."""
+        self.loaded: collections.Counter[str] = collections.Counter()
+        """Elements that were loaded, by the name of the argument that their tensor was first given as."""
         self._kernel = ""
         self._extents: dict[int, list[Extent]] = {}
         self._loads: list[tuple[int, Words]] = []
@@ -145,6 +148,7 @@ class LaunchWatch:
             touched = touched[inside]
         program = (grid[0] << 42) | (grid[1] << 21) | grid[2]
         if kind == "load":
+            self.loaded[extents[0].name if extents else ""] += touched.size
             self._loads.append((program, touched))
         elif kind == "store":
             if np.unique(touched).size != touched.size:

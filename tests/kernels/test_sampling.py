@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -45,9 +46,9 @@ def _sample(
     """Returns the tokens, one for each rule."""
     out = torch.full((len(rules),), -7, dtype=torch.int32, device=device)
     workspace = Workspace.allocate(len(rules), logits.shape[1], device)
-    for buffer in (workspace.heads, workspace.masses, workspace.values):
-        buffer.fill_(math.nan)
-    workspace.tokens.fill_(2**30)
+    for field in dataclasses.fields(workspace):
+        buffer = getattr(workspace, field.name)
+        buffer.fill_(math.nan if buffer.dtype == torch.float32 else 2**30)
     kernels.sample(
         logits.to(device), _choice(rules, seeds, device), torch.tensor(positions, device=device), out, workspace
     )
@@ -60,6 +61,8 @@ def _logits(rows: int, vocabulary: int, seed: int = 0, spread: float = 3.0) -> t
 
 
 def _host(logits: torch.Tensor, rules: Sequence[Rule], seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+    # As they travel: the device has no wider ones.
+    rules = [tuple(float(np.float32(value)) for value in rule) for rule in rules]
     specs = [
         SamplingSpec(temperature=t, top_k=int(k), top_p=p, min_p=m, seed=seed, typical_p=(*typical, 1.0)[0])
         for (t, k, p, m, *typical), seed in zip(rules, seeds, strict=True)
@@ -98,10 +101,11 @@ def test_the_tokens_are_those_of_the_host(kernels: Any, device: torch.device, vo
 
 
 def test_likely_tokens_are_found_in_a_large_vocabulary(
-    kernels: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    kernels: Any, watch: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only runs with likely tokens are read again; if they hold too few or too many, all must be searched."""
     monkeypatch.setattr(tensors, "CANDIDATES", 64)
+    monkeypatch.setattr(tensors, "ROOM", 128)
     steep, flat = _logits(1, 1100, seed=1, spread=6.0), _logits(1, 1100, seed=2, spread=0.1)
     clustered = _logits(1, 1100, seed=3)
     clustered[0, 900:1050] += 20.0
@@ -111,6 +115,62 @@ def test_likely_tokens_are_found_in_a_large_vocabulary(
     logits, rules = torch.cat([logits, flat, steep]), [*rules, (1.0, 0, 1.0, 0.0, 0.6), (1.0, 700, 0.99, 0.0, 0.3)]
     seeds = list(range(8))
     assert _sample(kernels, device, logits, rules, seeds, seeds) == _host(logits, rules, seeds, seeds)
+    # With so little room some rows are searched again and again: what counts loads below sees it.
+    assert device.type != "cpu" or watch.loaded["logits_ptr"] > 10 * logits.numel()
+
+
+WIDE_VOCABULARY = 9_001
+WIDE_RULES: list[Rule] = [
+    (1.0, 0, 0.9, 0.0),
+    (2.0, 4_000, 0.8, 0.0),
+    (1.3, 8_500, 0.97, 0.004),
+    (1.0, 0, 1.0, 0.0, 0.8),
+    (1.0, 0, 1.0, 0.0, 0.2),
+    (1.7, 6_000, 0.95, 0.0002, 0.6),
+    (100.0, 0, 0.5, 0.0),
+    (0.7, 300, 0.9, 0.0, 0.9),
+]
+
+
+def _wide_logits(kind: str) -> torch.Tensor:
+    """Returns a row that makes some rule hard."""
+    row = _logits(1, WIDE_VOCABULARY, seed=31)[0]
+    if kind == "flat":
+        return row * 0.01
+    if kind == "half":
+        return row.bfloat16()
+    if kind == "equal":
+        return torch.zeros(WIDE_VOCABULARY)
+    if kind == "few values":
+        return (row / 3).round()
+    if kind == "forbidden":
+        row[torch.arange(WIDE_VOCABULARY) % 7 > 0] = -math.inf
+        return row
+    if kind == "clusters":
+        # Two heaps far from each other, each denser than buckets of even width could tell apart.
+        return torch.where(torch.arange(WIDE_VOCABULARY) % 3 == 0, row * 1e-4, row * 1e-4 - 2.0)
+    assert kind == "wide"
+    return row
+
+
+@pytest.mark.parametrize("kind", ["wide", "flat", "half", "equal", "few values", "forbidden", "clusters"])
+def test_whatever_is_kept_a_row_is_read_three_times_at_most(
+    kernels: Any, watch: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A large top_k or top_p or typical_p must not take ten times as long as a small one; nor draw another token."""
+    monkeypatch.setattr(tensors, "CANDIDATES", 256)
+    logits = _wide_logits(kind)[None]
+    for index, rule in enumerate(WIDE_RULES):
+        watch.loaded.clear()
+        found = _sample(kernels, device, logits, [rule], [index], [index * 7])
+        assert found == _host(logits, [rule], [index], [index * 7]), rule
+        draw = float(philox.uniform(np.array([index], dtype=np.uint64), np.array([index * 7], dtype=np.uint64))[0])
+        temperature, top_k, *shares = (float(np.float32(value)) for value in (*rule, 1.0)[:5])
+        top_p, min_p, typical_p = shares
+        exact = reference.choose(logits[0], temperature, int(top_k), top_p, min_p, draw, typical_p)
+        assert found == [exact] or kind in {"half", "clusters"}, rule
+        if device.type == "cpu":
+            assert 0 < watch.loaded["logits_ptr"] <= 3 * WIDE_VOCABULARY, rule
 
 
 def test_tokens_come_as_often_as_they_are_likely(kernels: Any, device: torch.device) -> None:

@@ -145,3 +145,13 @@ def test_with_everything_withheld_nothing_is_chosen() -> None:
     """There is no answer then; a token out of thin air would be a wrong one."""
     spec = SamplingSpec(withheld=(0, 1, 2, 3, 4), withheld_until=9)
     assert sample(LOGITS[None], [spec], [3]) == [-1]
+
+
+def test_of_equal_logits_the_first_tokens_are_kept() -> None:
+    """Otherwise which of them may be drawn depends on how a library selects: another on each device."""
+    logits = torch.zeros(1, 5000)
+    logits[0, 4000:4500] = 1.0
+    specs = [SamplingSpec(temperature=1.0, top_k=count, seed=count) for count in (3, 600, 1024)]
+    for spec in specs:
+        drawn = set(sample(logits.expand(100, -1), [spec] * 100, list(range(100))))
+        assert drawn <= {*range(4000, 4000 + min(spec.top_k, 500)), *range(max(0, spec.top_k - 500))}
