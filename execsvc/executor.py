@@ -65,6 +65,7 @@ class Executor:
         self._thread = EngineThread(on_defect)
         self._epoch = 0
         self._streams: set[PlanStream] = set()
+        self._drops: set[asyncio.Task[list[int]]] = set()
         self._stream_ids = itertools.count(1)
         # Insertion-ordered: the oldest are forgotten first. An incarnation is random and comes back only by replay.
         self._fenced: dict[int, None] = {}
@@ -203,13 +204,16 @@ class Executor:
         return self.loaded.engine.submit(plan, stream.stream_id)
 
     async def close_stream(self, stream: PlanStream) -> None:
-        """Ends a stream and drops its sequences, after the step in flight."""
+        """Ends a stream; drops its sequences after the step in flight, even if the caller is cancelled meanwhile."""
         if stream not in self._streams:
             return
         self._streams.discard(stream)
         stream.end(StaleEpochError("the stream is closed"))
         log.info(events.GATEWAY_DISCONNECTED, gateway_id=stream.gateway_id, stream_id=stream.stream_id)
-        await self._thread.call(self._drop, [stream.stream_id])
+        drop = asyncio.create_task(self._thread.call(self._drop, [stream.stream_id]), name="drop-stream")
+        self._drops.add(drop)
+        drop.add_done_callback(self._drops.discard)
+        await asyncio.shield(drop)
 
     async def fence(self, request: pb.FenceRequest) -> pb.FenceResponse:
         """Refuses gateways and epochs from now on; returns when nothing in flight can write to their blocks."""
@@ -247,6 +251,7 @@ class Executor:
         """Ends every stream and the engine's thread."""
         for stream in list(self._streams):
             stream.end(NotReadyError("the executor is stopping", reason="DRAINING"))
+        await asyncio.gather(*self._drops, return_exceptions=True)
         await self._thread.close()
 
 

@@ -67,9 +67,12 @@ class ExecutorServicer(execsvc_pb2_grpc.ExecutorServiceServicer):
                 raise stream.ended
             await reader
         finally:
+            # A call that ends by itself may be cancelled on its way: the stream is closed all the same.
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-            await self._executor.close_stream(stream)
+            try:
+                await asyncio.gather(reader, return_exceptions=True)
+            finally:
+                await self._executor.close_stream(stream)
 
     async def _read(
         self,

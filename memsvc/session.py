@@ -72,9 +72,12 @@ class Session:
             await asyncio.sleep(_GOODBYE_SECONDS)
             clean = True
         finally:
+            # A call that ends by itself may be cancelled on its way: the gateway is gone all the same.
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-            self._keeper.disconnect_gateway(self._number, clean=clean)
+            try:
+                await asyncio.gather(reader, return_exceptions=True)
+            finally:
+                self._keeper.disconnect_gateway(self._number, clean=clean)
 
     def push(self, event: MemoryEvent) -> None:
         """Queues news."""

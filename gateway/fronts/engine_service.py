@@ -69,10 +69,13 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 await self._send(front.outbox, context)
             reader.result()
         finally:
+            # A call that ends by itself may be cancelled on its way: the front is gone all the same.
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-            self._fronts.discard(front)
-            front.close()
+            try:
+                await asyncio.gather(reader, return_exceptions=True)
+            finally:
+                self._fronts.discard(front)
+                front.close()
             log.info("front_detached", front_count=len(self._fronts))
 
     async def _send(self, outbox: Outbox, context: Context) -> None:

@@ -18,6 +18,7 @@ import pytest_asyncio
 from execsvc.config import ExecsvcConfig
 from execsvc.executor import Executor
 from execsvc.server import Server
+from execsvc.service import ExecutorServicer
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from protos.execsvc.v1 import execsvc_pb2_grpc
 from protos.memsvc.v1 import memsvc_pb2, memsvc_pb2_grpc
@@ -253,6 +254,36 @@ async def test_a_dead_gateway_s_tables_are_dropped(executor: Running) -> None:
     assert await executor.server.executor.open_tables() == [1]
     call.cancel()
     async with asyncio.timeout(DEADLINE):
+        while await executor.server.executor.open_tables():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("pause", range(12))
+async def test_a_call_that_is_cancelled_while_it_ends_drops_its_tables(executor: Running, pause: int) -> None:
+    """A gateway that dies ends its stream first, and then the call: the second must not undo what the first began."""
+    description = await executor.until_serving()
+    gone = asyncio.Event()
+
+    async def requests() -> AsyncIterator[pb.RunRequest]:
+        yield executor.open(description)
+        yield plan(1, 3, 20, added=[start(1, PROMPT, [1, 2])])
+        await gone.wait()
+
+    async def answer() -> None:
+        run = ExecutorServicer(executor.server.executor).Run(requests(), None)  # type: ignore[arg-type]
+        async with contextlib.aclosing(run) as responses:
+            async for _ in responses:
+                pass
+
+    call = asyncio.create_task(answer())
+    async with asyncio.timeout(DEADLINE):
+        while not await executor.server.executor.open_tables():
+            await asyncio.sleep(0.01)
+        gone.set()
+        for _ in range(pause):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
         while await executor.server.executor.open_tables():
             await asyncio.sleep(0.01)
 
