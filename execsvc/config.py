@@ -72,7 +72,11 @@ class ExecsvcConfig(ServiceConfig):
     disable_cascade_attn: bool = setting(
         False, "On CUDA, let each sequence read its own prefix, also where sequences share a long one."
     )
-    num_threads: int | None = setting(None, "CPU threads of the model; none: one less than there are cores.", minimum=1)
+    num_threads: int | None = setting(
+        None,
+        "CPU threads of the model; none: one for each core with the compiled step, one less with torch.",
+        minimum=1,
+    )
 
     @property
     def kv_cache_byte_count(self) -> int | None:

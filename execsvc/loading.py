@@ -61,13 +61,18 @@ class LoadedModel:
     """Bytes a second that blocks are swapped out and in with; 0 without host memory for it."""
 
 
-def _default_threads() -> int:
-    """Returns how many threads compute: one core is left to gateway and memsvc.
+def _cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _torch_threads() -> int:
+    """Returns how many threads torch computes on: one core is left to gateway and memsvc.
 
     Threads that wait for each other at every operation lose far more to one busy neighbour than a core is worth
     (two threads on two cores with one of them busy: a fourth of the speed).
     """
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    return max(1, _cores() - 1)
 
 
 def choose_device(name: str) -> torch.device:
@@ -176,7 +181,7 @@ def load(config: ExecsvcConfig, progress: Callable[[float], None] = lambda _: No
     device = choose_device(config.device)
     if device.type == "cpu":
         stay_on_one_node(config.num_threads)
-    torch.set_num_threads(config.num_threads or _default_threads())
+    torch.set_num_threads(config.num_threads or _torch_threads())
     source: ModelSource
     if config.load_format == "dummy":
         source = open_dummy(config.model, config.seed, device, _dummy_dtype(config, device))
@@ -204,7 +209,9 @@ def _load_source(
     if variant is None:
         model = llama.load(source, dtype, device, max_model_len, progress)
     else:
-        threads = torch.get_num_threads()
+        # Its threads wait for no one of them that is held up: with all cores the services beside it lose it less than a
+        # core is worth (ADR 0011).
+        threads = config.num_threads or _cores()
         model = native.load(source, config.block_size, max_model_len, variant, threads, progress)
     default_tokens = _CPU_BATCHED_TOKENS if device.type == "cpu" else _CUDA_BATCHED_TOKENS
     batched_tokens = config.max_num_batched_tokens or default_tokens
