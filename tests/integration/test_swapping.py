@@ -67,9 +67,11 @@ async def test_who_was_in_host_memory_says_what_it_says_alone_and_computes_nothi
         alone = await answers(stack.address, PROMPTS, together=False)
         assert texts(together) == texts(alone)
         usages = [usage for _, usage in together]
-        assert sum(usage.preemption_count for usage in usages) == sum(usage.swap_count for usage in usages) > 0
+        # Who gives way before anything of it is computed has nothing to be moved.
+        swaps, preemptions = (sum(getattr(one, f"{kind}_count") for one in usages) for kind in ("swap", "preemption"))
+        assert 0 < swaps <= preemptions
         assert sum(usage.recomputed_token_count for usage in usages) == 0
-        assert pool.swap_count == pool.preemption_count == sum(usage.swap_count for usage in usages)
+        assert (pool.swap_count, pool.preemption_count) == (swaps, preemptions)
         (measured,) = stack.execsvc.events("swap_measured")
         assert min(int(str(measured[f"{way}_bytes_per_second"])) for way in ("out", "in")) > 0
         stack.wait_idle()
