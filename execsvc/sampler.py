@@ -15,7 +15,7 @@ from execsvc.philox import uniform
 from kernels.sampling.tensors import REPORTED
 from quire.errors import InvalidRequestError
 
-_MAX_TEMPERATURE = 100.0
+MAX_TEMPERATURE = 100.0
 _MAX_PENALTY = 2.0
 LOGPROB_LIMIT = REPORTED
 """Most likely tokens that are reported at most."""
@@ -71,9 +71,9 @@ class SamplingSpec:
         Raises:
             InvalidRequestError: a value is out of range.
         """
-        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= _MAX_TEMPERATURE):
+        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= MAX_TEMPERATURE):
             raise InvalidRequestError(
-                f"temperature: {self.temperature} is out of range, allowed is 0 .. {_MAX_TEMPERATURE:g}",
+                f"temperature: {self.temperature} is out of range, allowed is 0 .. {MAX_TEMPERATURE:g}",
                 field="temperature",
             )
         self._check_penalties()

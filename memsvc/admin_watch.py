@@ -53,20 +53,20 @@ class PoolDifference:
             for part in _chunks(changed)
         ]
         messages += [admin_pb2.WatchPoolResponse(gone_ordinals=part) for part in _chunks(sorted(gone))]
-        last = messages[-1] if messages else admin_pb2.WatchPoolResponse()
-        last.pool.CopyFrom(pool)
-        return messages or [last]
+        if not messages:
+            messages.append(admin_pb2.WatchPoolResponse())
+        messages[-1].pool.CopyFrom(pool)
+        return messages
 
 
 def _facts(view: views.SequenceView) -> tuple[int, ...]:
     """Returns what of a sequence can change."""
-    record = view.record
     return (
-        int(record.state),
+        int(view.record.state),
         view.token_count,
         view.written_token_count,
         view.committed_token_count,
-        len(record.blocks) - record.blocks.count(0),
+        view.block_count,
     )
 
 

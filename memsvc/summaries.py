@@ -48,7 +48,7 @@ def from_sequence(view: views.SequenceView, now: float) -> admin_pb2.SequenceSum
         written_token_count=view.written_token_count,
         committed_token_count=view.committed_token_count,
         cached_token_count=record.cached_token_count,
-        block_count=len(record.blocks) - record.blocks.count(0),
+        block_count=view.block_count,
         age=translate.to_duration(now - record.opened_at),
         ordinal=record.ordinal,
     )

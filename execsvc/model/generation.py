@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from execsvc.sampler import MAX_TEMPERATURE
 from quire.errors import ConfigError, ModelFormatError, QuireError
 
 AUTO: Final = "auto"
@@ -22,7 +23,7 @@ _GGUF_KEYS: Final = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
-_MAX_TEMPERATURE, _MAX_PENALTY, _MAX_COUNT = 100.0, 100.0, 2**31 - 1
+_MAX_PENALTY, _MAX_COUNT = 100.0, 2**31 - 1
 
 
 class GenerationSource(Protocol):
@@ -61,7 +62,7 @@ class _Rule:
 
 
 _RULES: Final = {
-    "temperature": _Rule(f"0 .. {_MAX_TEMPERATURE:g}", lambda value: 0 <= value <= _MAX_TEMPERATURE),
+    "temperature": _Rule(f"0 .. {MAX_TEMPERATURE:g}", lambda value: 0 <= value <= MAX_TEMPERATURE),
     "top_k": _Rule("a whole number, 0 (all) or more", lambda value: 0 <= value <= _MAX_COUNT, whole=True),
     "top_p": _Rule("greater than 0, at most 1", lambda value: 0 < value <= 1),
     "min_p": _Rule("0 .. 1", lambda value: 0 <= value <= 1),

@@ -53,6 +53,11 @@ class SequenceView:
     written_token_count: int
     committed_token_count: int
 
+    @property
+    def block_count(self) -> int:
+        """Blocks in its table, entries outside the sliding window not counted."""
+        return len(self.record.blocks) - self.record.blocks.count(0)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TableEntryView:

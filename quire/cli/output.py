@@ -47,6 +47,11 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def print_json_line(value: object) -> None:
+    """Prints one JSON document on a line of its own, at once."""
+    print_text(json.dumps(plain(value), ensure_ascii=False) + "\n")
+
+
 def make_table(columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[object]]) -> Table:
     """Returns a table.
 

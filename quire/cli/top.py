@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
-import sys
 import time
 from typing import Annotated, Final
 
@@ -17,7 +15,7 @@ from protos.memsvc.v1 import admin_pb2
 from quire.cli import options
 from quire.cli.admin import AdminClient
 from quire.cli.drawing import SEQUENCE_COLUMNS, draw_pool, sequence_row
-from quire.cli.output import console, make_table, plain
+from quire.cli.output import console, make_table, print_json_line
 from quire.errors import InvalidRequestError
 
 _LINES_OF_POOL: Final = 7
@@ -101,28 +99,21 @@ def top(
 
         quire top executor-0 --interval 0.2 --json | jq .pool.free_block_count
     """
-    watched, show = WatchedPool(), _print_line if json else _print_picture
-    shown = 0
+    watched, shown = WatchedPool(), 0
     with AdminClient(memsvc) as admin, Live(console=console(), auto_refresh=False) as live:
         for response in admin.watch(pool or _only_pool(admin), interval):
             complete = watched.apply(response, time.monotonic())
-            show(response, watched, live, complete=complete)
+            if json:
+                print_json_line(response)
+            elif complete:
+                _show(watched, live)
             shown += complete
             if shown == count > 0:
                 return
 
 
-def _print_line(response: admin_pb2.WatchPoolResponse, _watched: WatchedPool, _live: Live, *, complete: bool) -> None:
-    """Prints what was told, on a line."""
-    del complete
-    sys.stdout.write(json_module.dumps(plain(response), ensure_ascii=False) + "\n")
-    sys.stdout.flush()
-
-
-def _print_picture(_response: admin_pb2.WatchPoolResponse, watched: WatchedPool, live: Live, *, complete: bool) -> None:
-    """Prints the pool once a moment is complete: over the last picture on a terminal, below it elsewhere."""
-    if not complete:
-        return
+def _show(watched: WatchedPool, live: Live) -> None:
+    """Prints the pool: over the last picture on a terminal, below it elsewhere."""
     printer = live.console
     picture = _draw(watched, printer.width, printer.height, time.monotonic())
     if printer.is_terminal:
