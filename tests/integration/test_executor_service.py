@@ -12,6 +12,7 @@ from pathlib import Path
 from google.protobuf import duration_pb2
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
 import pytest
 import pytest_asyncio
 
@@ -23,8 +24,10 @@ from protos.execsvc.v1 import execsvc_pb2 as pb
 from protos.execsvc.v1 import execsvc_pb2_grpc
 from protos.memsvc.v1 import memsvc_pb2, memsvc_pb2_grpc
 from quire import columns
+from quire.cli.progress import TerminalReporter
 from quire.errors import ModelFormatError, NotReadyError, StaleEpochError
 from quire.rpc import open_channel
+from quire.serve.readiness import Probe
 from tests.unit.execsvc import tiny
 from tests.unit.execsvc.tiny import start
 
@@ -307,6 +310,27 @@ async def test_a_replaced_incarnation_exits_with_an_error(executor: Running) -> 
     executor.registry.heartbeat_error = grpc.StatusCode.ABORTED
     with pytest.raises(StaleEpochError, match="newer incarnation"):
         await asyncio.wait_for(executor.task, DEADLINE)
+
+
+async def test_how_far_loading_is_is_told_to_whoever_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`quire serve` would seem to hang on a large model, and a quick one is loaded before anybody can ask."""
+    executor = Executor(ExecsvcConfig(model=str(tmp_path)), lambda _: None)
+    executor.load_progress = 0.44
+    server = grpc.aio.server()
+    execsvc_pb2_grpc.add_ExecutorServiceServicer_to_server(ExecutorServicer(executor), server)
+    waiting = health_aio.HealthServicer()
+    await waiting.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(waiting, server)
+    probe = Probe("execsvc", f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    try:
+        progress = await asyncio.wait_for(probe.ask(), DEADLINE)
+        TerminalReporter(verbose=False).progress("execsvc", progress)
+        assert "execsvc: loading weights 44%\n" in capsys.readouterr().err
+    finally:
+        await probe.close()
+        await server.stop(None)
+        await executor.close()
 
 
 async def test_calls_are_refused_while_loading(tmp_path: Path) -> None:
