@@ -12,9 +12,14 @@
 // A piece of work is some tiles of some heads. One that has all tiles folds them as it goes; others leave m, l and o of
 // each tile, and `merge` folds those: the same numbers in the same order, so a cut changes no bit.
 //
-// Within a piece tiles come first, then heads: what the processor fetches past the end of a head's keys is the next
-// head's. While the keys of one head of a tile are multiplied, those of the head after it are asked for line by line,
-// and likewise values.
+// Memory is fastest read in the order in which it lies. There a block has, for a layer, the keys of all heads and then the
+// values of all heads,
+//
+//     block   | K0 K1 K2 | V0 V1 V2 |
+//
+// but products go head by head. So a tile is done in units: the keys of some heads, then their values. While a unit is
+// multiplied line by line, out of the second-level cache, the one after it is asked for in its memory's order. (Asked for
+// in the order of the products, memory gave a fifth less.)
 
 template <class L>
 struct AttentionScratch {
@@ -25,9 +30,9 @@ struct AttentionScratch {
     // Of a piece with so many heads, each of which so many rows attend to.
     static size_t bytes(int rows, int heads, int head_dim) {
         const size_t r = static_cast<size_t>(rows), all = r * heads;
-        return rounded(all * head_dim * sizeof(A)) + rounded(r * kTile * sizeof(float)) +
-               rounded(r * kTile * sizeof(A)) + rounded(r * head_dim * sizeof(float)) +
-               rounded(all * head_dim * sizeof(float)) + 2 * rounded(r * sizeof(float)) +
+        return rounded(all * head_dim * sizeof(A)) + rounded(all * kTile * sizeof(float)) +
+               rounded(all * kTile * sizeof(A)) + rounded(r * head_dim * sizeof(float)) +
+               rounded(all * head_dim * sizeof(float)) + 2 * rounded(all * sizeof(float)) +
                2 * rounded(all * sizeof(float)) + rounded(static_cast<size_t>(kLane) * head_dim * 2);
     }
 
@@ -40,23 +45,23 @@ struct AttentionScratch {
         };
         const size_t r = static_cast<size_t>(rows), all = r * heads;
         queries = reinterpret_cast<A *>(take(all * head_dim * sizeof(A)));
-        scores = reinterpret_cast<float *>(take(r * kTile * sizeof(float)));
-        weights = reinterpret_cast<A *>(take(r * kTile * sizeof(A)));
+        scores = reinterpret_cast<float *>(take(all * kTile * sizeof(float)));
+        weights = reinterpret_cast<A *>(take(all * kTile * sizeof(A)));
         mixed = reinterpret_cast<float *>(take(r * head_dim * sizeof(float)));
         total = reinterpret_cast<float *>(take(all * head_dim * sizeof(float)));
-        tile_most = reinterpret_cast<float *>(take(r * sizeof(float)));
-        tile_sum = reinterpret_cast<float *>(take(r * sizeof(float)));
+        tile_most = reinterpret_cast<float *>(take(all * sizeof(float)));
+        tile_sum = reinterpret_cast<float *>(take(all * sizeof(float)));
         most = reinterpret_cast<float *>(take(all * sizeof(float)));
         sum = reinterpret_cast<float *>(take(all * sizeof(float)));
         tail = reinterpret_cast<uint16_t *>(take(static_cast<size_t>(kLane) * head_dim * 2));
     }
 
     A *queries;                   // [head][row][head_dim]
-    float *scores;                // [row][kTile]
-    A *weights;                   // [row][kTile]
+    float *scores;                // [head][row][kTile]
+    A *weights;                   // [head][row][kTile]
     float *mixed;                 // [row][head_dim]: o_t
     float *total;                 // [head][row][head_dim]: o
-    float *tile_most, *tile_sum;  // [row]: m_t, l_t
+    float *tile_most, *tile_sum;  // [head][row]: m_t, l_t
     float *most, *sum;            // [head][row]: m, l
     uint16_t *tail;               // values of the last, partly filled 16 positions of a head; the rest zero
 };
@@ -113,10 +118,47 @@ struct PartialTile {
     float *const mixed, *const most, *const sum;
 };
 
-// Where keys and values of a tile's head lie.
-struct TileHead {
-    const Span *span;
-    int base, kv_head;
+// Keys, or values, of some heads of a tile: what is multiplied in one go, while the unit after it is asked for.
+struct Unit {
+    const Span *span;  // null: there is none
+    int base, first_head, head_count;
+    bool values;
+};
+
+// The memory of a unit, in the order in which it lies there.
+class UnitMemory {
+   public:
+    UnitMemory(const Attention &job, const Unit &unit) : job_(job), unit_(unit) {
+        if (!unit.span) return;
+        const int tile_end = unit.base + kTile < unit.span->context ? unit.base + kTile : unit.span->context;
+        const int first_position = unit.span->context - unit.span->count;
+        const int start = job.window ? first_position + 1 - job.window : 0;
+        block_ = (start > unit.base ? start : unit.base) / job.block_size;
+        end_ = (tile_end + job.block_size - 1) / job.block_size;
+    }
+
+    // The next `bytes`, which divide what a head has in a block; null at the end.
+    const void *take(size_t bytes) {
+        if (left_ == 0) {
+            if (block_ >= end_) return nullptr;
+            const size_t head_size = static_cast<size_t>(job_.block_size) * job_.head_dim;
+            const int heads_before = unit_.first_head + (unit_.values ? job_.kv_heads : 0);
+            at_ = reinterpret_cast<const char *>(job_.layer_cache + unit_.span->table[block_++] * job_.block_stride +
+                                                 heads_before * head_size);
+            left_ = unit_.head_count * head_size * sizeof(uint16_t);
+        }
+        const char *taken = at_;
+        at_ += bytes;
+        left_ -= bytes;
+        return taken;
+    }
+
+   private:
+    const Attention &job_;
+    const Unit unit_;
+    int block_ = 0, end_ = 0;
+    const char *at_ = nullptr;
+    size_t left_ = 0;
 };
 
 template <class L>
@@ -138,7 +180,11 @@ class PieceAttention {
     void run(const Piece *next) {
         gather_queries();
         for (int tile = piece_.first_tile; tile < piece_.end_tile; ++tile)
-            for (int head = 0; head < piece_.head_count; ++head) attend(tile, head, after(tile, head, next));
+            for (int head = piece_.first_head; head < end_of(piece_);) {
+                const Unit keys = keys_of(piece_, tile, head);
+                attend(keys, keys_after(keys, next));
+                head += keys.head_count;
+            }
         if (piece_.parts) return;
         for (int i = 0; i < rows_ * piece_.head_count; ++i)
             finish_query<L>(scratch_.total + i * job_.head_dim, scratch_.sum[i], job_.head_dim,
@@ -148,56 +194,77 @@ class PieceAttention {
    private:
     static int max_of(int a, int b) { return a > b ? a : b; }
     static int min_of(int a, int b) { return a < b ? a : b; }
+    static int end_of(const Piece &piece) { return piece.first_head + piece.head_count; }
 
-    TileHead after(int tile, int head, const Piece *next) const {
-        if (head + 1 < piece_.head_count) return {&span_, tile * kTile, piece_.first_head + head + 1};
-        if (tile + 1 < piece_.end_tile) return {&span_, (tile + 1) * kTile, piece_.first_head};
-        if (next) return {next->span, next->first_tile * kTile, next->first_head};
-        return {nullptr, 0, 0};
+    Unit keys_of(const Piece &piece, int tile, int head) const {
+        const int together = max_of(1, kUnitBytes / (kTile * job_.head_dim * static_cast<int>(sizeof(uint16_t))));
+        return {piece.span, tile * kTile, head, min_of(together, end_of(piece) - head), false};
     }
 
-    void attend(int tile, int head, const TileHead &next) {
-        const TileHead here{&span_, tile * kTile, piece_.first_head + head};
-        const int base = here.base, first_position = span_.context - span_.count;
+    Unit keys_after(const Unit &unit, const Piece *next) const {
+        const int tile = unit.base / kTile, head = unit.first_head + unit.head_count;
+        if (head < end_of(piece_)) return keys_of(piece_, tile, head);
+        if (tile + 1 < piece_.end_tile) return keys_of(piece_, tile + 1, piece_.first_head);
+        if (next) return keys_of(*next, next->first_tile, next->first_head);
+        return {nullptr, 0, 0, 0, false};
+    }
+
+    void attend(const Unit &keys, const Unit &after) {
+        const int base = keys.base, first_position = span_.context - span_.count;
         const int start = job_.window ? max_of(0, first_position + 1 - job_.window) : 0;
         const int first = max_of(start, base) / kLane * kLane - base;
         const int end = (min_of(span_.context, base + kTile) + kLane - 1) / kLane * kLane - base;
-        score(here, next, head, first, end);
-        float *most = scratch_.tile_most, *sum = scratch_.tile_sum, *mixed = scratch_.mixed;
-        if (piece_.parts) {
-            const PartialTile part(piece_.parts, tile - piece_.first_tile, here.kv_head, job_.kv_heads, rows_, job_.head_dim);
-            most = part.most, sum = part.sum, mixed = part.mixed;
+        const int end_head = keys.first_head + keys.head_count;
+        UnitMemory values_ahead(job_, {&span_, base, keys.first_head, keys.head_count, true}), keys_ahead(job_, after);
+        for (int head = keys.first_head; head < end_head; ++head) {
+            score(head, base, first, end, values_ahead);
+            soften_rows(head, base, first, end);
         }
-        for (int row = 0; row < rows_; ++row) {
-            const int position = first_position + row / group_;
+        for (int head = keys.first_head; head < end_head; ++head) {
+            const int at = (head - piece_.first_head) * rows_;
+            if (piece_.parts) {
+                const PartialTile part(piece_.parts, base / kTile - piece_.first_tile, head, job_.kv_heads, rows_,
+                                       job_.head_dim);
+                mix(head, base, first, end, part.mixed, keys_ahead);
+                for (int row = 0; row < rows_; ++row) {
+                    part.most[row] = scratch_.tile_most[at + row];
+                    part.sum[row] = scratch_.tile_sum[at + row];
+                }
+                continue;
+            }
+            mix(head, base, first, end, scratch_.mixed, keys_ahead);
+            for (int row = 0; row < rows_; ++row)
+                if (scratch_.tile_sum[at + row] != 0.0f)
+                    fold<L>(scratch_.mixed + row * job_.head_dim, scratch_.tile_most[at + row],
+                            scratch_.tile_sum[at + row], job_.head_dim, scratch_.total + (at + row) * job_.head_dim,
+                            scratch_.most[at + row], scratch_.sum[at + row]);
+        }
+    }
+
+    void soften_rows(int head, int base, int first, int end) {
+        const int first_position = span_.context - span_.count, at = (head - piece_.first_head) * rows_;
+        for (int row = at; row < at + rows_; ++row) {
+            const int position = first_position + (row - at) / group_;
             const int low = max_of(first, job_.window ? position + 1 - job_.window - base : 0);
             const int high = min_of(end, position + 1 - base);
-            sum[row] = 0.0f;
+            scratch_.tile_sum[row] = 0.0f;
             if (low < high)
                 soften<L>(scratch_.scores + row * kTile, scratch_.weights + row * kTile, first, end, low, high,
-                          most[row], sum[row]);
+                          scratch_.tile_most[row], scratch_.tile_sum[row]);
             else  // bits of zero are zero in float and in bf16
                 __builtin_memset(scratch_.weights + row * kTile + first, 0, (end - first) * sizeof(A));
-        }
-        mix(here, next, first, end, mixed);
-        if (piece_.parts) return;
-        for (int row = 0; row < rows_; ++row) {
-            const int at = head * rows_ + row;
-            if (sum[row] != 0.0f)
-                fold<L>(mixed + row * job_.head_dim, most[row], sum[row], job_.head_dim,
-                        scratch_.total + at * job_.head_dim, scratch_.most[at], scratch_.sum[at]);
         }
     }
 
     // The panel of keys of 16 positions from `position` on; values lie `kv_heads` heads further.
-    const uint16_t *keys(const TileHead &at, int position) const {
-        const int64_t block = at.span->table[position / job_.block_size];
-        return job_.layer_cache + block * job_.block_stride + at.kv_head * head_size_ +
+    const uint16_t *keys(int kv_head, int position) const {
+        const int64_t block = span_.table[position / job_.block_size];
+        return job_.layer_cache + block * job_.block_stride + kv_head * head_size_ +
                static_cast<size_t>(position % job_.block_size / kLane) * kLane * job_.head_dim;
     }
 
-    const uint16_t *values(const TileHead &at, int position) const {
-        return keys(at, position) + job_.kv_heads * head_size_;
+    const uint16_t *values(int kv_head, int position) const {
+        return keys(kv_head, position) + job_.kv_heads * head_size_;
     }
 
     A *row_of(const void *rows, int head, int row) const {
@@ -217,9 +284,9 @@ class PieceAttention {
     }
 
     // A block's slots past the end hold what an earlier owner left, which may be NaN: zero times that is not zero.
-    const uint16_t *copy_tail(const TileHead &here) {
+    const uint16_t *copy_tail(int kv_head) {
         const int filled = span_.context % kLane;
-        const uint16_t *from = values(here, span_.context - filled);
+        const uint16_t *from = values(kv_head, span_.context - filled);
         for (int part = 0; part < job_.head_dim / kLane; ++part)
             for (int pair = 0; pair < kLane / 2; ++pair)
                 for (int i = 0; i < 2 * kLane; ++i) {
@@ -229,40 +296,40 @@ class PieceAttention {
         return scratch_.tail;
     }
 
-    void score(const TileHead &here, const TileHead &next, int head, int first, int end) {
-        const A *queries = scratch_.queries + static_cast<ptrdiff_t>(head) * rows_ * job_.head_dim;
+    void score(int head, int base, int first, int end, UnitMemory &memory) {
+        const ptrdiff_t at = static_cast<ptrdiff_t>(head - piece_.first_head) * rows_;
         const void *panels[4], *ahead[4];
         for (int column = first; column < end;) {
             const int count = panels_together<L>(rows_, (end - column) / kLane);
             for (int p = 0; p < count; ++p) {
-                const int at = column + p * kLane;
-                panels[p] = keys(here, here.base + at);
-                ahead[p] = next.span && next.base + at < next.span->context ? keys(next, next.base + at) : panels[p];
+                panels[p] = keys(head, base + column + p * kLane);
+                ahead[p] = memory.take(Bf16Reader<L>::bytes(job_.head_dim / 2));
+                if (!ahead[p]) ahead[p] = panels[p];
             }
-            multiply_rows<L, Bf16Reader<L>>(panels, count, 1, job_.head_dim / 2, queries, job_.head_dim, rows_,
-                                            scratch_.scores + column, kTile, ahead);
+            multiply_rows<L, Bf16Reader<L>>(panels, count, 1, job_.head_dim / 2, scratch_.queries + at * job_.head_dim,
+                                            job_.head_dim, rows_, scratch_.scores + at * kTile + column, kTile, ahead);
             column += count * kLane;
         }
     }
 
-    void mix(const TileHead &here, const TileHead &next, int first, int end, float *mixed) {
+    void mix(int head, int base, int first, int end, float *mixed, UnitMemory &memory) {
         const int segments = (end - first) / kLane, parts = job_.head_dim / kLane;
-        const uint16_t *starts[kTile / kLane], *ahead[kTile / kLane];
-        const void *panels[kTile / kLane * 4], *ahead_panels[kTile / kLane * 4];
+        const uint16_t *starts[kTile / kLane];
+        const void *panels[kTile / kLane * 4], *ahead[kTile / kLane * 4];
+        const A *weights = scratch_.weights + static_cast<ptrdiff_t>(head - piece_.first_head) * rows_ * kTile;
         for (int s = 0; s < segments; ++s) {
-            const int at = first + s * kLane;
-            starts[s] = here.base + at + kLane > span_.context ? copy_tail(here) : values(here, here.base + at);
-            ahead[s] = next.span && next.base + at < next.span->context ? values(next, next.base + at) : starts[s];
+            const int position = base + first + s * kLane;
+            starts[s] = position + kLane > span_.context ? copy_tail(head) : values(head, position);
         }
         for (int part = 0; part < parts;) {
             const int count = panels_together<L>(rows_, parts - part);
-            for (int s = 0; s < segments; ++s)
-                for (int p = 0; p < count; ++p) {
-                    panels[s * count + p] = starts[s] + (part + p) * kLane * kLane;
-                    ahead_panels[s * count + p] = ahead[s] + (part + p) * kLane * kLane;
-                }
-            multiply_rows<L, Bf16Reader<L>>(panels, count, segments, kLane / 2, scratch_.weights + first, kTile, rows_,
-                                            mixed + part * kLane, job_.head_dim, ahead_panels);
+            for (int i = 0; i < segments * count; ++i) {
+                panels[i] = starts[i / count] + (part + i % count) * kLane * kLane;
+                ahead[i] = memory.take(Bf16Reader<L>::bytes(kLane / 2));
+                if (!ahead[i]) ahead[i] = panels[i];
+            }
+            multiply_rows<L, Bf16Reader<L>>(panels, count, segments, kLane / 2, weights + first, kTile, rows_,
+                                            mixed + part * kLane, job_.head_dim, ahead);
             part += count;
         }
     }

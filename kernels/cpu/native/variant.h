@@ -10,6 +10,7 @@ namespace quire {
 constexpr int kLane = 16;       // outputs of a panel
 constexpr int kPair = 32;       // outputs of two panels: what a product is divided into
 constexpr int kTile = 256;      // positions that share a maximum in the softmax; a fixed grid from position 0
+constexpr int kUnitBytes = 128 * 1024;  // of keys, or values, read in one go: two fit into the second-level cache
 constexpr int kQueryRows = 24;  // rows (queries x heads of a group) that attend together, unless a group is larger
 constexpr int kRowTile = 96;    // most rows of a product in one go
 
