@@ -12,14 +12,14 @@
 // A piece of work is some tiles of some heads. One that has all tiles folds them as it goes; others leave m, l and o of
 // each tile, and `merge` folds those: the same numbers in the same order, so a cut changes no bit.
 //
-// Memory is fastest read in the order in which it lies. There a block has, for a layer, the keys of all heads and then the
+// Memory is fastest read in the order in which it lies. There a block has, for a layer, the keys of all heads, then the
 // values of all heads,
 //
 //     block   | K0 K1 K2 | V0 V1 V2 |
 //
 // but products go head by head. So a tile is done in units: the keys of some heads, then their values. While a unit is
-// multiplied line by line, out of the second-level cache, the one after it is asked for in its memory's order. (Asked for
-// in the order of the products, memory gave a fifth less.)
+// multiplied line by line, out of the second-level cache, the one after it is asked for in its memory's order. (Asked
+// for in the order of the products, memory gave a fifth less.)
 
 template <class L>
 struct AttentionScratch {
