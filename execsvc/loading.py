@@ -26,6 +26,7 @@ from execsvc.model.source import ModelSource, open_model
 from execsvc.model.tokenizer import TokenizerFiles
 from execsvc.numa import stay_on_one_node
 from kernels.cpu.library import SLOW, Variant
+from kernels.layout import DTYPE_NAMES
 from quire.errors import ConfigError
 
 log = structlog.get_logger(__name__)
@@ -243,7 +244,7 @@ def _load_source(
         vocab_size=model.config.vocab_size,
         parameter_count=model.parameter_count,
         dtype=_name_of(dtype),
-        kv_dtype=_name_of(kv_dtype),
+        kv_dtype=DTYPE_NAMES[kv_dtype],
         device="cpu" if device.type == "cpu" else str(device),
         attention_backend=backend_name,
         batch_invariant=invariant,

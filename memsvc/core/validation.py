@@ -14,7 +14,7 @@ from quire.hashing import DIGEST_BYTES
 from quire.memory import AdmitRequest, PoolSpec
 
 BLOCK_SIZES = (16, 32, 64)
-KV_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3")
+KV_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3", "int8_per_token_head")
 NAME_LENGTH_MAXIMUM = 128
 TEXT_LENGTH_MAXIMUM = 512
 EPOCH_MAXIMUM = 2**32 - 1

@@ -67,7 +67,7 @@ def test_layout_counts_bytes() -> None:
     with pytest.raises(ValueError, match="num_layers: 0 is not positive"):
         KVLayout(10, 0, 3, 16, 64, torch.float32)
     with pytest.raises(ValueError, match="dtype"):
-        KVLayout(10, 1, 3, 16, 64, torch.int8)
+        KVLayout(10, 1, 3, 16, 64, torch.int16)
 
 
 def test_checks_name_the_argument() -> None:

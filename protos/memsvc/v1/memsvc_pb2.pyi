@@ -113,7 +113,9 @@ class PoolSpec(_message.Message):
     model_id: _builtins.str
     """Name of the model whose keys and values these are. Part of every block's identity."""
     kv_dtype: _builtins.str
-    """Element type of the cache: "float32", "bfloat16", "float16", "float8_e4m3". Part of every block's identity."""
+    """Element type of the cache: "float32", "bfloat16", "float16", "float8_e4m3", "int8_per_token_head". Part of every
+    block's identity: pools of different types share neither prefix hashes nor hints.
+    """
     max_model_len: _builtins.int
     """Longest sequence in tokens, prompt and completion together, that the executor runs."""
     sliding_window: _builtins.int
