@@ -108,7 +108,7 @@ class NativeRunner(HostSteps):
     """A model on the compiled CPU step. Its cache holds keys and values as panels, see `kernels.cpu.panels`."""
 
     def __init__(self, model: NativeModel, cache: KVCache) -> None:
-        """Computes `model` on `cache`, whose element type is bfloat16."""
+        """Computes `model` on `cache`, whose element type is the one that the model was loaded for."""
         super().__init__(model.config, cache)
         self.model = model
 

@@ -29,8 +29,8 @@ class NativeModel:
     """Bytes of the weights. Tied embeddings in bfloat16 are there twice: as rows to look up, and as panels."""
 
 
-def geometry_of(config: ModelConfig, block_size: int) -> Geometry:
-    """Returns the sizes of a model for the step."""
+def geometry_of(config: ModelConfig, block_size: int, kv_dtype: torch.dtype = torch.bfloat16) -> Geometry:
+    """Returns the sizes of a model for the step on a cache of `kv_dtype`."""
     return Geometry(
         hidden=config.hidden_size,
         inner=config.intermediate_size,
@@ -41,6 +41,7 @@ def geometry_of(config: ModelConfig, block_size: int) -> Geometry:
         block_size=block_size,
         window=config.sliding_window,
         eps=config.rms_norm_eps,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -60,6 +61,7 @@ def load(
     progress: Callable[[float], None] = lambda _: None,
     *,
     keep_bits: bool = True,
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> NativeModel:
     """Returns the decoder with the weights of `source`, each packed as soon as it is read.
 
@@ -71,6 +73,7 @@ def load(
         thread_count: threads that compute.
         progress: told the share that is loaded, 0 .. 1.
         keep_bits: whether matrices that the file has in 4 or 8 bits stay so; else they become bfloat16.
+        kv_dtype: element type of the cache that it will compute on, bfloat16 or `kernels.layout.INT8`.
 
     Raises:
         ModelFormatError: a tensor is missing or has another shape than the configuration says.
@@ -98,7 +101,7 @@ def load(
         cosines=rotary.cosines,
         sines=rotary.sines,
     )
-    decoder = Decoder(geometry_of(config, block_size), weights, variant, thread_count)
+    decoder = Decoder(geometry_of(config, block_size, kv_dtype), weights, variant, thread_count)
     progress(1.0)
     return NativeModel(config, decoder, packer.count, sum(tensor.nbytes for tensor in weights.tensors()))
 

@@ -16,11 +16,14 @@ from kernels.cpu import library, panels
 from kernels.cpu.library import BatchArguments, LayerArguments, MatrixArguments, ModelArguments, Variant
 from kernels.cpu.memory import advise_huge_pages
 from kernels.cpu.panels import Matrix
+from kernels.layout import INT8, slot_elements
 
 HEAD_LIMIT: Final = 512
 """Largest head, in elements."""
 GROUP_LIMIT: Final = 256
 """Most query heads of a key/value head."""
+CACHE_FORMATS: Final = {torch.bfloat16: 0, INT8: 1}
+"""`CacheFormat` of variant.h by element type of the cache."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Geometry:
     """Positions that a query sees, its own included; 0 for all."""
     eps: float
     """Of the root mean square norms."""
+    kv_dtype: torch.dtype = torch.bfloat16
+    """Element type of the cache, one of CACHE_FORMATS."""
 
     @property
     def misfit(self) -> str:
@@ -47,6 +52,8 @@ class Geometry:
         for name, size in (*sizes, ("block_size", self.block_size)):
             if size % panels.LANE:
                 return f"{name}: {size} is not a multiple of {panels.LANE}"
+        if self.kv_dtype not in CACHE_FORMATS:
+            return f"kv_dtype: {self.kv_dtype} is not one of {', '.join(map(str, CACHE_FORMATS))}"
         if self.head_dim > HEAD_LIMIT:
             return f"head_dim: {self.head_dim} is more than {HEAD_LIMIT}"
         if self.heads // self.kv_heads > GROUP_LIMIT:
@@ -147,7 +154,8 @@ class Decoder:
         """Computes one batch. Writes `cache`.
 
         Args:
-            cache: `[block, layer, 2, kv_head, block_size, head_dim]` bfloat16; each head of a block as panels.
+            cache: `[block, layer, 2, kv_head, block_size, head_dim]` of the geometry's `kv_dtype`, each head of a block
+                as panels; with int8 the last axis has 4 elements more, the bytes of a scale (`kernels.cpu.panels`).
             tokens: `[token or more]` int64, below the vocabulary.
             positions: like `tokens`, below the rows of the cosines.
             slots: `[token]` int64, block * block_size + offset.
@@ -166,9 +174,10 @@ class Decoder:
         """
         geometry, sampled, sequences = self.geometry, len(sampled_rows), len(context_lens)
         count = len(slots)
-        shape = (None, len(self.weights.layers), 2, geometry.kv_heads, geometry.block_size, geometry.head_dim)
+        slot = slot_elements(geometry.head_dim, geometry.kv_dtype)
+        shape = (None, len(self.weights.layers), 2, geometry.kv_heads, geometry.block_size, slot)
         check_shape("cache", cache, shape)
-        check_dtype("cache", cache, (torch.bfloat16,))
+        check_dtype("cache", cache, (geometry.kv_dtype,))
         for name, tensor in (("tokens", tokens), ("positions", positions), ("slots", slots), ("rows", sampled_rows)):
             check_dtype(name, tensor, (torch.int64,))
         tables = np.ascontiguousarray(block_tables)
@@ -206,7 +215,8 @@ def _model_arguments(geometry: Geometry, weights: DecoderWeights) -> ModelArgume
     )
     return ModelArguments(
         *(geometry.hidden, geometry.inner, geometry.heads, geometry.kv_heads, geometry.head_dim),
-        *(len(weights.layers), geometry.vocab, geometry.block_size, geometry.window, geometry.eps, layers),
+        *(len(weights.layers), geometry.vocab, geometry.block_size, geometry.window),
+        *(CACHE_FORMATS[geometry.kv_dtype], geometry.eps, layers),
         *(_address(weights.embeddings), _address(weights.head), _address(weights.final_norm)),
         *(_address(weights.cosines), _address(weights.sines)),
     )

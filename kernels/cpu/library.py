@@ -41,7 +41,7 @@ class ModelArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, _int) for name in ("hidden", "inner", "heads", "kv_heads", "head_dim")),
-        *((name, _int) for name in ("layer_count", "vocab", "block_size", "window")),
+        *((name, _int) for name in ("layer_count", "vocab", "block_size", "window", "cache_format")),
         ("eps", ctypes.c_float),
         ("layers", ctypes.POINTER(LayerArguments)),
         ("embeddings", MatrixArguments),

@@ -4,9 +4,14 @@
     keys of a head of a block [block_size, dim]   -> [block_size / 16, dim / 2, 16, 2]
     values, the same                              -> [block_size / 16, dim / 16, 8, 16, 2]
 
+In a cache of 8-bit integers each 16 positions of a head are 16 scales (float32), then the bytes (cache.h draws them):
+
+    keys of 16 positions                          -> [dim / 2, 2, 16]
+    values of 16 positions                        -> [dim / 16, 8, 2, 16]
+
 Matrices may also stay in the 4 or 8 bits that their file has them in (formats.h says how those panels look).
 
-A block of the cache has the same bytes as in `kernels.layout`, so copies, resets and sizes know nothing of panels.
+A block of the cache has as many bytes as in `kernels.layout`, so copies, resets and sizes know nothing of panels.
 """
 
 from __future__ import annotations

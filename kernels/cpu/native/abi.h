@@ -20,6 +20,7 @@ struct QuireLayer {
 // A decoder. Everything that it points at belongs to the caller and outlives the runner.
 struct QuireModel {
     int32_t hidden, inner, heads, kv_heads, head_dim, layer_count, vocab, block_size, window;
+    int32_t cache_format;  // one of CacheFormat
     float eps;
     const QuireLayer *layers;
     QuireMatrix embeddings;  // in bf16 not panels, but rows [vocab][hidden]
@@ -36,7 +37,7 @@ struct QuireBatch {
     const int64_t *context_lens;                // [sequence], this step's tokens included
     const int64_t *query_starts;                // [sequence + 1]
     const int64_t *sampled_rows;                // [sampled]
-    uint16_t *cache;                            // written: keys and values of the step's tokens
+    void *cache;                                // written: keys and values of the step's tokens
     float *logits;                              // written: [sampled][vocab rounded up to 32]
     int64_t *best;                              // written: [sampled], the likeliest token, -1 if logits are not finite
 };

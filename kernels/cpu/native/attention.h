@@ -12,6 +12,9 @@
 // A piece of work is some tiles of some heads. One that has all tiles folds them as it goes; others leave m, l and o of
 // each tile, and `merge` folds those: the same numbers in the same order, so a cut changes no bit.
 //
+// Where the cache has scales (see cache.h), a score is multiplied by that of its key, and a weight by that of its value,
+// after l_t was summed.
+//
 // Memory is fastest read in the order in which it lies. There a block has, for a layer, the keys of all heads, then the
 // values of all heads,
 //
@@ -33,7 +36,8 @@ struct AttentionScratch {
         return rounded(all * head_dim * sizeof(A)) + rounded(all * kTile * sizeof(float)) +
                rounded(all * kTile * sizeof(A)) + rounded(r * head_dim * sizeof(float)) +
                rounded(all * head_dim * sizeof(float)) + 2 * rounded(all * sizeof(float)) +
-               2 * rounded(all * sizeof(float)) + rounded(static_cast<size_t>(kLane) * head_dim * 2);
+               2 * rounded(all * sizeof(float)) + rounded(static_cast<size_t>(kLane) * head_dim * 2) +
+               rounded(kTile * sizeof(float));
     }
 
     AttentionScratch(void *memory, int rows, int heads, int head_dim) {
@@ -54,6 +58,7 @@ struct AttentionScratch {
         most = reinterpret_cast<float *>(take(all * sizeof(float)));
         sum = reinterpret_cast<float *>(take(all * sizeof(float)));
         tail = reinterpret_cast<uint16_t *>(take(static_cast<size_t>(kLane) * head_dim * 2));
+        scales = reinterpret_cast<float *>(take(kTile * sizeof(float)));
     }
 
     A *queries;                   // [head][row][head_dim]
@@ -63,13 +68,15 @@ struct AttentionScratch {
     float *total;                 // [head][row][head_dim]: o
     float *tile_most, *tile_sum;  // [head][row]: m_t, l_t
     float *most, *sum;            // [head][row]: m, l
-    uint16_t *tail;               // values of the last, partly filled 16 positions of a head; the rest zero
+    uint16_t *tail;               // bf16 values of the last, partly filled 16 positions of a head; the rest zero
+    float *scales;                // [kTile]: of a head's values; zero past the end
 };
 
-// Softmax of columns [low, high) of a row of scores, zero in the rest of [first, end). Returns m_t and l_t.
+// Softmax of columns [low, high) of a row of scores, zero in the rest of [first, end). Returns m_t and l_t. Weights are
+// multiplied by `scales`, unless that is null.
 template <class L>
-void soften(float *scores, typename L::Activation *weights, int first, int end, int low, int high, float &most,
-            float &sum) {
+void soften(float *scores, const float *scales, typename L::Activation *weights, int first, int end, int low, int high,
+            float &most, float &sum) {
     using V = typename L::Vector;
     constexpr float kInfinity = __builtin_inff();
     for (int i = first; i < low; ++i) scores[i] = -kInfinity;
@@ -81,7 +88,7 @@ void soften(float *scores, typename L::Activation *weights, int first, int end, 
     for (int i = first; i < end; i += L::kCount) {
         const V weight = exponential<L>(L::load(scores + i) - L::set(most));
         sums = sums + weight;
-        L::narrow(weights + i, weight);
+        L::narrow(weights + i, scales ? weight * L::load(scales + i) : weight);
     }
     sum = total<L>(sums);
 }
@@ -128,7 +135,8 @@ struct Unit {
 // The memory of a unit, in the order in which it lies there.
 class UnitMemory {
    public:
-    UnitMemory(const Attention &job, const Unit &unit) : job_(job), unit_(unit) {
+    UnitMemory(const Attention &job, size_t run_size, const Unit &unit)
+        : job_(job), unit_(unit), head_size_(job.block_size / kLane * run_size) {
         if (!unit.span) return;
         const int tile_end = unit.base + kTile < unit.span->context ? unit.base + kTile : unit.span->context;
         const int first_position = unit.span->context - unit.span->count;
@@ -137,15 +145,13 @@ class UnitMemory {
         end_ = (tile_end + job.block_size - 1) / job.block_size;
     }
 
-    // The next `bytes`, which divide what a head has in a block; null at the end.
+    // The next `bytes`; null at the end. What is left of a block and is less is passed over.
     const void *take(size_t bytes) {
-        if (left_ == 0) {
+        if (left_ < bytes) {
             if (block_ >= end_) return nullptr;
-            const size_t head_size = static_cast<size_t>(job_.block_size) * job_.head_dim;
             const int heads_before = unit_.first_head + (unit_.values ? job_.kv_heads : 0);
-            at_ = reinterpret_cast<const char *>(job_.layer_cache + unit_.span->table[block_++] * job_.block_stride +
-                                                 heads_before * head_size);
-            left_ = unit_.head_count * head_size * sizeof(uint16_t);
+            at_ = job_.layer_cache + unit_.span->table[block_++] * job_.block_stride + heads_before * head_size_;
+            left_ = unit_.head_count * head_size_;
         }
         const char *taken = at_;
         at_ += bytes;
@@ -156,13 +162,16 @@ class UnitMemory {
    private:
     const Attention &job_;
     const Unit unit_;
+    const size_t head_size_;
     int block_ = 0, end_ = 0;
     const char *at_ = nullptr;
     size_t left_ = 0;
 };
 
-template <class L>
+template <class L, class Cache>
 class PieceAttention {
+    using Reader = typename Cache::Reader;
+    static constexpr bool kScaled = Cache::kPanel > 0;
     using A = typename L::Activation;
     using V = typename L::Vector;
 
@@ -173,11 +182,11 @@ class PieceAttention {
           span_(*piece.span),
           group_(job.heads / job.kv_heads),
           rows_(span_.count * group_),
-          head_size_(static_cast<size_t>(job.block_size) * job.head_dim),
+          run_size_(run_bytes(Cache::kFormat, job.head_dim)),
           scratch_(memory, rows_, piece.head_count, job.head_dim) {}
 
     // `next` is the piece that is likely to come next, or null.
-    void run(const Piece *next) {
+    void attend_all(const Piece *next) {
         gather_queries();
         for (int tile = piece_.first_tile; tile < piece_.end_tile; ++tile)
             for (int head = piece_.first_head; head < end_of(piece_);) {
@@ -197,7 +206,7 @@ class PieceAttention {
     static int end_of(const Piece &piece) { return piece.first_head + piece.head_count; }
 
     Unit keys_of(const Piece &piece, int tile, int head) const {
-        const int together = max_of(1, kUnitBytes / (kTile * job_.head_dim * static_cast<int>(sizeof(uint16_t))));
+        const int together = max_of(1, kUnitBytes / (kTile / kLane * static_cast<int>(run_size_)));
         return {piece.span, tile * kTile, head, min_of(together, end_of(piece) - head), false};
     }
 
@@ -215,7 +224,8 @@ class PieceAttention {
         const int first = max_of(start, base) / kLane * kLane - base;
         const int end = (min_of(span_.context, base + kTile) + kLane - 1) / kLane * kLane - base;
         const int end_head = keys.first_head + keys.head_count;
-        UnitMemory values_ahead(job_, {&span_, base, keys.first_head, keys.head_count, true}), keys_ahead(job_, after);
+        UnitMemory values_ahead(job_, run_size_, {&span_, base, keys.first_head, keys.head_count, true});
+        UnitMemory keys_ahead(job_, run_size_, after);
         for (int head = keys.first_head; head < end_head; ++head) {
             score(head, base, first, end, values_ahead);
             soften_rows(head, base, first, end);
@@ -242,6 +252,7 @@ class PieceAttention {
     }
 
     void soften_rows(int head, int base, int first, int end) {
+        if constexpr (kScaled) gather_scales(head, base, first, end);
         const int first_position = span_.context - span_.count, at = (head - piece_.first_head) * rows_;
         for (int row = at; row < at + rows_; ++row) {
             const int position = first_position + (row - at) / group_;
@@ -249,22 +260,26 @@ class PieceAttention {
             const int high = min_of(end, position + 1 - base);
             scratch_.tile_sum[row] = 0.0f;
             if (low < high)
-                soften<L>(scratch_.scores + row * kTile, scratch_.weights + row * kTile, first, end, low, high,
-                          scratch_.tile_most[row], scratch_.tile_sum[row]);
+                soften<L>(scratch_.scores + row * kTile, kScaled ? scratch_.scales : nullptr,
+                          scratch_.weights + row * kTile, first, end, low, high, scratch_.tile_most[row],
+                          scratch_.tile_sum[row]);
             else  // bits of zero are zero in float and in bf16
                 __builtin_memset(scratch_.weights + row * kTile + first, 0, (end - first) * sizeof(A));
         }
     }
 
     // The panel of keys of 16 positions from `position` on; values lie `kv_heads` heads further.
-    const uint16_t *keys(int kv_head, int position) const {
+    const char *keys(ptrdiff_t kv_head, int position) const {
         const int64_t block = span_.table[position / job_.block_size];
-        return job_.layer_cache + block * job_.block_stride + kv_head * head_size_ +
-               static_cast<size_t>(position % job_.block_size / kLane) * kLane * job_.head_dim;
+        const int runs = job_.block_size / kLane, run = position % job_.block_size / kLane;
+        return job_.layer_cache + block * job_.block_stride + (kv_head * runs + run) * run_size_ + Cache::kPanel;
     }
 
-    const uint16_t *values(int kv_head, int position) const {
-        return keys(kv_head, position) + job_.kv_heads * head_size_;
+    const char *values(int kv_head, int position) const { return keys(job_.kv_heads + kv_head, position); }
+
+    // Of the 16 positions of a panel.
+    static const float *scales_of(const void *panel) {
+        return reinterpret_cast<const float *>(static_cast<const char *>(panel) - Cache::kPanel);
     }
 
     A *row_of(const void *rows, int head, int row) const {
@@ -283,17 +298,25 @@ class PieceAttention {
         }
     }
 
-    // A block's slots past the end hold what an earlier owner left, which may be NaN: zero times that is not zero.
-    const uint16_t *copy_tail(int kv_head) {
+    // A block's slots past the end hold what an earlier owner left, which may be NaN: zero times that is not zero. Among
+    // scales it may be, too; bytes are always numbers.
+    void gather_scales(int kv_head, int base, int first, int end) {
+        for (int at = first; at < end; at += kLane) {
+            __builtin_memcpy(scratch_.scales + at, scales_of(values(kv_head, base + at)), kLane * sizeof(float));
+            for (int i = max_of(at, span_.context - base); i < at + kLane; ++i) scratch_.scales[i] = 0.0f;
+        }
+    }
+
+    const char *copy_tail(int kv_head) {
         const int filled = span_.context % kLane;
-        const uint16_t *from = values(kv_head, span_.context - filled);
+        const auto *from = reinterpret_cast<const uint16_t *>(values(kv_head, span_.context - filled));
         for (int part = 0; part < job_.head_dim / kLane; ++part)
             for (int pair = 0; pair < kLane / 2; ++pair)
                 for (int i = 0; i < 2 * kLane; ++i) {
                     const int at = (part * (kLane / 2) + pair) * 2 * kLane + i;
                     scratch_.tail[at] = 2 * pair + i % 2 < filled ? from[at] : 0;
                 }
-        return scratch_.tail;
+        return reinterpret_cast<const char *>(scratch_.tail);
     }
 
     void score(int head, int base, int first, int end, UnitMemory &memory) {
@@ -303,32 +326,46 @@ class PieceAttention {
             const int count = panels_together<L>(rows_, (end - column) / kLane);
             for (int p = 0; p < count; ++p) {
                 panels[p] = keys(head, base + column + p * kLane);
-                ahead[p] = memory.take(Bf16Reader<L>::bytes(job_.head_dim / 2));
+                ahead[p] = memory.take(run_size_);
                 if (!ahead[p]) ahead[p] = panels[p];
+                // One line more than a panel has.
+                if constexpr (kScaled) __builtin_prefetch(static_cast<const char *>(ahead[p]) + run_size_ - 64, 0, 2);
             }
-            multiply_rows<L, Bf16Reader<L>>(panels, count, 1, job_.head_dim / 2, scratch_.queries + at * job_.head_dim,
-                                            job_.head_dim, rows_, scratch_.scores + at * kTile + column, kTile, ahead);
+            float *scores = scratch_.scores + at * kTile + column;
+            multiply_rows<L, Reader>(panels, count, 1, job_.head_dim / 2, scratch_.queries + at * job_.head_dim,
+                                     job_.head_dim, rows_, scores, kTile, ahead);
+            if constexpr (kScaled) scale_scores(panels, count, scores);
             column += count * kLane;
         }
     }
 
+    void scale_scores(const void *const *panels, int count, float *scores) const {
+        for (int row = 0; row < rows_; ++row, scores += kTile)
+            for (int p = 0; p < count; ++p)
+                for (int i = 0; i < kLane; i += L::kCount) {
+                    float *at = scores + p * kLane + i;
+                    L::store(at, L::load(at) * L::load(scales_of(panels[p]) + i));
+                }
+    }
+
     void mix(int head, int base, int first, int end, float *mixed, UnitMemory &memory) {
         const int segments = (end - first) / kLane, parts = job_.head_dim / kLane;
-        const uint16_t *starts[kTile / kLane];
+        const char *starts[kTile / kLane];
         const void *panels[kTile / kLane * 4], *ahead[kTile / kLane * 4];
         const A *weights = scratch_.weights + static_cast<ptrdiff_t>(head - piece_.first_head) * rows_ * kTile;
         for (int s = 0; s < segments; ++s) {
             const int position = base + first + s * kLane;
-            starts[s] = position + kLane > span_.context ? copy_tail(head) : values(head, position);
+            const bool partly = !kScaled && position + kLane > span_.context;
+            starts[s] = partly ? copy_tail(head) : values(head, position);
         }
         for (int part = 0; part < parts;) {
             const int count = panels_together<L>(rows_, parts - part);
             for (int i = 0; i < segments * count; ++i) {
-                panels[i] = starts[i / count] + (part + i % count) * kLane * kLane;
-                ahead[i] = memory.take(Bf16Reader<L>::bytes(kLane / 2));
+                panels[i] = starts[i / count] + (part + i % count) * Reader::bytes(kLane / 2);
+                ahead[i] = memory.take(run_size_ / parts);
                 if (!ahead[i]) ahead[i] = panels[i];
             }
-            multiply_rows<L, Bf16Reader<L>>(panels, count, segments, kLane / 2, weights + first, kTile, rows_,
+            multiply_rows<L, Reader>(panels, count, segments, kLane / 2, weights + first, kTile, rows_,
                                             mixed + part * kLane, job_.head_dim, ahead);
             part += count;
         }
@@ -338,13 +375,16 @@ class PieceAttention {
     const Piece &piece_;
     const Span &span_;
     const int group_, rows_;
-    const size_t head_size_;
+    const size_t run_size_;
     AttentionScratch<L> scratch_;
 };
 
 template <class L>
 void attend(const Attention &job, const Piece &piece, const Piece *next, void *scratch) {
-    PieceAttention<L>(job, piece, scratch).run(next);
+    if (job.format == CacheFormat::kBf16)
+        PieceAttention<L, Bf16Cache<L>>(job, piece, scratch).attend_all(next);
+    else
+        PieceAttention<L, Int8Cache<L>>(job, piece, scratch).attend_all(next);
 }
 
 // Folds the tiles of a span that was cut, and writes its results. The piece has all tiles and heads.

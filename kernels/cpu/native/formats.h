@@ -41,6 +41,22 @@ struct FloatReader {
     void next() { at += 2 * kLane; }
 };
 
+// [input / 2][2][16] signed bytes as they are, for whoever applies scales before or after. bf16 holds them exactly, too.
+template <class L>
+struct ByteReader {
+    static constexpr int kGroup = 0;  // no groups
+    static constexpr int kPairBytes = 2 * kLane;
+    static constexpr size_t bytes(int pairs) { return static_cast<size_t>(pairs) * kPairBytes; }
+
+    const int8_t *at;
+
+    void start(const void *panel) { at = static_cast<const int8_t *>(panel); }
+    void open() {}
+    typename L::Vector weight(int v, int odd) const { return L::signed_bytes(at + odd * kLane + v * L::kCount); }
+    typename L::Operand weights(int v, int half) const { return L::operand(weight(v, 0), weight(v, 1), half); }
+    void next() { at += kPairBytes; }
+};
+
 template <class L>
 struct FourBitReader {
     static constexpr int kGroup = kGroupInputs / 2;

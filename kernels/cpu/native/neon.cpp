@@ -52,9 +52,10 @@ struct Lanes {
         return v;
     }
     static Vector signed_bytes(const int8_t *p) {
-        Vector v = {};
-        for (int i = 0; i < kCount; ++i) v[i] = static_cast<float>(p[i]);
-        return v;
+        int32_t four;
+        __builtin_memcpy(&four, p, sizeof four);
+        const int16x8_t words = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
     }
     static Operand operand(Vector even, Vector odd, int half) { return half ? odd : even; }
     static void put_pair(float *p, int v, Vector even, Vector odd) {

@@ -78,43 +78,6 @@ void turn(const float *head, const float *weight, const float *cosines, const fl
     }
 }
 
-// Where the cache holds one head of one layer of a block, as panels (see panels.h), for each 16 positions of the block:
-//
-//     keys     [block_size / 16][head_dim / 2][16 positions][2 elements]
-//     values   [block_size / 16][head_dim / 16][8][16 elements][2 positions]
-template <class L>
-void rotate(const Rotation &job, int first_row, int end_row) {
-    using A = typename L::Activation;
-    const int head_dim = job.head_dim;
-    const size_t head_size = static_cast<size_t>(job.block_size) * head_dim;
-    alignas(64) float turned[kHeadLimit];
-    alignas(64) uint16_t narrow[kHeadLimit];
-    for (int row = first_row; row < end_row; ++row) {
-        const float *heads = job.qkv + static_cast<ptrdiff_t>(row) * job.qkv_stride;
-        const float *cosines = job.cosines + job.positions[row] * (head_dim / 2);
-        const float *sines = job.sines + job.positions[row] * (head_dim / 2);
-        A *query = static_cast<A *>(job.queries) + static_cast<ptrdiff_t>(row) * job.heads * head_dim;
-        for (int head = 0; head < job.heads; ++head, heads += head_dim, query += head_dim) {
-            turn<L>(heads, job.q_norm, cosines, sines, job.eps, head_dim, job.scale, turned);
-            for (int i = 0; i < head_dim; i += L::kCount) L::narrow(query + i, L::load(turned + i));
-        }
-        const int64_t block = job.slots[row] / job.block_size, offset = job.slots[row] % job.block_size;
-        uint16_t *keys = job.layer_cache + block * job.block_stride + offset / kLane * kLane * head_dim;
-        uint16_t *values = keys + job.kv_heads * head_size;
-        const int slot = offset % kLane;
-        for (int head = 0; head < job.kv_heads; ++head, heads += head_dim, keys += head_size) {
-            turn<L>(heads, job.k_norm, cosines, sines, job.eps, head_dim, 1.0f, turned);
-            for (int i = 0; i < head_dim; i += L::kCount) L::narrow_bf16(narrow + i, L::load(turned + i));
-            for (int i = 0; i < head_dim; ++i) keys[i / 2 * 2 * kLane + slot * 2 + i % 2] = narrow[i];
-        }
-        for (int head = 0; head < job.kv_heads; ++head, heads += head_dim, values += head_size) {
-            for (int i = 0; i < head_dim; i += L::kCount) L::narrow_bf16(narrow + i, L::load(heads + i));
-            for (int i = 0; i < head_dim; ++i)
-                values[i / kLane * kLane * kLane + slot / 2 * 2 * kLane + i % kLane * 2 + slot % 2] = narrow[i];
-        }
-    }
-}
-
 template <class L>
 int64_t best(const float *values, int size) {
     constexpr float kLargest = 3.4028234663852886e38f;

@@ -18,6 +18,8 @@ int up_to(int value, int multiple) { return (value + multiple - 1) / multiple * 
 size_t up_to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
 int parts(int value, int size) { return (value + size - 1) / size; }
 
+CacheFormat cache_format(const QuireModel &model) { return static_cast<CacheFormat>(model.cache_format); }
+
 Format format_of(const QuireMatrix &matrix) { return static_cast<Format>(matrix.format); }
 
 }  // namespace
@@ -43,8 +45,7 @@ Runner::Runner(const QuireModel &model, const Variant &variant, int thread_count
       query_size_(model.heads * model.head_dim),
       group_(model.heads / model.kv_heads),
       span_rows_(std::max(kQueryRows, group_)),
-      head_size_(static_cast<size_t>(model.block_size) * model.head_dim),
-      layer_size_(2 * model.kv_heads * head_size_),
+      layer_size_(2 * model.kv_heads * (model.block_size / kLane) * run_bytes(cache_format(model), model.head_dim)),
       scratch_size_(up_to_line(
           std::max({variant.attention_scratch(span_rows_, 1, model.head_dim),
                     variant.attention_scratch(group_, model.kv_heads, model.head_dim),
@@ -194,7 +195,7 @@ Runner::Cut Runner::cut(int rows, int inputs, int pairs) const {
     return cut;
 }
 
-uint16_t *Runner::layer_cache(int layer) const { return batch_->cache + layer * layer_size_; }
+char *Runner::layer_cache(int layer) const { return static_cast<char *>(batch_->cache) + layer * layer_size_; }
 
 char *Runner::row(const Scratch &rows, ptrdiff_t index, int stride) const {
     return rows.as<char>() + index * stride * variant_.activation_bytes;
@@ -272,14 +273,14 @@ void Runner::multiply(const Cut &cut, const Product &job, int chunk, int thread)
 }
 
 Attention Runner::attention(int layer) const {
-    return {queries_.as<void>(), mixed_.as<void>(), layer_cache(layer), layer_size_ * model_.layer_count,
-            model_.heads, model_.kv_heads, model_.head_dim, model_.block_size, model_.window};
+    return {queries_.as<void>(), mixed_.as<void>(), cache_format(model_), layer_cache(layer),
+            layer_size_ * model_.layer_count, model_.heads, model_.kv_heads, model_.head_dim, model_.block_size, model_.window};
 }
 
 void Runner::rotate(int layer, int first, int end) {
     const Rotation job{qkv_.as<float>(), qkv_stride_, queries_.as<void>(), batch_->positions, batch_->slots,
-                       model_.cosines, model_.sines, layers_[layer].q_norm, layers_[layer].k_norm, layer_cache(layer),
-                       layer_size_ * model_.layer_count, model_.heads, model_.kv_heads, model_.head_dim,
+                       model_.cosines, model_.sines, layers_[layer].q_norm, layers_[layer].k_norm, cache_format(model_),
+                       layer_cache(layer), layer_size_ * model_.layer_count, model_.heads, model_.kv_heads, model_.head_dim,
                        model_.block_size, model_.eps, 1.0f / std::sqrt(static_cast<float>(model_.head_dim))};
     variant_.rotate(job, first, end);
 }

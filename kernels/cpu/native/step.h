@@ -52,14 +52,14 @@ class Runner {
     void embed(int64_t token, float *out) const;
     Attention attention(int layer) const;
     void rotate(int layer, int first, int end);
-    uint16_t *layer_cache(int layer) const;
+    char *layer_cache(int layer) const;
     char *row(const Scratch &rows, ptrdiff_t index, int stride) const;
 
     const QuireModel model_;
     const std::vector<QuireLayer> layers_;
     const Variant &variant_;
     const int hidden_stride_, qkv_stride_, vocab_stride_, query_size_, group_, span_rows_;
-    const size_t head_size_, layer_size_;
+    const size_t layer_size_;  // bytes of a layer's part of a block
     const size_t scratch_size_;
 
     std::mutex mutex_;

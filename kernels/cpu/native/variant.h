@@ -19,6 +19,15 @@ enum class Epilogue { kStore, kAdd, kSwiGLU };
 // How a matrix is stored: see formats.h.
 enum class Format { kBf16, kFourBits, kEightBits, kEightBitsOf16 };
 
+// How the cache holds keys and values: see cache.h.
+enum class CacheFormat { kBf16, kInt8 };
+
+// Bytes of 16 positions of a head. Of one linkage with each file that includes this: see kernels.h.
+static constexpr size_t run_bytes(CacheFormat format, int head_dim) {
+    const size_t elements = static_cast<size_t>(kLane) * head_dim;
+    return format == CacheFormat::kBf16 ? elements * sizeof(uint16_t) : elements + kLane * sizeof(float);
+}
+
 // rows [row][2 * pairs] times the transpose of a weight in panels.
 struct Product {
     const void *panels;
@@ -40,8 +49,9 @@ struct Rotation {
     void *queries;  // written: [row][heads * head_dim], multiplied by `scale`
     const int64_t *positions, *slots;
     const float *cosines, *sines, *q_norm, *k_norm;
-    uint16_t *layer_cache;  // the layer's part of block 0
-    size_t block_stride;    // elements
+    CacheFormat format;
+    char *layer_cache;    // the layer's part of block 0
+    size_t block_stride;  // bytes
     int heads, kv_heads, head_dim, block_size;
     float eps, scale;
 };
@@ -49,7 +59,8 @@ struct Rotation {
 struct Attention {
     const void *queries;  // [row][heads * head_dim]
     void *out;            // written, like queries
-    const uint16_t *layer_cache;
+    CacheFormat format;
+    const char *layer_cache;
     size_t block_stride;
     int heads, kv_heads, head_dim, block_size, window;
 };

@@ -1,4 +1,4 @@
-"""Engines on the compiled CPU step, and the same model in float32 torch with the same bfloat16 weights."""
+"""Engines on the compiled CPU step, and the same model in float32 torch with the same weights and rounded caches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from execsvc.model import llama, native
 from execsvc.model.config import ModelConfig
 from execsvc.model.source import ModelSource
 from execsvc.runner import HostSteps, NativeRunner, Runner
-from kernels.cpu import library
+from kernels.cpu import library, reference
 from kernels.cpu.panels import GROUP, Quantised
-from kernels.layout import KVLayout
+from kernels.layout import INT8, KVLayout
 from tests.unit.execsvc.tiny import RandomSource, shape_of
 
 
@@ -55,11 +55,22 @@ class FewBitsSource(RandomSource):
         return self.load_quantised(name).dequantise() if len(shape_of(self.config, name)) == 2 else super().load(name)
 
 
-def torch_engine(source: ModelSource) -> Engine:
-    """Returns an engine that computes in float32, on keys and values in bfloat16."""
-    config = source.config
+class QuantisedAttention(attention.TorchAttention):
+    """Attends in float32 to keys and values that went through 8-bit integers."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See TorchAttention."""
+        k, v = (reference.dequantise(*reference.quantise(part)) for part in (k, v))
+        return super().attend(layer, q, k, v)
+
+
+def torch_engine(source: ModelSource, kv_dtype: torch.dtype = torch.bfloat16) -> Engine:
+    """Returns an engine that computes in float32, on keys and values rounded as a cache of `kv_dtype` rounds them."""
+    config, window = source.config, source.config.sliding_window
     model = llama.load(source, torch.float32, torch.device("cpu"), 1024)
-    return _engine(lambda cache: Runner(model, attention.create("torch", cache, config.sliding_window), cache), config)
+    if kv_dtype == INT8:
+        return _engine(lambda cache: Runner(model, QuantisedAttention(cache, window), cache), config, torch.float32)
+    return _engine(lambda cache: Runner(model, attention.create("torch", cache, window), cache), config, kv_dtype)
 
 
 def compiled_engine(
@@ -71,26 +82,28 @@ def compiled_engine(
     block_size: int = 16,
     max_model_len: int = 1024,
     swap_slots: int = 0,
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> Engine:
     """Returns an engine on a variant of the compiled step, in epoch 1."""
     chosen, reason = library.choose(variant)
     assert chosen is not None, reason
-    model = native.load(source, block_size, max_model_len, chosen, threads)
+    model = native.load(source, block_size, max_model_len, chosen, threads, kv_dtype=kv_dtype)
     return _engine(
-        lambda cache: NativeRunner(model, cache), source.config, blocks, block_size, max_model_len, swap_slots
+        lambda cache: NativeRunner(model, cache), source.config, kv_dtype, blocks, block_size, max_model_len, swap_slots
     )
 
 
 def _engine(
     runner_on: Callable[[KVCache], HostSteps],
     config: ModelConfig,
+    kv_dtype: torch.dtype,
     blocks: int = 100,
     block_size: int = 16,
     max_model_len: int = 1024,
     swap_slots: int = 0,
 ) -> Engine:
-    """Returns an engine in epoch 1 on a cache in bfloat16."""
-    layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, torch.bfloat16)
+    """Returns an engine in epoch 1 on a cache of `kv_dtype`."""
+    layout = KVLayout(blocks, config.num_layers, config.num_kv_heads, block_size, config.head_dim, kv_dtype)
     cache = KVCache(layout, torch.device("cpu"))
     limits = {"max_num_seqs": 32, "max_num_batched_tokens": 4096, "max_model_len": max_model_len}
     engine = Engine(runner_on(cache), cache, swap_slot_count=swap_slots, **limits)

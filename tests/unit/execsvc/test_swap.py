@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from execsvc.engine import Engine
+from kernels.layout import INT8
 from quire import columns
 from quire.errors import InvalidRequestError
 from tests.unit.execsvc import compiled, tiny
@@ -42,18 +43,20 @@ def test_a_sequence_goes_on_from_what_was_swapped_in(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("variant", compiled.runnable_variants())
-def test_panels_of_the_compiled_step_come_back_bit_for_bit(variant: str) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, INT8], ids=["bf16", "int8"])
+def test_panels_of_the_compiled_step_come_back_bit_for_bit(variant: str, kv_dtype: torch.dtype) -> None:
     """Its cache is packed otherwise than torch's: a sequence must not tell that it was away, to the last bit."""
     source = compiled.RoundedSource(tiny.CONFIG)
-    engine = compiled.compiled_engine(source, variant, blocks=20, max_model_len=256, swap_slots=4)
+    sizes = {"blocks": 20, "max_model_len": 256}
+    engine = compiled.compiled_engine(source, variant, swap_slots=4, kv_dtype=kv_dtype, **sizes)
     moved = Driver(engine)
     moved.run({1: 40}, added=[start(1, PROMPT, [4, 5, 9])])
     moved.run(removed=[1], swap_out=[4, 3, 9, 1, 5, 2])
-    engine._cache.data[1:10].fill_(1.0)
+    engine._cache.data[1:10].fill_(1)
     moved.run(
         {1: 1}, added=[start(1, [*PROMPT, *moved.tokens[1]], [12, 2, 15], computed=40)], swap_in=[1, 15, 3, 12, 2, 2]
     )
-    stayed = Driver(compiled.compiled_engine(source, variant, blocks=20, max_model_len=256))
+    stayed = Driver(compiled.compiled_engine(source, variant, kv_dtype=kv_dtype, **sizes))
     stayed.run({1: 40}, added=[start(1, PROMPT, [1, 2, 3])])
     stayed.run({1: 1})
     assert moved.tokens == stayed.tokens
