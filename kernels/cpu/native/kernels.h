@@ -19,6 +19,7 @@ constexpr Variant variant_of(const char *name) {
             &norm<L>,
             &embed<L>,
             &embed_panels<L>,
+            &panel_bytes<L>,
             &product_scratch<L>,
             &product<L>,
             &rotate<L>,

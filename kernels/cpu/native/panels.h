@@ -156,6 +156,21 @@ void multiply_decoded(const void *const panels[2], int pairs, const typename L::
 }
 
 template <class L>
+size_t panel_bytes(Format format, int inputs) {
+    switch (format) {
+        case Format::kBf16:
+            return Bf16Reader<L>::bytes(inputs / 2);
+        case Format::kFourBits:
+            return FourBitReader<L>::bytes(inputs / 2);
+        case Format::kEightBits:
+            return EightBitReader<L, kGroupInputs>::bytes(inputs / 2);
+        case Format::kEightBitsOf16:
+            return EightBitReader<L, kGroupInputs / 2>::bytes(inputs / 2);
+    }
+    return 0;
+}
+
+template <class L>
 size_t product_scratch(int inputs) {
     return 2 * L::Decoded::bytes(inputs / 2);
 }
@@ -192,8 +207,9 @@ void product_of(const Product &job, int first_row, int end_row, int first_pair, 
     const int row_count = end_row - first_row;
     const size_t size = Reader::bytes(job.pairs);
     for (int pair = first_pair; pair < end_pair; ++pair) {
-        const char *panel = static_cast<const char *>(job.panels) + 2 * pair * size;
-        const void *const panels[2] = {panel, panel + size}, *const next[2] = {panel + 2 * size, panel + 3 * size};
+        const char *panel = static_cast<const char *>(job.panels) + 2 * pair * size, *after = panel + 2 * size;
+        if (pair + 1 == end_pair && job.next) after = static_cast<const char *>(job.next);
+        const void *const panels[2] = {panel, panel + size}, *const next[2] = {after, after + size};
         if constexpr (Reader::kGroup == 0)
             multiply_two<L, Reader>(panels, job.pairs, rows, job.row_stride, row_count, tile, kPair, next);
         else

@@ -6,6 +6,7 @@
 #pragma once
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -18,6 +19,18 @@ class Phases {
     // Computes one chunk. `thread` is below the number of threads; no two run with the same one at once.
     using Work = void (*)(void *context, int phase, int chunk, int thread);
 
+    // Memory that a phase reads: chunk c from `start` + c * `chunk_bytes` on.
+    struct Reads {
+        const char *start = nullptr;
+        size_t chunk_bytes = 0;
+    };
+
+    struct Phase {
+        int chunk_count;
+        // What a thread asks memory for while it waits for the end of this phase: reads of a later one.
+        Reads ahead;
+    };
+
     explicit Phases(int thread_count);
     ~Phases();
     Phases(const Phases &) = delete;
@@ -26,20 +39,35 @@ class Phases {
     int thread_count() const { return static_cast<int>(workers_.size()) + 1; }
 
     // Runs the chunks of phase 0, then those of phase 1, and so on. One caller at a time.
-    void run(const std::vector<int> &chunk_counts, Work work, void *context);
+    //
+    // A thread begins a phase with the chunk of its own number, if it is there in time. So what it needs first is known
+    // beforehand, and is asked for while it waits.
+    void run(const std::vector<Phase> &phases, Work work, void *context);
 
    private:
+    static constexpr int kOwners = 64;  // threads that have a chunk of their own
+
     struct alignas(64) Counter {
-        std::atomic<int> next{0};
+        std::atomic<int> next{0};  // chunks that belong to nobody, given out
         std::atomic<int> done{0};
+        std::atomic<uint64_t> owned{0};  // which chunks that belong to a thread are given out
     };
 
     // One call of run(). A thread that comes late may still hold it after the call has returned.
     struct Run {
-        Run(const std::vector<int> &chunks, Work function, void *argument)
-            : chunk_counts(chunks), counters(chunks.size()), work(function), context(argument) {}
-        const std::vector<int> chunk_counts;
+        Run(const std::vector<Phase> &all, int threads, Work function, void *argument)
+            : phases(all),
+              counters(all.size()),
+              owners(threads < kOwners ? threads : kOwners),
+              work(function),
+              context(argument) {}
+
+        // A chunk of the phase that nobody has been given, or -1.
+        int take(int phase, int thread);
+
+        const std::vector<Phase> phases;
         std::vector<Counter> counters;
+        const int owners;
         const Work work;
         void *const context;
     };

@@ -59,7 +59,7 @@ void Runner::step(const QuireBatch &batch) {
     batch_ = &batch;
     plan();
     phases_.run(
-        chunk_counts_,
+        run_phases_,
         [](void *self, int phase, int chunk, int thread) { static_cast<Runner *>(self)->work(phase, chunk, thread); },
         this);
 }
@@ -82,31 +82,42 @@ void Runner::plan() {
     head_cut_ = cut(sampled, model_.hidden, vocab_stride_ / kPair);
     row_run_ = std::clamp(parts(rows, phases_.thread_count()), 1, kChunkRows);
 
-    chunk_counts_.clear();
+    run_phases_.clear();
     stages_.clear();
     const int row_chunks = parts(rows, row_run_);
-    const auto chunks = [](const Cut &cut) { return cut.tile_count * cut.run_count; };
     add(kEmbed, 0, row_chunks);
-    for (int layer = 0; layer < model_.layer_count; ++layer) {
-        add(kInputNorm, layer, row_chunks);
-        add(kQkv, layer, chunks(qkv_cut_));
-        add(kRotate, layer, row_chunks);
-        add(kAttend, layer, static_cast<int>(pieces_.size()));
-        if (!merges_.empty()) add(kMerge, layer, static_cast<int>(merges_.size()));
-        add(kOutput, layer, chunks(output_cut_));
-        add(kMlpNorm, layer, row_chunks);
-        add(kGateUp, layer, chunks(gate_up_cut_));
-        add(kDown, layer, chunks(down_cut_));
+    for (int index = 0; index < model_.layer_count; ++index) {
+        const QuireLayer &layer = layers_[index];
+        add(kInputNorm, index, row_chunks);
+        add(kQkv, index, qkv_cut_, layer.qkv);
+        add(kRotate, index, row_chunks);
+        add(kAttend, index, static_cast<int>(pieces_.size()));
+        if (!merges_.empty()) add(kMerge, index, static_cast<int>(merges_.size()));
+        add(kOutput, index, output_cut_, layer.output);
+        add(kMlpNorm, index, row_chunks);
+        add(kGateUp, index, gate_up_cut_, layer.gate_up);
+        add(kDown, index, down_cut_, layer.down);
     }
     if (sampled == 0) return;
     add(kFinalNorm, 0, sampled);
-    add(kHead, 0, chunks(head_cut_));
+    add(kHead, 0, head_cut_, model_.head);
     add(kBest, 0, sampled);
 }
 
 void Runner::add(Stage stage, int layer, int chunks) {
     stages_.emplace_back(stage, layer);
-    chunk_counts_.push_back(chunks);
+    run_phases_.push_back({chunks, {}});
+}
+
+void Runner::add(Stage stage, int layer, const Cut &cut, const QuireMatrix &matrix) {
+    // Phases since the last one that reads weights ask for the first of these. With many rows there is no need: products
+    // take longer than memory.
+    if (cut.tile_count == 1) {
+        const Phases::Reads reads{static_cast<const char *>(matrix.panels), run_bytes(cut, format_of(matrix))};
+        for (auto phase = run_phases_.rbegin(); phase != run_phases_.rend() && !phase->ahead.start; ++phase)
+            phase->ahead = reads;
+    }
+    add(stage, layer, cut.tile_count * cut.run_count);
 }
 
 void Runner::plan_spans() {
@@ -185,12 +196,24 @@ Runner::Cut Runner::cut(int rows, int inputs, int pairs) const {
     const int fitting = std::clamp(kTileBytes / (inputs * variant_.activation_bytes), 12, kRowTile);
     Cut cut{};
     cut.rows = rows;
+    cut.inputs = inputs;
     cut.tile_count = parts(rows, fitting);
     cut.tile_rows = cut.tile_count ? parts(rows, cut.tile_count) : 0;
     cut.pairs = pairs;
     const int threads = phases_.thread_count();
-    const int runs = threads == 1 ? 1 : std::max(1, threads * kRunsPerThread / std::max(1, cut.tile_count));
-    cut.run_pairs = parts(pairs, std::min(runs, pairs));
+    if (threads == 1 || rows == 0) {
+        cut.run_pairs = pairs;
+        cut.run_count = 1;
+        return cut;
+    }
+    // Runs as long as one could wish, or up to twice that: what lets all threads end first.
+    const int wished = parts(pairs, std::clamp(threads * kRunsPerThread / cut.tile_count, 1, pairs));
+    const auto longest = [&](int run_pairs) {
+        return parts(parts(pairs, run_pairs) * cut.tile_count, threads) * run_pairs;
+    };
+    cut.run_pairs = wished;
+    for (int run_pairs = wished + 1; run_pairs <= std::min(2 * wished, pairs); ++run_pairs)
+        if (longest(run_pairs) < longest(cut.run_pairs)) cut.run_pairs = run_pairs;
     cut.run_count = parts(pairs, cut.run_pairs);
     return cut;
 }
@@ -207,20 +230,26 @@ void Runner::work(int phase, int chunk, int thread) {
     const int hidden = model_.hidden, inner = model_.inner, threads = phases_.thread_count();
     switch (stage) {
         case kQkv:
-            return multiply(qkv_cut_, {layer->qkv.panels, format_of(layer->qkv), hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore,
-                                       layer->qkv_bias, qkv_.as<float>(), nullptr, qkv_stride_}, chunk, thread);
+            return multiply(qkv_cut_, phase, chunk, thread,
+                            {layer->qkv.panels, format_of(layer->qkv), hidden / 2, normed_.as<void>(), hidden,
+                             Epilogue::kStore, layer->qkv_bias, qkv_.as<float>(), nullptr, qkv_stride_, nullptr});
         case kOutput:
-            return multiply(output_cut_, {layer->output.panels, format_of(layer->output), query_size_ / 2, mixed_.as<void>(), query_size_, Epilogue::kAdd,
-                                          layer->output_bias, stream_.as<float>(), nullptr, hidden_stride_}, chunk, thread);
+            return multiply(output_cut_, phase, chunk, thread,
+                            {layer->output.panels, format_of(layer->output), query_size_ / 2, mixed_.as<void>(),
+                             query_size_, Epilogue::kAdd, layer->output_bias, stream_.as<float>(), nullptr,
+                             hidden_stride_, nullptr});
         case kGateUp:
-            return multiply(gate_up_cut_, {layer->gate_up.panels, format_of(layer->gate_up), hidden / 2, normed_.as<void>(), hidden, Epilogue::kSwiGLU,
-                                           nullptr, nullptr, inner_.as<void>(), inner}, chunk, thread);
+            return multiply(gate_up_cut_, phase, chunk, thread,
+                            {layer->gate_up.panels, format_of(layer->gate_up), hidden / 2, normed_.as<void>(), hidden,
+                             Epilogue::kSwiGLU, nullptr, nullptr, inner_.as<void>(), inner, nullptr});
         case kDown:
-            return multiply(down_cut_, {layer->down.panels, format_of(layer->down), inner / 2, inner_.as<void>(), inner, Epilogue::kAdd, nullptr,
-                                        stream_.as<float>(), nullptr, hidden_stride_}, chunk, thread);
+            return multiply(down_cut_, phase, chunk, thread,
+                            {layer->down.panels, format_of(layer->down), inner / 2, inner_.as<void>(), inner,
+                             Epilogue::kAdd, nullptr, stream_.as<float>(), nullptr, hidden_stride_, nullptr});
         case kHead:
-            return multiply(head_cut_, {model_.head.panels, format_of(model_.head), hidden / 2, normed_.as<void>(), hidden, Epilogue::kStore, nullptr,
-                                        batch_->logits, nullptr, vocab_stride_}, chunk, thread);
+            return multiply(head_cut_, phase, chunk, thread,
+                            {model_.head.panels, format_of(model_.head), hidden / 2, normed_.as<void>(), hidden,
+                             Epilogue::kStore, nullptr, batch_->logits, nullptr, vocab_stride_, nullptr});
         case kAttend:
             return variant_.attend(attention(index), pieces_[chunk],
                                    chunk + threads < static_cast<int>(pieces_.size()) ? &pieces_[chunk + threads] : nullptr,
@@ -264,12 +293,26 @@ void Runner::embed(int64_t token, float *out) const {
         variant_.embed_panels(table.panels, format_of(table), token, model_.hidden, out);
 }
 
-void Runner::multiply(const Cut &cut, const Product &job, int chunk, int thread) const {
+void Runner::multiply(const Cut &cut, int phase, int chunk, int thread, Product job) const {
     // Tiles change fastest: the same weights are then still near.
     const int tile = chunk % cut.tile_count, run = chunk / cut.tile_count;
+    if (cut.tile_count == 1) job.next = likely_next(cut, job, phase, run, thread);
     variant_.product(job, tile * cut.tile_rows, std::min((tile + 1) * cut.tile_rows, cut.rows), run * cut.run_pairs,
                      std::min((run + 1) * cut.run_pairs, cut.pairs),
                      working_.as<char>() + thread * scratch_size_);
+}
+
+// Panels that this thread is likely to multiply after a run: of this matrix, else of the next one.
+const void *Runner::likely_next(const Cut &cut, const Product &job, int phase, int run, int thread) const {
+    const int after = run + phases_.thread_count();
+    if (after < cut.run_count)
+        return static_cast<const char *>(job.panels) + after * run_bytes(cut, job.format);
+    const Phases::Reads &ahead = run_phases_[phase].ahead;
+    return ahead.start ? ahead.start + thread * ahead.chunk_bytes : nullptr;
+}
+
+size_t Runner::run_bytes(const Cut &cut, Format format) const {
+    return 2 * cut.run_pairs * variant_.panel_bytes(format, cut.inputs);
 }
 
 Attention Runner::attention(int layer) const {

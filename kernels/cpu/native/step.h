@@ -35,7 +35,7 @@ class Runner {
 
     // How a product is cut: tiles of rows, and for each of them runs of panel pairs.
     struct Cut {
-        int rows, tile_rows, tile_count, pairs, run_pairs, run_count;
+        int rows, inputs, tile_rows, tile_count, pairs, run_pairs, run_count;
     };
 
     void plan();
@@ -46,9 +46,12 @@ class Runner {
     size_t part_floats(const Piece &whole, int budget) const;
     Cut cut(int rows, int inputs, int pairs) const;
     void add(Stage stage, int layer, int chunks);
+    void add(Stage stage, int layer, const Cut &cut, const QuireMatrix &matrix);
     void work(int phase, int chunk, int thread);
     void work_rows(Stage stage, const QuireLayer *layer, int chunk);
-    void multiply(const Cut &cut, const Product &job, int chunk, int thread) const;
+    void multiply(const Cut &cut, int phase, int chunk, int thread, Product job) const;
+    const void *likely_next(const Cut &cut, const Product &job, int phase, int run, int thread) const;
+    size_t run_bytes(const Cut &cut, Format format) const;
     void embed(int64_t token, float *out) const;
     Attention attention(int layer) const;
     void rotate(int layer, int first, int end);
@@ -67,7 +70,7 @@ class Runner {
     std::vector<Span> spans_;
     std::vector<Piece> pieces_;  // of spans_
     std::vector<Piece> merges_;  // spans that were cut into tiles, each as a whole
-    std::vector<int> chunk_counts_;
+    std::vector<Phases::Phase> run_phases_;
     std::vector<std::pair<Stage, int>> stages_;
     int row_run_ = 1;
     Cut qkv_cut_{}, output_cut_{}, gate_up_cut_{}, down_cut_{}, head_cut_{};

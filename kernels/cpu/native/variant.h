@@ -40,6 +40,8 @@ struct Product {
     float *out;         // kStore: written; kAdd: added to
     void *activations;  // kSwiGLU: silu(even panel) * odd panel, as rows
     int out_stride;
+    // Two panels that are likely to be multiplied after the last ones, or null.
+    const void *next;
 };
 
 // Normalises heads, rotates them, and writes keys and values into the cache.
@@ -88,6 +90,8 @@ struct Variant {
     void (*embed)(const uint16_t *row, int size, float *out);
     // The same from row `index` of a matrix in panels.
     void (*embed_panels)(const void *panels, Format format, int64_t index, int size, float *out);
+    // Bytes of a panel of that many inputs.
+    size_t (*panel_bytes)(Format format, int inputs);
     // Bytes that `product` needs for a matrix of that many inputs.
     size_t (*product_scratch)(int inputs);
     void (*product)(const Product &, int first_row, int end_row, int first_pair, int end_pair, void *scratch);
