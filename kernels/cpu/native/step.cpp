@@ -113,7 +113,7 @@ void Runner::add(Stage stage, int layer, const Cut &cut, const QuireMatrix &matr
     // Phases since the last one that reads weights ask for the first of these. With many rows there is no need: products
     // take longer than memory.
     if (cut.tile_count == 1) {
-        const Phases::Reads reads{static_cast<const char *>(matrix.panels), run_bytes(cut, format_of(matrix))};
+        const Phases::Reads reads{static_cast<const char *>(matrix.panels), weight_bytes(cut, format_of(matrix))};
         for (auto phase = run_phases_.rbegin(); phase != run_phases_.rend() && !phase->ahead.start; ++phase)
             phase->ahead = reads;
     }
@@ -306,12 +306,12 @@ void Runner::multiply(const Cut &cut, int phase, int chunk, int thread, Product 
 const void *Runner::likely_next(const Cut &cut, const Product &job, int phase, int run, int thread) const {
     const int after = run + phases_.thread_count();
     if (after < cut.run_count)
-        return static_cast<const char *>(job.panels) + after * run_bytes(cut, job.format);
+        return static_cast<const char *>(job.panels) + after * weight_bytes(cut, job.format);
     const Phases::Reads &ahead = run_phases_[phase].ahead;
     return ahead.start ? ahead.start + thread * ahead.chunk_bytes : nullptr;
 }
 
-size_t Runner::run_bytes(const Cut &cut, Format format) const {
+size_t Runner::weight_bytes(const Cut &cut, Format format) const {
     return 2 * cut.run_pairs * variant_.panel_bytes(format, cut.inputs);
 }
 

@@ -51,7 +51,7 @@ class Runner {
     void work_rows(Stage stage, const QuireLayer *layer, int chunk);
     void multiply(const Cut &cut, int phase, int chunk, int thread, Product job) const;
     const void *likely_next(const Cut &cut, const Product &job, int phase, int run, int thread) const;
-    size_t run_bytes(const Cut &cut, Format format) const;
+    size_t weight_bytes(const Cut &cut, Format format) const;
     void embed(int64_t token, float *out) const;
     Attention attention(int layer) const;
     void rotate(int layer, int first, int end);
