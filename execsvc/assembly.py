@@ -22,6 +22,7 @@ from execsvc.model.native import NativeModel
 from execsvc.runner import NativeRunner, Runner
 from execsvc.warmup import run_step
 from kernels.layout import KVLayout
+from quire.errors import ConfigError
 
 log = structlog.get_logger(__name__)
 
@@ -69,10 +70,22 @@ class Assembly:
             ConfigError: the memory does not suffice for what was asked.
         """
         config = self.config
-        sizes = {"kv_cache_bytes": config.kv_cache_byte_count, "kv_cache_tokens": config.kv_cache_tokens}
+        size = config.kv_cache_size
         if self.device.type == "cpu":
-            budget = memory_profile.plan_cpu(self.layout(1), self.max_model_len, self.model.weight_bytes, **sizes)
+            budget = memory_profile.plan_cpu(
+                self.layout(1),
+                self.max_model_len,
+                self.model.weight_bytes,
+                kv_cache_size=size,
+                kv_cache_tokens=config.kv_cache_tokens,
+            )
             return _told(self._build(budget))
+        if isinstance(size, float):
+            raise ConfigError(
+                f"kv_cache_bytes: {config.kv_cache_bytes} is a share of main memory; on {self.device} give a size, for "
+                "example 8GiB, or the share of the device with --gpu-memory-utilization",
+                field="kv_cache_bytes",
+            )
         memory = CudaMemory(self.device)
         budget = memory_profile.plan_cuda(
             self.layout(1),
@@ -80,7 +93,8 @@ class Assembly:
             memory,
             config.gpu_memory_utilization,
             lambda: self._measure(memory),
-            **sizes,
+            kv_cache_bytes=size,
+            kv_cache_tokens=config.kv_cache_tokens,
         )
         _, assembled = memory_profile.allocate_backing_off(budget, self.layout(1), self._build, memory)
         return _told(assembled)

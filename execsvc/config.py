@@ -1,9 +1,14 @@
 """Settings of the executor."""
 
+from collections.abc import Callable
 import dataclasses
+from typing import TypeVar
 
 from quire.config import ServiceConfig, setting
-from quire.units import parse_bytes
+from quire.errors import ConfigError
+from quire.units import parse_bytes, parse_size
+
+_Size = TypeVar("_Size")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,7 +29,11 @@ class ExecsvcConfig(ServiceConfig):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     block_size: int = setting(16, "Tokens in a KV block: 16, 32 or 64.", minimum=16, maximum=64)
-    kv_cache_bytes: str | None = setting(None, "Size of the KV cache, for example 512MiB; none: from the memory there.")
+    kv_cache_bytes: str | None = setting(
+        None,
+        "Size of the KV cache, for example 512MiB, or on a CPU a share of the memory that is free, for example 25%; "
+        "none: from the memory there.",
+    )
     kv_cache_tokens: int | None = setting(None, "Size of the KV cache in tokens; goes before the bytes.", minimum=1)
     kv_cache_dtype: str = setting(
         "auto",
@@ -79,11 +88,19 @@ class ExecsvcConfig(ServiceConfig):
     )
 
     @property
-    def kv_cache_byte_count(self) -> int | None:
-        """The KV cache's size in bytes, if it was set; raises ConfigError if it is no size."""
-        return None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes)
+    def kv_cache_size(self) -> int | float | None:
+        """The KV cache's size, if it was set: bytes, or a share below 1; raises ConfigError if it is neither."""
+        return None if self.kv_cache_bytes is None else _parsed("kv_cache_bytes", self.kv_cache_bytes, parse_size)
 
     @property
     def swap_byte_count(self) -> int:
         """The host memory for swapping in bytes; raises ConfigError if it is no size."""
-        return 0 if self.swap_space is None else parse_bytes(self.swap_space)
+        return 0 if self.swap_space is None else _parsed("swap_space", self.swap_space, parse_bytes)
+
+
+def _parsed(field: str, text: str, parse: Callable[[str], _Size]) -> _Size:
+    """Returns what `parse` reads; its ConfigError names the field."""
+    try:
+        return parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error.message}", field=field) from error

@@ -96,7 +96,7 @@ def available_memory() -> int:
 
 
 def plan_cpu(
-    layout: KVLayout, max_model_len: int, weights: int, *, kv_cache_bytes: int | None, kv_cache_tokens: int | None
+    layout: KVLayout, max_model_len: int, weights: int, *, kv_cache_size: float | None, kv_cache_tokens: int | None
 ) -> MemoryBudget:
     """Returns the budget on main memory.
 
@@ -104,8 +104,8 @@ def plan_cpu(
         layout: geometry of a block; its block_count is not looked at.
         max_model_len: longest sequence in tokens.
         weights: bytes that they take (they are loaded already).
-        kv_cache_bytes: the KV cache's size, if it was set.
-        kv_cache_tokens: the same in tokens; goes before the bytes.
+        kv_cache_size: the KV cache's size, if it was set: bytes, or below 1 a share of the memory that is free now.
+        kv_cache_tokens: the same in tokens; goes before the size.
 
     Raises:
         ConfigError: not enough for one sequence of max_model_len, or more than there is.
@@ -113,8 +113,9 @@ def plan_cpu(
     available = available_memory()
     if kv_cache_tokens is not None:
         wanted, origin = _bytes_of_tokens(layout, kv_cache_tokens), "kv_cache_tokens"
-    elif kv_cache_bytes is not None:
-        wanted, origin = kv_cache_bytes, "kv_cache_bytes"
+    elif kv_cache_size is not None:
+        size = kv_cache_size * available if kv_cache_size < 1 else kv_cache_size
+        wanted, origin = int(size), "kv_cache_bytes"
     else:
         wanted, origin = min(_CPU_DEFAULT_BYTES, int(available * _CPU_DEFAULT_SHARE)), "default"
     return _fit(layout, max_model_len, _Uses("cpu", available, weights), wanted, origin)

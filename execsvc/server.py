@@ -119,7 +119,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """
     try:
         config, sources = settings.load(ExecsvcConfig, "execsvc", argv, environ, epilog=_EXAMPLES)
-        _ = config.kv_cache_byte_count, config.swap_byte_count
+        _ = config.kv_cache_size, config.swap_byte_count
     except ConfigError as error:
         sys.stderr.write(f"quire execsvc: {error.message}\n")
         return 2

@@ -30,6 +30,22 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def parse_size(text: str) -> int | float:
+    """Returns the number of bytes of a size, or the share below 1 of a percentage such as "25%".
+
+    Raises:
+        ConfigError: the text is neither, or the percentage is not above 0 and below 100.
+    """
+    if not text.strip().endswith("%"):
+        return parse_bytes(text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    share = float(match[1]) / 100 if match else 0.0
+    if not 0 < share < 1:
+        message = f"not a share: {text!r}; a percentage is above 0 and below 100, for example 25%"
+        raise ConfigError(message)
+    return share
+
+
 def format_bytes(count: int) -> str:
     """Returns `count` bytes for people, for example "1.5 GiB"."""
     value = float(count)

@@ -93,7 +93,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens in a block: 16, 32 or 64.")] = None,
-    kv_cache_bytes: Annotated[str | None, typer.Option(help="Size of the KV cache, for example 512MiB.")] = None,
+    kv_cache_bytes: Annotated[str | None, typer.Option(help="Size of the KV cache: 512MiB, or on a CPU 25%.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Size of the KV cache in tokens.")] = None,
     gpu_memory_utilization: Annotated[float | None, typer.Option(help="Part of the GPU's memory to use.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,

@@ -78,7 +78,9 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str
     [
         (["--model", "/nothing/here"], 1, "no such file or directory"),
         (["--block-size", "8"], 2, "--block-size: 8 is out of range"),
-        (["--kv-cache-bytes", "lots"], 2, "not a size in bytes"),
+        (["--kv-cache-bytes", "lots"], 2, "kv_cache_bytes: not a size in bytes"),
+        (["--kv-cache-bytes", "120%"], 2, "kv_cache_bytes: not a share"),
+        (["--swap-space", "much"], 2, "swap_space: not a size in bytes"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 import pytest
 
 from quire.errors import ConfigError
-from quire.units import div_ceil, format_bytes, parse_bytes, round_up
+from quire.units import div_ceil, format_bytes, parse_bytes, parse_size, round_up
 
 
 @given(st.integers(0, 10**18), st.integers(1, 10**9))
@@ -30,6 +30,20 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     """A size that is guessed takes all memory or none."""
     with pytest.raises(ConfigError, match="not a size"):
         parse_bytes(text)
+
+
+def test_a_size_may_be_a_share() -> None:
+    """One setting serves machines of any size."""
+    assert parse_size("25%") == 0.25
+    assert parse_size(" 12.5 % ") == 0.125
+    assert parse_size("2MiB") == 2**21
+
+
+@pytest.mark.parametrize("text", ["0%", "100%", "-5%", "%", "a%", "1e1%"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    """All of the memory would leave none for anything else."""
+    with pytest.raises(ConfigError, match="above 0 and below 100"):
+        parse_size(text)
 
 
 @pytest.mark.parametrize(
