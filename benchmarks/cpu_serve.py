@@ -1,6 +1,7 @@
 """The whole system on a CPU, client and services on the same cores, beside its executor alone and peers.
 
     python benchmarks/cpu_serve.py [--threads N] [--rounds R] [--executor-threads M] [--json FILE] \
+        [--workload COUNTxPROMPTxOUTPUT ..] \
         [--peer vllm=PYTHON,llamacpp=PYTHON --peer-model vllm=DIR,llamacpp=GGUF]
 
 Output tokens a second of requests that are sent at once, medians of rounds in which everyone has a turn. "executor
@@ -60,6 +61,12 @@ def wait_for_address(path: Path, process: subprocess.Popen[bytes]) -> str:
     raise SystemExit(f"the system does not serve: {path.read_text(errors='replace')[-1000:]}")
 
 
+def workload(text: str) -> Requests:
+    """Returns the workload "requests x tokens of a prompt x tokens to generate"; raises ValueError."""
+    count, prompt, output = (int(part) for part in text.split("x"))
+    return Requests(count, prompt, output)
+
+
 def processor_seconds(parent: int) -> dict[str, float]:
     """Returns the processor time of each service that `parent` started."""
     found = {}
@@ -80,6 +87,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of peers, and the executor")
     parser.add_argument("--executor-threads", type=int, help="of the executor in the system, if others")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workload", type=workload, action="append", help="for example 8x128x128; these, not all")
     parser.add_argument("--peer", default="")
     parser.add_argument("--peer-model", default="")
     parser.add_argument("--json", type=Path)
@@ -87,13 +95,14 @@ def main() -> None:
     peers = [PeerChoice(ALONE, sys.executable, options.model)]
     peers += choices(options.peer, options.peer_model) if options.peer else []
     inside = options.executor_threads or options.threads
+    workloads = options.workload or WORKLOADS
     # Who ends this ends what it has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with system(options.model, inside) as (address, process):
         before = processor_seconds(process)
-        document = beside_peers(address, WORKLOADS, peers, options.threads, options.rounds)
+        document = beside_peers(address, workloads, peers, options.threads, options.rounds)
         after = processor_seconds(process)
-    made = sum(requests.count * requests.output for requests in WORKLOADS) * (options.rounds + 1)
+    made = sum(requests.count * requests.output for requests in workloads) * (options.rounds + 1)
     document |= {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "model": options.model,
