@@ -37,8 +37,9 @@ class ExecsvcConfig(ServiceConfig):
     kv_cache_tokens: int | None = setting(None, "Size of the KV cache in tokens; goes before the bytes.", minimum=1)
     kv_cache_dtype: str = setting(
         "auto",
-        "Element type of the KV cache; auto is the one computed in, fp8_e4m3 holds twice the tokens (GPU only).",
-        choices=("auto", "fp8_e4m3"),
+        "Element type of the KV cache; auto is the one computed in. fp8_e4m3 (GPU) and int8_per_token_head (CPU) hold "
+        "twice the tokens.",
+        choices=("auto", "fp8_e4m3", "int8_per_token_head"),
     )
     calculate_kv_scales: bool = setting(
         False,

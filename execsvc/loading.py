@@ -26,13 +26,13 @@ from execsvc.model.source import ModelSource, open_model
 from execsvc.model.tokenizer import TokenizerFiles
 from execsvc.numa import stay_on_one_node
 from kernels.cpu.library import SLOW, Variant
-from kernels.layout import DTYPE_NAMES
+from kernels.layout import DTYPE_NAMES, INT8
 from quire.errors import ConfigError
 
 log = structlog.get_logger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FP8_CAPABILITY = (8, 9)
+_FP8, _FP8_CAPABILITY = "fp8_e4m3", (8, 9)
 _CPU_BATCHED_TOKENS, _CUDA_BATCHED_TOKENS = 512, 8192
 
 
@@ -124,19 +124,31 @@ def _choose_dtype(
     return torch.float16 if source.config.dtype == "float16" else torch.bfloat16
 
 
-def _choose_kv_dtype(config: ExecsvcConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def _choose_kv_dtype(
+    config: ExecsvcConfig, dtype: torch.dtype, device: torch.device, variant: Variant | None
+) -> torch.dtype:
     """Returns the element type of the KV cache; raises ConfigError where there are no kernels for it."""
-    if config.kv_cache_dtype == "auto":
-        if config.calculate_kv_scales:
-            raise ConfigError(
-                "calculate_kv_scales: only a float8 cache has scales; use it with --kv-cache-dtype fp8_e4m3",
-                field="calculate_kv_scales",
-            )
-        return dtype
-    if device.type != "cuda" or config.attention_backend == "torch":
+    wanted, here = config.kv_cache_dtype, f"this is {device} with --attention-backend {config.attention_backend}"
+    if config.calculate_kv_scales and wanted != _FP8:
         raise ConfigError(
-            f"kv_cache_dtype: {config.kv_cache_dtype} needs the Triton kernels on a CUDA device; this is {device} with "
-            f"--attention-backend {config.attention_backend}",
+            f"calculate_kv_scales: found with kv_cache_dtype {wanted}; only a float8 cache has scales to calculate: "
+            f"use it with --kv-cache-dtype {_FP8}",
+            field="calculate_kv_scales",
+        )
+    if wanted == "auto":
+        return dtype
+    if wanted == DTYPE_NAMES[INT8]:
+        if variant is None:
+            allowed = f"auto or {_FP8}" if device.type == "cuda" else "auto (cpu_step_chosen in the log says why)"
+            raise ConfigError(
+                f"kv_cache_dtype: {wanted} needs the compiled step on a CPU; {here}, where allowed is {allowed}",
+                field="kv_cache_dtype",
+            )
+        return INT8
+    if device.type != "cuda" or config.attention_backend == "torch":
+        advice = f"; the compiled step here has {DTYPE_NAMES[INT8]}" if variant is not None else ""
+        raise ConfigError(
+            f"kv_cache_dtype: {wanted} needs the Triton kernels on a CUDA device; {here}{advice}",
             field="kv_cache_dtype",
         )
     capability = torch.cuda.get_device_capability(device)
@@ -205,7 +217,9 @@ def _load_source(
     if max_model_len > longest:
         raise ConfigError(f"max_model_len: {max_model_len} is more than the model's {longest}", field="max_model_len")
     defaults = sampling_defaults(source, config.generation_config, config.override_generation_config)
-    log.info(events.MODEL_LOADING, path=str(source.path), device=str(device), dtype=_name_of(dtype))
+    kv_dtype = _choose_kv_dtype(config, dtype, device, variant)
+    types = {"dtype": _name_of(dtype), "kv_dtype": DTYPE_NAMES[kv_dtype]}
+    log.info(events.MODEL_LOADING, path=str(source.path), device=str(device), **types)
     model: llama.Llama | NativeModel
     if variant is None:
         model = llama.load(source, dtype, device, max_model_len, progress)
@@ -213,10 +227,9 @@ def _load_source(
         # Its threads wait for no one of them that is held up: with all cores the services beside it lose it less than a
         # core is worth (ADR 0011).
         threads = config.num_threads or _cores()
-        model = native.load(source, config.block_size, max_model_len, variant, threads, progress)
+        model = native.load(source, config.block_size, max_model_len, variant, threads, progress, kv_dtype=kv_dtype)
     default_tokens = _CPU_BATCHED_TOKENS if device.type == "cpu" else _CUDA_BATCHED_TOKENS
     batched_tokens = config.max_num_batched_tokens or default_tokens
-    kv_dtype = _choose_kv_dtype(config, dtype, device)
     assembled = Assembly(config, model, device, kv_dtype, max_model_len, batched_tokens).assemble()
     engine, budget, backend_name = assembled.engine, assembled.budget, assembled.attention_backend
     if (tokenizer := source.tokenizer) is not None:
@@ -224,7 +237,7 @@ def _load_source(
     invariant = measure_batch_invariance(engine, budget.block_count)
     log.info(events.BATCH_INVARIANCE_MEASURED, batch_invariant=invariant, attention_backend=backend_name)
     swap_rates = engine.measure_swap()
-    if kv_dtype.itemsize == 1:
+    if kv_dtype == torch.float8_e4m3fn:
         _choose_scales(config, model, engine)
     if engine.swap_slot_count:
         out, back = swap_rates
@@ -243,8 +256,7 @@ def _load_source(
         architecture=model.config.architecture,
         vocab_size=model.config.vocab_size,
         parameter_count=model.parameter_count,
-        dtype=_name_of(dtype),
-        kv_dtype=DTYPE_NAMES[kv_dtype],
+        **types,
         device="cpu" if device.type == "cpu" else str(device),
         attention_backend=backend_name,
         batch_invariant=invariant,

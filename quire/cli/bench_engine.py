@@ -23,7 +23,9 @@ def engine(
     load_format: Annotated[str, typer.Option(metavar="FORMAT", help="auto, or dummy for random weights.")] = "auto",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Element type to compute in.")] = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto or fp8_e4m3.")] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto, fp8_e4m3 (GPU) or int8_per_token_head (CPU).")
+    ] = "auto",
     batches: Annotated[Numbers, typer.Option(metavar="N,..", help="Sequences that decode at once.")] = "1,16,64,256",
     contexts: Annotated[Numbers, typer.Option(metavar="N,..", help="Tokens that each of them has.")] = "512,2048,8192",
     prompts: Annotated[Numbers, typer.Option(metavar="N,..", help="Lengths of prompts to compute.")] = "2048,8192",

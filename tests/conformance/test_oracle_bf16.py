@@ -1,4 +1,4 @@
-"""The compiled CPU step, in bfloat16, against transformers in float32 on the same file."""
+"""The compiled CPU step, in bfloat16 and on a cache in 8 bits, against transformers in float32 on the same file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from execsvc.model import native
 from execsvc.model.source import open_model
 from kernels.cpu import library
-from kernels.layout import KVLayout
+from kernels.layout import INT8, KVLayout
 from tests.oracle.expected import expected, oracle_available
 
 VARIANT = library.choose()[0]
@@ -28,21 +28,29 @@ what the products read, most of it before gate and up, a quarter in that of the 
 """
 DIFFERENT_SHARE = 0.01
 """Of the tokens."""
+INT8_GAP, INT8_LOGIT_TOLERANCE = 0.25, 0.5
+"""The same with a cache of 8-bit integers.
+
+Measured with AVX2 over all 1,280 tokens: 9 differ (8 from those of a cache in bfloat16), the furthest by a gap of 0.21.
+All logits are off from those of a cache in bfloat16 by 1.29 at most, rms 0.13, 2 % of their own deviation.
+"""
 LOGIT_TOLERANCE = 0.1 if FLOAT_ACTIVATIONS else 0.25
 """Absolute; measured 0.042 (AVX2). Over all logits 0.56 (AVX-512 BF16), and 1.53 with transformers' own bfloat16."""
 
 
-def test_tokens_are_those_of_float32_where_it_is_sure() -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, INT8], ids=["bf16", "int8"])
+def test_tokens_are_those_of_float32_where_it_is_sure(kv_dtype: torch.dtype) -> None:
     """Otherwise bfloat16 by default would give users another model than the one they asked for.
 
     Each token is chosen after the reference's own tokens, so one near-tie does not end the comparison.
     """
     assert VARIANT is not None
     source = open_model("smollm2")
-    model = native.load(source, 16, 2048, VARIANT, 1)
+    model = native.load(source, 16, 2048, VARIANT, 1, kv_dtype=kv_dtype)
+    gap, logit_tolerance = (GAP, LOGIT_TOLERANCE) if kv_dtype != INT8 else (INT8_GAP, INT8_LOGIT_TOLERANCE)
     source.close()
     config = model.config
-    layout = KVLayout(60, config.num_layers, config.num_kv_heads, 16, config.head_dim, torch.bfloat16)
+    layout = KVLayout(60, config.num_layers, config.num_kv_heads, 16, config.head_dim, kv_dtype)
     cache = layout.allocate(torch.device("cpu"))
     count = different = 0
     for name, answer in expected().items():
@@ -57,9 +65,9 @@ def test_tokens_are_those_of_float32_where_it_is_sure() -> None:
             *(lens, starts, torch.arange(first, length)),
         )
         error = max(abs(float(logits[0, token]) - value) for token, value in answer.logits)
-        assert error < LOGIT_TOLERANCE, f"{name}: logits are off by {error}"
+        assert error < logit_tolerance, f"{name}: logits are off by {error}"
         for index, (mine, theirs) in enumerate(zip(best.tolist(), answer.tokens, strict=True)):
             count += 1
             different += mine != theirs
-            assert mine == theirs or answer.gaps[index] < GAP, f"{name}: token {index}, gap {answer.gaps[index]}"
+            assert mine == theirs or answer.gaps[index] < gap, f"{name}: token {index}, gap {answer.gaps[index]}"
     assert different <= DIFFERENT_SHARE * count

@@ -103,6 +103,7 @@ def test_the_first_prompt_decides_for_all_that_follow() -> None:
 
 def test_scales_are_for_float8_caches_alone() -> None:
     """A flag that does nothing would be believed."""
-    config = ExecsvcConfig(calculate_kv_scales=True, device="cpu")
-    with pytest.raises(ConfigError, match="calculate_kv_scales"):
-        loading._choose_kv_dtype(config, torch.bfloat16, torch.device("cpu"))
+    for kv_cache_dtype in ("auto", "int8_per_token_head"):
+        config = ExecsvcConfig(calculate_kv_scales=True, device="cpu", kv_cache_dtype=kv_cache_dtype)
+        with pytest.raises(ConfigError, match=f"calculate_kv_scales: found with kv_cache_dtype {kv_cache_dtype}"):
+            loading._choose_kv_dtype(config, torch.bfloat16, torch.device("cpu"), None)

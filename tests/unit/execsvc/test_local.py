@@ -12,6 +12,7 @@ import pytest
 from execsvc import server
 from execsvc.config import ExecsvcConfig
 from execsvc.engine_thread import EngineThread
+from execsvc.executor import Executor
 from execsvc.loading import load
 from execsvc.local import LocalExecutor
 from execsvc.warmup import run_step
@@ -19,6 +20,7 @@ from kernels.cpu.library import SLOW
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 from quire.errors import ConfigError, ExecutorUnavailableError, NotReadyError, StaleEpochError
+from quire.hashing import PrefixRoot
 from tests.unit.execsvc import tiny
 from tests.unit.execsvc.compiled import runnable_variants
 from tests.unit.execsvc.tiny import start
@@ -63,7 +65,11 @@ async def test_a_gateway_in_the_same_process_needs_no_socket(tmp_path: Path) -> 
         ({"kv_cache_tokens": 100}, "max_model_len to"),
         ({"device": "cuda"}, "no CUDA device"),
         ({"attention_backend": "triton"}, "triton needs a GPU"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "needs the Triton kernels on a CUDA device"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "fp8_e4m3 needs the Triton kernels on a CUDA device"),
+        (
+            {"kv_cache_dtype": "int8_per_token_head", "dtype": "float32"},
+            "int8_per_token_head needs the compiled step on a CPU; this is cpu .*, where allowed is auto",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
@@ -184,3 +190,28 @@ def test_the_compiled_step_is_chosen_by_what_the_machine_can(tmp_path: Path, mon
     monkeypatch.delenv("QUIRE_CPU_ISA")
     with pytest.raises(ConfigError, match="not in float32"):
         load(ExecsvcConfig(model=directory, kv_cache_tokens=2048, dtype="float32", attention_backend="native"))
+
+
+@pytest.mark.skipif(not runnable_variants(), reason="the CPU step was not compiled: no C++ compiler")
+async def test_a_cache_in_8_bits_holds_twice_the_tokens_and_is_a_pool_of_its_own(tmp_path: Path) -> None:
+    """Half the memory would be wasted; or blocks would be looked for, and found, among those of another type."""
+    directory = str(tiny.write_directory(tmp_path))
+    pools = {}
+    for kv_cache_dtype in ("auto", "int8_per_token_head"):
+        config = ExecsvcConfig(
+            model=directory, kv_cache_bytes="2MiB", attention_backend="native", kv_cache_dtype=kv_cache_dtype
+        )
+        executor = Executor(config, lambda _: None)
+        executor.become_ready(load(config))
+        pools[kv_cache_dtype] = executor.pool_spec()
+        assert executor.loaded.batch_invariant
+        await executor.close()
+    wide, narrow = pools.values()
+    assert (wide.kv_dtype, narrow.kv_dtype) == ("bfloat16", "int8_per_token_head")
+    head_dim = tiny.CONFIG.head_dim
+    assert narrow.bytes_per_block * 2 * head_dim == wide.bytes_per_block * (head_dim + 4)
+    assert narrow.block_count == (2 << 20) // narrow.bytes_per_block
+    roots = {PrefixRoot(spec.model_id, spec.block_size, spec.kv_dtype, "", b"", "").digest() for spec in pools.values()}
+    assert len(roots) == 2
+    with pytest.raises(ConfigError, match="the compiled step here has int8_per_token_head"):
+        load(ExecsvcConfig(model=directory, attention_backend="native", kv_cache_dtype="fp8_e4m3"))
