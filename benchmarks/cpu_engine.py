@@ -1,6 +1,9 @@
 """What the executor alone does on a CPU: the compiled step beside torch in float32, in alternation.
 
     python benchmarks/cpu_engine.py [--model smollm2] [--threads N] [--rounds R] [--skip-torch] [--json FILE]
+        [--kv-cache-dtype int8_per_token_head] [--only-attention]
+
+With a type of the KV cache the compiled step has its turns with that, too (`compiled_int8`).
 
 Each figure is of steps of an engine: no gateway, no gRPC, no tokenizer; plans, sampling and results included. `median`
 and `best` are tokens a second of wall time. `cpu` is tokens a second of the threads' own time, which neighbours on a
@@ -31,7 +34,7 @@ from execsvc.model.source import open_model
 from execsvc.runner import NativeRunner, Runner
 from kernels.cpu import library
 from kernels.cpu.memory import advise_huge_pages
-from kernels.layout import KVLayout
+from kernels.layout import DTYPE_NAMES, INT8, KVLayout
 from protos.execsvc.v1 import execsvc_pb2 as pb
 from quire import columns
 
@@ -39,24 +42,25 @@ BLOCK_SIZE = 16
 CONTEXT, LONG_CONTEXT = 256, 4096
 BATCHES = (1, 8, 32, 64)
 PROMPT = 512
+ATTENDING = 6
+"""Sequences that decode at the long context."""
 STEPS = 5
 """Steps of one sample."""
 
 
-def make_engine(model: str, threads: int, *, compiled: bool) -> Engine:
-    """Returns an engine on the compiled step, or on torch in float32."""
+def make_engine(model: str, threads: int, dtype: torch.dtype) -> Engine:
+    """Returns an engine whose cache has elements of `dtype`: on torch if that is float32, else on the compiled step."""
     source = open_model(model)
     config, cpu = source.config, torch.device("cpu")
     longest = max(LONG_CONTEXT + 208, PROMPT)
-    dtype = torch.bfloat16 if compiled else torch.float32
     layout = KVLayout(1700, config.num_layers, config.num_kv_heads, BLOCK_SIZE, config.head_dim, dtype)
     cache = KVCache(layout, cpu)
     runner: Runner | NativeRunner
-    if compiled:
+    if dtype != torch.float32:
         variant, reason = library.choose()
         if variant is None:
             raise SystemExit(f"there is no compiled step: {reason}")
-        runner = NativeRunner(native.load(source, BLOCK_SIZE, longest, variant, threads), cache)
+        runner = NativeRunner(native.load(source, BLOCK_SIZE, longest, variant, threads, kv_dtype=dtype), cache)
     else:
         runner = Runner(llama.load(source, dtype, cpu, longest), attention.create("torch", cache, 0), cache)
     source.close()
@@ -150,19 +154,34 @@ def read_bandwidth(threads: int) -> float:
     return data.nbytes / best
 
 
-def attention_share(engine: Engine, threads: int) -> dict[str, float]:
-    """Returns how fast decode attention reads keys and values at the long context, and its share of a plain read."""
-    batch = 6
+def attention_turn(engine: Engine, threads: int) -> dict[str, float]:
+    """Returns what one turn shows of decode attention: how fast it reads keys and values, beside a plain read."""
     layout = engine._cache.layout  # noqa: SLF001 - a benchmark looks inside
-    read = batch * (LONG_CONTEXT - BLOCK_SIZE) // BLOCK_SIZE * layout.bytes_per_block
-    shares = []
-    for _ in range(3):
-        bandwidth = read_bandwidth(threads)
-        long, short = decode_times(engine, batch, LONG_CONTEXT)[0], decode_times(engine, batch, BLOCK_SIZE)[0]
-        shares.append((read / (long - short), bandwidth))
-    shares.sort(key=lambda pair: pair[0] / pair[1])
-    rate, bandwidth = shares[1]
-    return {"attention_gb_s": rate / 1e9, "read_gb_s": bandwidth / 1e9, "share": rate / bandwidth}
+    read = ATTENDING * (LONG_CONTEXT - BLOCK_SIZE) // BLOCK_SIZE * layout.bytes_per_block
+    bandwidth = read_bandwidth(threads)
+    long, context, short = (decode_times(engine, ATTENDING, length) for length in (LONG_CONTEXT, CONTEXT, BLOCK_SIZE))
+    rate = read / (long[0] - short[0])
+    return {
+        "attention_gb_s": rate / 1e9,
+        "read_gb_s": bandwidth / 1e9,
+        "share": rate / bandwidth,
+        "attention_ms": (long[0] - short[0]) * 1e3,
+        "attention_cpu_ms": (long[1] - short[1]) * 1e3,
+        f"tokens_per_second_{LONG_CONTEXT}": ATTENDING / long[0],
+        f"tokens_per_second_{CONTEXT}": ATTENDING / context[0],
+    }
+
+
+def attention_figures(engines: dict[str, Engine], threads: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Returns the medians of `attention_turn` of engines that take turns."""
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
+    for _ in range(rounds):
+        for name, engine in engines.items():
+            turns[name].append(attention_turn(engine, threads))
+    return {
+        name: {figure: round(statistics.median(turn[figure] for turn in found), 3) for figure in found[0]}
+        for name, found in turns.items()
+    }
 
 
 def figures(times: list[tuple[float, float]], tokens: int, threads: int) -> dict[str, float]:
@@ -182,15 +201,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-torch", action="store_true")
+    parser.add_argument("--only-attention", action="store_true")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", DTYPE_NAMES[INT8]], default="auto")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     threads = arguments.threads
     torch.set_num_threads(threads)
-    engines = {"compiled": make_engine(arguments.model, threads, compiled=True)}
-    if not arguments.skip_torch:
-        engines["torch"] = make_engine(arguments.model, threads, compiled=False)
+    engines = {"compiled": make_engine(arguments.model, threads, torch.bfloat16)}
+    if arguments.kv_cache_dtype != "auto":
+        engines["compiled_int8"] = make_engine(arguments.model, threads, INT8)
+    if not arguments.skip_torch and not arguments.only_attention:
+        engines["torch"] = make_engine(arguments.model, threads, torch.float32)
     times: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in engines}
-    for _ in range(arguments.rounds):
+    for _ in range(0 if arguments.only_attention else arguments.rounds):
         for batch in BATCHES:
             for name, engine in engines.items():
                 times[name].setdefault(f"decode_{batch}", []).append(decode_times(engine, batch, CONTEXT))
@@ -204,12 +227,13 @@ def main() -> None:
         "rounds": arguments.rounds,
         "torch_version": torch.__version__,
     }
-    for name, by_case in times.items():
+    for name, by_case in times.items() if not arguments.only_attention else ():
         result[name] = {
             case: figures(found, PROMPT if case == "prefill" else int(case.removeprefix("decode_")), threads)
             for case, found in by_case.items()
         }
-    result["attention_4096"] = attention_share(engines["compiled"], threads)
+    engines.pop("torch", None)
+    result["attention_4096"] = attention_figures(engines, threads, max(3, arguments.rounds))
     print(json.dumps(result, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
