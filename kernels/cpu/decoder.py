@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.checks import check_dtype, check_shape
-from kernels.cpu import library, panels
+from kernels.cpu import panels
 from kernels.cpu.library import BatchArguments, LayerArguments, MatrixArguments, ModelArguments, Variant
 from kernels.cpu.memory import advise_huge_pages
 from kernels.cpu.panels import Matrix
@@ -121,8 +121,6 @@ class Decoder:
     def __init__(self, geometry: Geometry, weights: DecoderWeights, variant: Variant, thread_count: int) -> None:
         if geometry.misfit:
             raise ValueError(geometry.misfit)
-        loaded, _ = library.load()
-        assert loaded is not None, "a variant comes from a library"
         self.geometry = geometry
         self.weights = weights
         self.variant = variant
@@ -131,12 +129,12 @@ class Decoder:
             assert tensor.is_contiguous(), "the step reads plain memory"
             advise_huge_pages(tensor)
         arguments = _model_arguments(geometry, weights)
-        self._step = loaded.step
-        self._runner = loaded.open(ctypes.byref(arguments), variant.index, thread_count)
+        self._step = variant.library.step
+        self._runner = variant.library.open(ctypes.byref(arguments), variant.index, thread_count)
         if not self._runner:
             message = f"the CPU step found no memory or no threads ({thread_count} were asked for)"
             raise MemoryError(message)
-        self.close = weakref.finalize(self, loaded.close, self._runner)
+        self.close = weakref.finalize(self, variant.library.close, self._runner)
         """Ends the threads and gives the memory back; nothing may be computed afterwards."""
         self._stride = -(-geometry.vocab // panels.PAIR) * panels.PAIR
 

@@ -64,6 +64,7 @@ class BatchArguments(ctypes.Structure):
 class Variant:
     """The kernels for one instruction set."""
 
+    library: Library
     index: int
     name: str
     runs: bool
@@ -92,7 +93,7 @@ class Library:
         found: list[Variant] = []
         runs = ctypes.c_int()
         while (name := self._variant(len(found), ctypes.byref(runs))) is not None:
-            found.append(Variant(len(found), name.decode("ascii"), bool(runs.value)))
+            found.append(Variant(self, len(found), name.decode("ascii"), bool(runs.value)))
         return found
 
 
