@@ -21,7 +21,10 @@ struct Choice {
 
 // All variants, the fastest first.
 const Choice *choices(int *count) {
-#if defined(__x86_64__)
+#if defined(QUIRE_EMULATED_AVX512)
+    // A build for tests, in which functions stand for the instructions that these two need: see tests/native.
+    static const Choice all[] = {{&kAvx512Bf16, true}, {&kAvx512, true}};
+#elif defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -16,6 +16,7 @@ from execsvc.runner import HostSteps, NativeRunner, Runner
 from kernels.cpu import library, reference
 from kernels.cpu.panels import GROUP, Quantised
 from kernels.layout import INT8, KVLayout
+from tests.native import emulation
 from tests.unit.execsvc.tiny import RandomSource, shape_of
 
 
@@ -23,6 +24,16 @@ def runnable_variants() -> list[str]:
     """Returns the names of the variants that this processor runs; none where nothing was compiled."""
     loaded, _ = library.load()
     return [] if loaded is None else [variant.name for variant in loaded.variants if variant.runs]
+
+
+def emulated_variants() -> list[str]:
+    """Returns the names of those that this processor lacks and that are emulated in tests."""
+    return [] if emulation.obstacle() else [name for name in emulation.VARIANTS if not emulation.runs(name)]
+
+
+def all_variants() -> list[str]:
+    """Returns the names of all variants that tests can run, those that this processor runs first."""
+    return runnable_variants() + emulated_variants()
 
 
 class RoundedSource(RandomSource):
@@ -83,10 +94,15 @@ def compiled_engine(
     max_model_len: int = 1024,
     swap_slots: int = 0,
     kv_dtype: torch.dtype = torch.bfloat16,
+    emulated: bool | None = None,
 ) -> Engine:
-    """Returns an engine on a variant of the compiled step, in epoch 1."""
-    chosen, reason = library.choose(variant)
-    assert chosen is not None, reason
+    """Returns an engine on a variant of the compiled step, in epoch 1; if None, `emulated` where it must be."""
+    if emulated or (emulated is None and variant in emulated_variants()):
+        chosen = emulation.variant(variant)
+    else:
+        found, reason = library.choose(variant)
+        assert found is not None, reason
+        chosen = found
     model = native.load(source, block_size, max_model_len, chosen, threads, kv_dtype=kv_dtype)
     return _engine(
         lambda cache: NativeRunner(model, cache), source.config, kv_dtype, blocks, block_size, max_model_len, swap_slots

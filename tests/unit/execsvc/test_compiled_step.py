@@ -14,11 +14,19 @@ from execsvc.engine import Engine
 from execsvc.model.config import ModelConfig
 from kernels.cpu import reference
 from kernels.layout import INT8
+from tests.native import emulation
 from tests.unit.execsvc import tiny
-from tests.unit.execsvc.compiled import FewBitsSource, RoundedSource, compiled_engine, runnable_variants, torch_engine
+from tests.unit.execsvc.compiled import (
+    FewBitsSource,
+    RoundedSource,
+    all_variants,
+    compiled_engine,
+    emulated_variants,
+    torch_engine,
+)
 from tests.unit.execsvc.tiny import Driver, start
 
-VARIANTS = runnable_variants()
+VARIANTS, EMULATED = all_variants(), emulated_variants()
 pytestmark = pytest.mark.skipif(not VARIANTS, reason="the CPU step was not compiled: no C++ compiler")
 TOKENS = [(7 * index * index + 3 * index) % 320 for index in range(1000)]
 TINY = dataclasses.replace(tiny.CONFIG, num_layers=2)
@@ -112,7 +120,8 @@ def test_a_long_context_that_threads_share_changes_no_bit(variant: str, name: st
     config = dataclasses.replace(CONFIGS[name], sliding_window=900 if name == "mistral" else 0)
     engine = functools.partial(compiled_engine, RoundedSource(config), variant, kv_dtype=kv_dtype)
     expected = answer(engine(), [999, 1], 1000)
-    for threads in (2, 3, 5):
+    # Emulated instructions are slow: one number of threads has to do.
+    for threads in (3,) if variant in EMULATED else (2, 3, 5):
         assert torch.equal(answer(engine(threads=threads), [999, 1], 1000), expected), threads
 
 
@@ -252,6 +261,23 @@ def test_weights_in_few_bits_are_the_file_s_own_in_any_batch(variant: str, tied:
     assert float((whole - expected).abs().max()) < TOLERANCE.get(variant, FLOAT_TOLERANCE)
     for chunks in ([1], [3, 12, 5], [40]):
         assert torch.equal(answer(compiled_engine(source, variant, threads=2), chunks, 100), whole), chunks
+
+
+@pytest.mark.parametrize("name", emulation.VARIANTS)
+@pytest.mark.parametrize("source", [RoundedSource(TINY), FewBitsSource(TINY)], ids=["bf16", "few-bits"])
+@CACHES
+def test_emulated_instructions_give_the_processor_s_own_bits(
+    name: str, source: RoundedSource | FewBitsSource, kv_dtype: torch.dtype
+) -> None:
+    """What the other tests show of an emulated variant would say nothing of the one that is served."""
+    if emulation.obstacle() or not emulation.runs(name):
+        pytest.skip(emulation.obstacle() or f"this processor does not run {name} to compare with")
+    for chunks in ([100], [37, 1, 1, 50]):
+        real, emulated = (
+            answer(compiled_engine(source, name, kv_dtype=kv_dtype, emulated=which), chunks, 300)
+            for which in (False, True)
+        )
+        assert torch.equal(real, emulated), chunks
 
 
 def test_two_models_compute_side_by_side() -> None:

@@ -42,7 +42,7 @@ def test_a_sequence_goes_on_from_what_was_swapped_in(driver: Driver) -> None:
     assert (driver.logits[1][-1] - unbroken.logits[1][-1]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("variant", compiled.runnable_variants())
+@pytest.mark.parametrize("variant", compiled.all_variants())
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, INT8], ids=["bf16", "int8"])
 def test_panels_of_the_compiled_step_come_back_bit_for_bit(variant: str, kv_dtype: torch.dtype) -> None:
     """Its cache is packed otherwise than torch's: a sequence must not tell that it was away, to the last bit."""
