@@ -3,6 +3,9 @@
 Q8_0   32 weights: scale (half), 32 signed bytes
 Q4_0   32 weights: scale, 16 bytes: low halves are the first 16, high halves the others; a quant means itself - 8
 Q4_1   32 weights: scale, offset, 16 bytes as before
+Q5_0   32 weights: scale, 32 fifth bits, 16 bytes as before; a quant means itself - 16
+IQ4_NL 32 weights: scale, 16 bytes as before; a quant means what a table says
+IQ4_XS 256 weights: scale of all, 8 scales of 6 bits (upper two in 2 bytes, lower four in 4), 128 bytes as IQ4_NL's
 Q4_K   256 weights: scale and offset of all, 12 bytes with 8 scales and 8 offsets of 6 bits (see `_six_bits`),
        128 bytes: of each 32, low halves are 32 weights and high halves the next 32
 Q6_K   256 weights: 128 bytes of low halves, 64 bytes of upper pairs of bits, 16 scales (signed bytes), scale of all;
@@ -15,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 import gguf
+import gguf.quants
 import torch
 
 from kernels.cpu.panels import Quantised
@@ -50,6 +54,28 @@ def _q4_1(blocks: torch.Tensor) -> Quantised:
     return Quantised(_nibbles(blocks[..., 4:]).flatten(1), _half(blocks, 0), _half(blocks, 2))
 
 
+def _q5_0(blocks: torch.Tensor) -> Quantised:
+    fifths = blocks[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [.., 4, 8]
+    quants = (_nibbles(blocks[..., 6:]) | fifths.flatten(-2) << 4).to(torch.int8) - 16
+    return Quantised(quants.flatten(1), _half(blocks, 0), None)
+
+
+def _from_table(halves: torch.Tensor) -> torch.Tensor:
+    """Returns what quants in groups of 16 bytes mean in the kinds with a table, `[output, input]`."""
+    return _TABLE[_nibbles(halves).long()].flatten(1)
+
+
+def _iq4_nl(blocks: torch.Tensor) -> Quantised:
+    return Quantised(_from_table(blocks[..., 2:]), _half(blocks, 0), None)
+
+
+def _iq4_xs(blocks: torch.Tensor) -> Quantised:
+    low = blocks[..., 4:8, None] >> torch.tensor([0, 4], dtype=torch.uint8) & 15  # [.., 4, 2]
+    pairs = blocks[..., 2:4, None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8) & 3  # [.., 2, 4]
+    scales = (low.flatten(-2) | pairs.flatten(-2) << 4).float() - 32
+    return Quantised(_from_table(_parted(blocks[..., 8:], 16)), (_half(blocks, 0)[..., None] * scales).flatten(1), None)
+
+
 def _six_bits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns 8 scales and 8 offsets of `[..., 12]` bytes.
 
@@ -80,10 +106,16 @@ def _q6_k(blocks: torch.Tensor) -> Quantised:
     return Quantised(quants.flatten(1), (_half(blocks, 208)[..., None] * scales).flatten(1), None)
 
 
+_TABLE: Final = torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.int8)
+"""What the 16 quants of IQ4_NL and IQ4_XS mean."""
+
 UNPACK: Final[Mapping[gguf.GGMLQuantizationType, Callable[[torch.Tensor], Quantised]]] = {
     _Kind.Q8_0: _q8_0,
     _Kind.Q4_0: _q4_0,
     _Kind.Q4_1: _q4_1,
+    _Kind.Q5_0: _q5_0,
+    _Kind.IQ4_NL: _iq4_nl,
+    _Kind.IQ4_XS: _iq4_xs,
     _Kind.Q4_K: _q4_k,
     _Kind.Q6_K: _q6_k,
 }

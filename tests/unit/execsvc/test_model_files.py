@@ -274,7 +274,7 @@ def test_a_matrix_in_few_bits_stands_for_the_dequantised_one() -> None:
     source.close()
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
 def test_every_kind_of_few_bits_is_read_as_its_inventor_means_it(tmp_path: Path, kind: str) -> None:
     """Otherwise a file of that kind would be served as noise."""
     wanted = gguf.GGMLQuantizationType[kind]
@@ -293,17 +293,17 @@ def test_every_kind_of_few_bits_is_read_as_its_inventor_means_it(tmp_path: Path,
         assert file.load_quantised("many") is None
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_blocks_of_256_are_read_as_their_inventor_means_them(tmp_path: Path, kind: str) -> None:
-    """Files in Q4_K_M, which most people download, have both: any bit pattern must mean what llama.cpp means by it."""
+@pytest.mark.parametrize(("kind", "group"), [("Q4_K", 32), ("Q5_0", 32), ("Q6_K", 16), ("IQ4_NL", 32), ("IQ4_XS", 32)])
+def test_any_block_is_read_as_its_inventor_means_it(tmp_path: Path, kind: str, group: int) -> None:
+    """Files in Q4_K_M, which most people download, have several: any bits must mean what llama.cpp means by them."""
     wanted = gguf.GGMLQuantizationType[kind]
     _, block_bytes = gguf.GGML_QUANT_SIZES[wanted]
     data = np.random.default_rng(2).integers(0, 256, (32, 3, block_bytes), np.uint8)
     scales = np.random.default_rng(3).normal(0, 0.1, (32, 3, 2)).astype(np.float16).view(np.uint8)
-    if kind == "Q4_K":
-        data[..., :4] = scales
-    else:
+    if kind == "Q6_K":
         data[..., -2:] = scales[..., :2]
+    else:  # a scale, and for Q4_K another one for offsets
+        data[..., : 4 if kind == "Q4_K" else 2] = scales[..., : 4 if kind == "Q4_K" else 2]
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("few", data.reshape(32, -1), raw_dtype=wanted)
     writer.write_header_to_file()
@@ -313,5 +313,5 @@ def test_blocks_of_256_are_read_as_their_inventor_means_them(tmp_path: Path, kin
     with GGUFFile(tmp_path / "model.gguf") as file:
         matrix = file.load_quantised("few")
         assert matrix is not None
-        assert matrix.group == {"Q4_K": 32, "Q6_K": 16}[kind]
+        assert matrix.group == group
         assert torch.equal(matrix.dequantise(), file.load("few"))
