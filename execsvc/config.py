@@ -41,6 +41,12 @@ class ExecsvcConfig(ServiceConfig):
         "twice the tokens.",
         choices=("auto", "fp8_e4m3", "int8_per_token_head"),
     )
+    quantization: str = setting(
+        "none",
+        "Round the weights while they are loaded, on a CPU: int8 or int4, in groups of 32. What a GGUF file has in few "
+        "bits stays as it is.",
+        choices=("none", "int8", "int4"),
+    )
     calculate_kv_scales: bool = setting(
         False,
         "With a float8 KV cache, divide each layer's keys and values by what the first prompt shows; else by the "

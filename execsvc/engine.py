@@ -92,6 +92,7 @@ class Engine:
         self.block_size = cache.layout.block_size
         self.block_count = cache.layout.block_count
         self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self._swap = SwapSpace(cache, swap_slot_count)
         self.epoch = 0

@@ -22,11 +22,13 @@ def measure_batch_invariance(engine: Engine, block_count: int) -> bool:
 
     Uses blocks of the cache before anybody was granted any, and clears them. False where the cache is too small to try.
     """
+    neighbours = min(_NEIGHBOURS, engine.max_num_seqs)
     length = min(_LENGTH, engine.max_model_len, engine.max_num_batched_tokens)
     blocks_each = div_ceil(length, engine.block_size)
-    if (2 + 1 + _NEIGHBOURS) * blocks_each >= block_count or engine.max_num_batched_tokens < (1 + _NEIGHBOURS) * length:
+    if (2 + 1 + neighbours) * blocks_each >= block_count or engine.max_num_batched_tokens < (1 + neighbours) * length:
         return False
     seen: dict[int, torch.Tensor] = {}
+    closed: list[int] = []
 
     def observe(tables: list[int], logits: torch.Tensor) -> None:
         seen.update((table, logits[row].clone()) for row, table in enumerate(tables))
@@ -44,15 +46,20 @@ def measure_batch_invariance(engine: Engine, block_count: int) -> bool:
 
     def run(added: list[pb.SequenceStart], tables: list[int], count: int) -> None:
         counts = columns.pack([count] * len(tables))
-        engine.apply(pb.StepPlan(epoch=1, added=added, scheduled_tables=columns.pack(tables), scheduled_counts=counts))
+        plan = pb.StepPlan(epoch=1, added=added, scheduled_tables=columns.pack(tables), scheduled_counts=counts)
+        plan.removed = columns.pack(closed)
+        closed.clear()
+        engine.apply(plan)
 
     try:
         run([start(_ALONE)], [_ALONE], length)
+        closed.append(_ALONE)
         for first in range(0, length, _CHUNK):
             run([start(_CHUNKED)] if first == 0 else [], [_CHUNKED], min(_CHUNK, length - first))
-        company = list(range(_TOGETHER, _TOGETHER + _NEIGHBOURS))
+        closed.append(_CHUNKED)
+        company = list(range(_TOGETHER, _TOGETHER + neighbours))
         run([start(table, table - _TOGETHER) for table in company], company, length)
     finally:
         engine.observe_logits = None
-        engine.reset(1 + (2 + _NEIGHBOURS) * blocks_each)
+        engine.reset(1 + (2 + neighbours) * blocks_each)
     return all(torch.equal(seen[_ALONE], seen[table]) for table in (_CHUNKED, _TOGETHER))

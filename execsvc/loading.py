@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import os
+from typing import Final
 
 import structlog
 import torch
@@ -34,6 +35,7 @@ log = structlog.get_logger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FP8, _FP8_CAPABILITY = "fp8_e4m3", (8, 9)
 _CPU_BATCHED_TOKENS, _CUDA_BATCHED_TOKENS = 512, 8192
+_QUANTIZATION_BITS: Final[dict[str, int | None]] = {"none": None, "int8": 8, "int4": 4}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -221,13 +223,22 @@ def _load_source(
     types = {"dtype": _name_of(dtype), "kv_dtype": DTYPE_NAMES[kv_dtype]}
     log.info(events.MODEL_LOADING, path=str(source.path), device=str(device), **types)
     model: llama.Llama | NativeModel
+    if variant is None and config.quantization != "none":
+        raise ConfigError(
+            f"quantization: {config.quantization} needs the compiled step on a CPU; this is {device} with "
+            f"--attention-backend {config.attention_backend} and --dtype {config.dtype}, where allowed is none",
+            field="quantization",
+        )
     if variant is None:
         model = llama.load(source, dtype, device, max_model_len, progress)
     else:
         # Its threads wait for no one of them that is held up: with all cores the services beside it lose it less than a
         # core is worth (ADR 0011).
         threads = config.num_threads or _cores()
-        model = native.load(source, config.block_size, max_model_len, variant, threads, progress, kv_dtype=kv_dtype)
+        bits = _QUANTIZATION_BITS[config.quantization]
+        model = native.load(
+            source, config.block_size, max_model_len, variant, threads, progress, bits=bits, kv_dtype=kv_dtype
+        )
     default_tokens = _CPU_BATCHED_TOKENS if device.type == "cpu" else _CUDA_BATCHED_TOKENS
     batched_tokens = config.max_num_batched_tokens or default_tokens
     assembled = Assembly(config, model, device, kv_dtype, max_model_len, batched_tokens).assemble()

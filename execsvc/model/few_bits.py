@@ -1,4 +1,6 @@
-"""What the bytes of llama.cpp's quantised blocks mean. Each function takes blocks `[output, block, bytes]` of uint8.
+"""Matrices in few bits: read from files, or rounded here.
+
+What the bytes of llama.cpp's quantised blocks mean; each function takes blocks `[output, block, bytes]` of uint8.
 
 Q8_0   32 weights: scale (half), 32 signed bytes
 Q4_0   32 weights: scale, 16 bytes: low halves are the first 16, high halves the others; a quant means itself - 8
@@ -21,7 +23,7 @@ import gguf
 import gguf.quants
 import torch
 
-from kernels.cpu.panels import Quantised
+from kernels.cpu.panels import GROUP, Quantised
 
 _Kind = gguf.GGMLQuantizationType
 
@@ -120,3 +122,29 @@ UNPACK: Final[Mapping[gguf.GGMLQuantizationType, Callable[[torch.Tensor], Quanti
     _Kind.Q6_K: _q6_k,
 }
 """Kinds that are multiplied as they are; others are dequantised."""
+
+
+def quantise(weight: torch.Tensor, bits: int) -> Quantised:
+    """Rounds a matrix to `bits`, in groups of GROUP inputs, as llama.cpp's Q8_0 and Q4_1 do.
+
+    In 8 bits a group has a scale, by which its largest magnitude is 127. In 4 bits it has a scale and an offset, by
+    which its least and its largest weight are 0 and 15; both are halves, so that products are exact (`Quantised`).
+
+    Args:
+        weight: `[output, input]`, any float type; inputs are whole groups.
+        bits: 4 or 8.
+    """
+    groups = weight.float().view(len(weight), -1, GROUP)
+    if bits == 8:  # noqa: PLR2004 - bits
+        scales = groups.abs().amax(-1) / 127
+        quants = (groups / _divisors(scales)).round()
+        return Quantised(quants.to(torch.int8).flatten(1), scales, None)
+    least = groups.amin(-1).half().float()
+    scales = ((groups.amax(-1) - least) / 15).half().float()
+    quants = ((groups - least[..., None]) / _divisors(scales)).round().clamp(0, 15)
+    return Quantised(quants.to(torch.uint8).flatten(1), scales, least)
+
+
+def _divisors(scales: torch.Tensor) -> torch.Tensor:
+    """Returns scales `[.., 1]` to divide by: 1 where all weights of a group are alike."""
+    return torch.where(scales == 0, 1.0, scales)[..., None]

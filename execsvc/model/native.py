@@ -1,20 +1,25 @@
-"""The decoder of the Llama family on the compiled CPU step: weights in bfloat16, or in the file's 4 or 8 bits."""
+"""The decoder of the Llama family on the compiled CPU step: weights in bfloat16, or in 4 or 8 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+from typing import Final
 
 import torch
 
 from execsvc.model import llama
 from execsvc.model.config import ModelConfig
+from execsvc.model.few_bits import quantise
 from execsvc.model.layers import Rotary, inverse_frequencies
 from execsvc.model.source import ModelSource
 from kernels.cpu import library, panels
 from kernels.cpu.decoder import Decoder, DecoderWeights, Geometry, LayerWeights
 from kernels.cpu.library import Variant
 from kernels.cpu.panels import Matrix, Quantised
+
+_LAST_BITS: Final = 8
+"""Of embeddings and head: what these lose shows most in the logits, and files in 4 bits keep more for them, too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ def load(
     progress: Callable[[float], None] = lambda _: None,
     *,
     keep_bits: bool = True,
+    bits: int | None = None,
     kv_dtype: torch.dtype = torch.bfloat16,
 ) -> NativeModel:
     """Returns the decoder with the weights of `source`, each packed as soon as it is read.
@@ -73,13 +79,15 @@ def load(
         thread_count: threads that compute.
         progress: told the share that is loaded, 0 .. 1.
         keep_bits: whether matrices that the file has in 4 or 8 bits stay so; else they become bfloat16.
+        bits: 4 or 8, to which matrices are rounded that the file has in more; embeddings and head to 8 at least. None
+            leaves them in bfloat16, and so are those whose inputs are no whole groups.
         kv_dtype: element type of the cache that it will compute on, bfloat16 or `kernels.layout.INT8`.
 
     Raises:
         ModelFormatError: a tensor is missing or has another shape than the configuration says.
     """
     config = source.config
-    packer = _Packer(source, keep_bits=keep_bits)
+    packer = _Packer(source, keep_bits=keep_bits, bits=bits)
     layers = []
     for index in range(config.num_layers):
         progress((index + 1) / (config.num_layers + 2))
@@ -90,7 +98,9 @@ def load(
     head = embeddings
     # Panels in few bits are looked up as well as multiplied; of bfloat16 there are rows and panels.
     if not tied or embeddings.format == panels.BF16:
-        head = packer.matrix([(embedding if tied else "lm_head.weight", size)], config.hidden_size, again=tied)
+        head = packer.matrix(
+            [(embedding if tied else "lm_head.weight", size)], config.hidden_size, again=tied, last=True
+        )
     frequencies = inverse_frequencies(config.rope, config.head_dim, source.rope_factors())
     rotary = Rotary.build(frequencies, max_model_len, torch.device("cpu"))
     weights = DecoderWeights(
@@ -109,8 +119,9 @@ def load(
 class _Packer:
     """Reads weights and packs them."""
 
-    def __init__(self, source: ModelSource, *, keep_bits: bool) -> None:
+    def __init__(self, source: ModelSource, *, keep_bits: bool, bits: int | None) -> None:
         self._source = source
+        self._bits = bits
         self._config = source.config
         # Only files that may have few bits offer this.
         self._quantised = getattr(source, "load_quantised", None) if keep_bits else None
@@ -129,10 +140,19 @@ class _Packer:
         small = self._in_few_bits([(name, size)], hidden)
         if small is not None:
             return panels.pack(small)
-        return Matrix(llama.fetch(self._source, name, (size, hidden)).bfloat16().contiguous(), panels.BF16)
+        rows = llama.fetch(self._source, name, (size, hidden))
+        if self._bits and hidden % panels.GROUP == 0:
+            return panels.pack(quantise(rows, _LAST_BITS))
+        return Matrix(rows.bfloat16().contiguous(), panels.BF16)
 
     def matrix(
-        self, parts: list[tuple[str, int]], inputs: int, order: torch.Tensor | None = None, *, again: bool = False
+        self,
+        parts: list[tuple[str, int]],
+        inputs: int,
+        order: torch.Tensor | None = None,
+        *,
+        again: bool = False,
+        last: bool = False,
     ) -> Matrix:
         """Returns matrices (name, outputs) stacked and packed, in the file's own bits if all are alike.
 
@@ -141,13 +161,17 @@ class _Packer:
             inputs: of all of them.
             order: of the stacked rows; None leaves them.
             again: whether they were counted already.
+            last: whether what comes out are logits.
         """
         self.count += 0 if again else sum(rows for _, rows in parts) * inputs
         small = self._in_few_bits(parts, inputs)
         if small is not None:
             return panels.pack(small if order is None else small.rows(order))
-        whole = torch.cat([llama.fetch(self._source, name, (rows, inputs)).bfloat16() for name, rows in parts])
-        return panels.pack(whole if order is None else whole[order])
+        whole = torch.cat([llama.fetch(self._source, name, (rows, inputs)) for name, rows in parts])
+        ordered = whole if order is None else whole[order]
+        if self._bits and inputs % panels.GROUP == 0:
+            return panels.pack(quantise(ordered, _LAST_BITS if last else self._bits))
+        return panels.pack(ordered.bfloat16())
 
     def _in_few_bits(self, parts: list[tuple[str, int]], inputs: int) -> Quantised | None:
         """Returns matrices stacked, in the bits that the file has them in, if they have 4 or 8 and are all alike."""

@@ -23,6 +23,7 @@ def engine(
     load_format: Annotated[str, typer.Option(metavar="FORMAT", help="auto, or dummy for random weights.")] = "auto",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Element type to compute in.")] = "auto",
+    quantization: Annotated[str, typer.Option(metavar="BITS", help="Weights on a CPU: none, int8 or int4.")] = "none",
     kv_cache_dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="auto, fp8_e4m3 (GPU) or int8_per_token_head (CPU).")
     ] = "auto",
@@ -52,7 +53,8 @@ def engine(
     For example: quire bench engine --model ./config.json --load-format dummy --batches 1,64
     """
     command = [sys.executable, "-m", "execsvc.bench", "--model", model, "--load-format", load_format]
-    command += ["--device", device, "--dtype", dtype, "--kv-cache-dtype", kv_cache_dtype]
+    command += ["--device", device, "--dtype", dtype]
+    command += ["--quantization", quantization, "--kv-cache-dtype", kv_cache_dtype]
     command += ["--batches", batches, "--contexts", contexts, "--prompts", prompts, "--steps", str(steps)]
     for flag, value in (("--peer", peer), ("--peer-model", peer_model), ("--num-threads", num_threads)):
         command += [] if value is None else [flag, str(value)]

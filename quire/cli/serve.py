@@ -95,6 +95,10 @@ def serve(
     block_size: Annotated[int | None, typer.Option(help="Tokens in a block: 16, 32 or 64.")] = None,
     kv_cache_bytes: Annotated[str | None, typer.Option(help="Size of the KV cache: 512MiB, or on a CPU 25%.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Size of the KV cache in tokens.")] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="auto, fp8_e4m3 (GPU) or int8_per_token_head (CPU).")
+    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="On a CPU: none, or int8 or int4 weights.")] = None,
     gpu_memory_utilization: Annotated[float | None, typer.Option(help="Part of the GPU's memory to use.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     generation_config: Annotated[
@@ -144,6 +148,8 @@ def serve(
         "block_size": block_size,
         "kv_cache_bytes": kv_cache_bytes,
         "kv_cache_tokens": kv_cache_tokens,
+        "kv_cache_dtype": kv_cache_dtype,
+        "quantization": quantization,
         "gpu_memory_utilization": gpu_memory_utilization,
         "max_model_len": max_model_len,
         "generation_config": generation_config,

@@ -27,6 +27,8 @@ _RECEIVERS: Final[Mapping[str, tuple[str, ...]]] = {
     "block_size": ("execsvc",),
     "kv_cache_bytes": ("execsvc",),
     "kv_cache_tokens": ("execsvc",),
+    "kv_cache_dtype": ("execsvc",),
+    "quantization": ("execsvc",),
     "gpu_memory_utilization": ("execsvc",),
     "max_model_len": ("execsvc",),
     "generation_config": ("execsvc",),

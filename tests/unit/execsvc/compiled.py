@@ -94,6 +94,7 @@ def compiled_engine(
     max_model_len: int = 1024,
     swap_slots: int = 0,
     kv_dtype: torch.dtype = torch.bfloat16,
+    bits: int | None = None,
     emulated: bool | None = None,
 ) -> Engine:
     """Returns an engine on a variant of the compiled step, in epoch 1; if None, `emulated` where it must be."""
@@ -103,7 +104,7 @@ def compiled_engine(
         found, reason = library.choose(variant)
         assert found is not None, reason
         chosen = found
-    model = native.load(source, block_size, max_model_len, chosen, threads, kv_dtype=kv_dtype)
+    model = native.load(source, block_size, max_model_len, chosen, threads, bits=bits, kv_dtype=kv_dtype)
     return _engine(
         lambda cache: NativeRunner(model, cache), source.config, kv_dtype, blocks, block_size, max_model_len, swap_slots
     )

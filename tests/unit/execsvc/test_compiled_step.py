@@ -12,6 +12,7 @@ import torch
 
 from execsvc.engine import Engine
 from execsvc.model.config import ModelConfig
+from execsvc.model.few_bits import quantise
 from kernels.cpu import reference
 from kernels.layout import INT8
 from tests.native import emulation
@@ -261,6 +262,26 @@ def test_weights_in_few_bits_are_the_file_s_own_in_any_batch(variant: str, tied:
     assert float((whole - expected).abs().max()) < TOLERANCE.get(variant, FLOAT_TOLERANCE)
     for chunks in ([1], [3, 12, 5], [40]):
         assert torch.equal(answer(compiled_engine(source, variant, threads=2), chunks, 100), whole), chunks
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_are_rounded_at_load_are_those_of_every_batch(variant: str, bits: int) -> None:
+    """The model that is served must be the one that was rounded, whatever the number of rows."""
+
+    class Rounded(RoundedSource):
+        """Has what rounding leaves of its matrices."""
+
+        def load(self, name: str) -> torch.Tensor:
+            weight = super().load(name)
+            if weight.ndim == 1:
+                return weight
+            return quantise(weight, 8 if "embed" in name or "lm_head" in name else bits).dequantise()
+
+    expected = answer(torch_engine(Rounded(TINY)), [100], 100)
+    whole = answer(compiled_engine(RoundedSource(TINY), variant, bits=bits), [100], 100)
+    assert float((whole - expected).abs().max()) < TOLERANCE.get(variant, FLOAT_TOLERANCE)
+    assert torch.equal(answer(compiled_engine(RoundedSource(TINY), variant, bits=bits, threads=2), [40], 100), whole)
 
 
 @pytest.mark.parametrize("name", emulation.VARIANTS)

@@ -65,6 +65,7 @@ async def test_a_gateway_in_the_same_process_needs_no_socket(tmp_path: Path) -> 
         ({"kv_cache_tokens": 100}, "max_model_len to"),
         ({"device": "cuda"}, "no CUDA device"),
         ({"attention_backend": "triton"}, "triton needs a GPU"),
+        ({"quantization": "int8", "dtype": "float32"}, "quantization: int8 needs the compiled step"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "fp8_e4m3 needs the Triton kernels on a CUDA device"),
         (
             {"kv_cache_dtype": "int8_per_token_head", "dtype": "float32"},
@@ -103,6 +104,13 @@ def test_the_command_says_what_is_wrong_in_one_line(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last
     assert last.startswith("quire execsvc: ")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_for_few_sequences_starts(tmp_path: Path, count: int) -> None:
+    """What is measured at the start must not take more sequences than there may be."""
+    directory = str(tiny.write_directory(tmp_path))
+    assert load(ExecsvcConfig(model=directory, kv_cache_tokens=2048, max_num_seqs=count)).batch_invariant
 
 
 def test_the_measuring_step_runs_whatever_the_sizes() -> None:

@@ -17,6 +17,7 @@ import torch
 
 from execsvc.model import llama
 from execsvc.model.config import from_hf
+from execsvc.model.few_bits import quantise
 from execsvc.model.gguf_file import GGUFFile
 from execsvc.model.layers import inverse_frequencies
 from execsvc.model.source import GGUFSource, open_model, packaged_model
@@ -272,6 +273,22 @@ def test_a_matrix_in_few_bits_stands_for_the_dequantised_one() -> None:
         assert matrix is not None
         assert torch.equal(matrix.dequantise(), source.load(name)), name
     source.close()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_is_off_by_half_a_step_at_most(bits: int) -> None:
+    """A user who gives up bits must not lose more than these."""
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(4))
+    weight[0], weight[1] = 0.0, 0.25  # nothing to scale by
+    small = quantise(weight, bits)
+    off = (small.dequantise() - weight).abs().view(8, 3, 32)
+    # What is stored in halves is off by their precision besides.
+    allowed = small.scales * 0.5001 + (
+        0.0 if bits == 8 else 16 * 2.0**-11 * small.scales + 2.0**-11 * weight.abs().max()
+    )
+    assert torch.all(off <= allowed[..., None])
+    assert torch.equal(small.dequantise()[:2], weight[:2].to(small.scales.dtype)) or bits == 8
+    assert torch.all(small.dequantise()[0] == 0)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
