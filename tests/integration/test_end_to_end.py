@@ -364,7 +364,7 @@ async def test_ten_thousand_requests_at_once_are_queued_or_refused(small_stack: 
     async with grpc.aio.insecure_channel(small_stack.address) as channel:
         stub = gateway_pb2_grpc.GenerationServiceStub(channel)
         spec = pb.GenerationSpec(text="hi", stopping=pb.Stopping(max_tokens=1), sampling=pb.Sampling(temperature=0))
-        calls = [stub.Generate(pb.GenerateRequest(spec=spec), timeout=200) for _ in range(10_000)]
+        calls = [stub.Generate(pb.GenerateRequest(spec=spec), timeout=600) for _ in range(10_000)]
         codes = await asyncio.gather(*(call.code() for call in calls))
         finished, refused = codes.count(grpc.StatusCode.OK), codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert finished + refused == 10_000

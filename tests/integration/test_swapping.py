@@ -71,7 +71,9 @@ async def test_who_was_in_host_memory_says_what_it_says_alone_and_computes_nothi
         swaps, preemptions = (sum(getattr(one, f"{kind}_count") for one in usages) for kind in ("swap", "preemption"))
         assert 0 < swaps <= preemptions
         assert sum(usage.recomputed_token_count for usage in usages) == 0
-        assert (pool.swap_count, pool.preemption_count) == (swaps, preemptions)
+        # Who ends with the token that was under way when it gave way has ended, to memsvc, and does not come back.
+        assert pool.swap_count <= swaps
+        assert pool.swap_count <= pool.preemption_count <= preemptions
         (measured,) = stack.execsvc.events("swap_measured")
         assert min(int(str(measured[f"{way}_bytes_per_second"])) for way in ("out", "in")) > 0
         stack.wait_idle()
