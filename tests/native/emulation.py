@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import ctypes
-import fcntl
 import functools
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -19,6 +17,7 @@ import sysconfig
 from typing import Final
 
 from kernels.cpu import library
+from tests.made_once import made_once
 
 VARIANTS: Final = ("avx512", "avx512_bf16")
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -85,21 +84,11 @@ def build(target: Path, sources: Sequence[Path], flags: Sequence[str] = _EMULATE
 def _built(sources: Sequence[Path], flags: Sequence[str]) -> Path:
     """Returns the shared library of `sources`, from the cache if nothing that it is made of has changed."""
     version = subprocess.run([*_compiler(), "--version"], check=True, capture_output=True, timeout=60).stdout
-    key = hashlib.sha256(json.dumps([platform.machine(), *flags, *map(str, sources)]).encode() + version)
     headers = sorted([*_STEP.glob("*.h"), *_HERE.glob("*.h")])
-    for path in (ROOT / "setup.py", Path(__file__), *headers, *sources):
-        key.update(hashlib.sha256(path.read_bytes()).digest())
-    folder = ROOT / ".cache" / "emulated"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{key.hexdigest()[:24]}.so"
-    # Of several test processes one builds; the others wait for it.
-    with target.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            partial = target.with_suffix(".partial")
-            build(partial, sources, flags)
-            partial.rename(target)
-    return target
+    made_of = (ROOT / "setup.py", Path(__file__), *headers, *sources)
+    choices = json.dumps([platform.machine(), *flags, *map(str, sources)]).encode()
+    parts = (choices, version, *(path.read_bytes() for path in made_of))
+    return made_once("emulated", parts, ".so", lambda target: build(target, sources, flags))
 
 
 def _compiler() -> list[str]:

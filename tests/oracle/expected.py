@@ -10,15 +10,14 @@ answers["short-0"].first_difference(mine)    # None, or the index of the first t
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
-import hashlib
 import json
 import os
 from pathlib import Path
 import subprocess
 
 from execsvc.model.source import packaged_model
+from tests.made_once import made_once
 from tests.oracle.prompts import NEW_TOKENS, PROMPTS
 
 ROOT = Path(__file__).parents[2]
@@ -86,25 +85,16 @@ def _result() -> dict:
         "texts": list(TEXTS),
     }
     marker = ORACLE_PYTHON.parents[1] / "ready"
-    key = hashlib.sha256()
-    for part in (json.dumps(request).encode(), _SCRIPT.read_bytes(), marker.read_bytes(), model.read_bytes()):
-        key.update(hashlib.sha256(part).digest())
-    folder = ROOT / ".cache" / "oracle"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key.hexdigest()[:24]}.json"
-    # Of several test processes one asks; the others wait for its answer.
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _ask_transformers(model, request, path)
+    parts = (json.dumps(request).encode(), _SCRIPT.read_bytes(), marker.read_bytes(), model.read_bytes())
+    path = made_once("oracle", parts, ".json", lambda path: _ask_transformers(model, request, path))
     return json.loads(path.read_text())
 
 
 def _ask_transformers(model: Path, request: dict, path: Path) -> None:
-    """Runs run_transformers.py and writes its result to `path`, whole or not at all."""
-    request_path, partial = path.with_suffix(".request"), path.with_suffix(".partial")
+    """Runs run_transformers.py, which writes its result to `path`."""
+    request_path = path.with_suffix(".request")
     request_path.write_text(json.dumps(request))
-    command = [ORACLE_PYTHON, _SCRIPT, model, request_path, partial]
+    command = [ORACLE_PYTHON, _SCRIPT, model, request_path, path]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     run = subprocess.run(
         command,
@@ -118,7 +108,6 @@ def _ask_transformers(model: Path, request: dict, path: Path) -> None:
     request_path.unlink()
     if run.returncode:
         raise RuntimeError(f"transformers failed:\n{run.stderr[-4000:]}")
-    partial.rename(path)
 
 
 def expected() -> dict[str, Answer]:

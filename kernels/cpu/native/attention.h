@@ -366,7 +366,7 @@ class PieceAttention {
                 if (!ahead[i]) ahead[i] = panels[i];
             }
             multiply_rows<L, Reader>(panels, count, segments, kLane / 2, weights + first, kTile, rows_,
-                                            mixed + part * kLane, job_.head_dim, ahead);
+                                     mixed + part * kLane, job_.head_dim, ahead);
             part += count;
         }
     }
