@@ -15,6 +15,7 @@ import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 _MEMORY, _CPU = Path("quire", "native"), Path("kernels", "cpu", "native")
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -23,7 +24,10 @@ _VARIANT_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": _AVX512,
     "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "amx_bf16": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+# Compilers of 2020 do not know these: then the file is built without its variant.
+_RECENT = {"amx_bf16": ["-DQUIRE_NO_AMX"]}
 
 
 def has_compiler() -> bool:
@@ -44,14 +48,24 @@ class BuildWithVariants(build_ext):
         x86 = platform.machine().lower() in {"x86_64", "amd64"}
         for source in ext.sources:
             flags = _VARIANT_FLAGS.get(Path(source).stem, []) if x86 else []
-            objects += self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                extra_postargs=[*ext.extra_compile_args, *flags],
-                depends=ext.depends,
-            )
+            try:
+                objects += self.compile_with(ext, source, flags)
+            except CompileError:
+                without = _RECENT.get(Path(source).stem)
+                if without is None:
+                    raise
+                objects += self.compile_with(ext, source, without)
         path = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, path, extra_postargs=["-pthread"], target_lang="c++")
+
+    def compile_with(self, ext: Extension, source: str, flags: list[str]) -> list[str]:
+        """Compiles one file; returns what came of it. Raises CompileError."""
+        return self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            extra_postargs=[*ext.extra_compile_args, *flags],
+            depends=ext.depends,
+        )
 
 
 accelerator = Extension(

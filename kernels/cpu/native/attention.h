@@ -323,7 +323,7 @@ class PieceAttention {
         const ptrdiff_t at = static_cast<ptrdiff_t>(head - piece_.first_head) * rows_;
         const void *panels[4], *ahead[4];
         for (int column = first; column < end;) {
-            const int count = panels_together<L>(rows_, (end - column) / kLane);
+            const int count = panels_together<L, Reader>(rows_, (end - column) / kLane);
             for (int p = 0; p < count; ++p) {
                 panels[p] = keys(head, base + column + p * kLane);
                 ahead[p] = memory.take(run_size_);
@@ -359,7 +359,7 @@ class PieceAttention {
             starts[s] = partly ? copy_tail(head) : values(head, position);
         }
         for (int part = 0; part < parts;) {
-            const int count = panels_together<L>(rows_, parts - part);
+            const int count = panels_together<L, Reader>(rows_, parts - part);
             for (int i = 0; i < segments * count; ++i) {
                 panels[i] = starts[i / count] + (part + i % count) * Reader::bytes(kLane / 2);
                 ahead[i] = memory.take(run_size_ / parts);
@@ -381,6 +381,7 @@ class PieceAttention {
 
 template <class L>
 void attend(const Attention &job, const Piece &piece, const Piece *next, void *scratch) {
+    const TileUse<L> tiles;
     if (job.format == CacheFormat::kBf16)
         PieceAttention<L, Bf16Cache<L>>(job, piece, scratch).attend_all(next);
     else

@@ -17,6 +17,7 @@ struct Lanes {
     using Vector = __m256;
     using Operand = __m256;
     using Activation = float;
+    using Tiles = NoTiles;
     static constexpr int kCount = 8, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2, kRowsOfFour = 0, kRowsDecoding = 10;
 
     static Vector set(float x) { return _mm256_set1_ps(x); }

@@ -18,6 +18,7 @@ struct Lanes : Avx512 {
     using Decoded = FloatReader<Lanes>;
     using Operand = __m512;
     using Activation = float;
+    using Tiles = NoTiles;
     static constexpr int kHalves = 2, kRowsOfOne = 8, kRowsOfTwo = 8, kRowsOfFour = 4, kRowsDecoding = 8;
 
     static void narrow(float *p, Vector v) { store(p, v); }

@@ -9,6 +9,7 @@ constexpr int kGroupLimit = 256;  // most query heads of a key/value head, or ro
 #include "rows.h"
 #include "formats.h"
 #include "cache.h"
+#include "tiles.h"
 #include "panels.h"
 #include "attention.h"
 

@@ -1,6 +1,13 @@
 // What Python calls: choose a variant, open a runner, step, close. Errors come back as text.
-#include <cstring>
 #include <exception>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "step.h"
 
@@ -8,6 +15,7 @@ namespace quire {
 extern const Variant kPortable, kPortableBf16;
 #if defined(__x86_64__)
 extern const Variant kAvx2, kAvx512, kAvx512Bf16;
+extern const Variant *const kAmxBf16;  // null where it could not be built
 #elif defined(__aarch64__)
 extern const Variant kNeon;
 #endif
@@ -19,18 +27,39 @@ struct Choice {
     bool runs;  // whether this processor has what it needs
 };
 
+#if defined(__x86_64__)
+// Whether the processor has AMX with bf16, the system saves its tiles, and lets this process use them.
+bool amx_is_there() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+    constexpr unsigned kSaved = 3u << 17;  // configuration and data of tiles
+    unsigned saved, high;
+    asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if ((saved & kSaved) != kSaved) return false;
+#if defined(__linux__)
+    constexpr long kAskForPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 // All variants, the fastest first.
 const Choice *choices(int *count) {
 #if defined(QUIRE_EMULATED_AVX512)
     // A build for tests, in which functions stand for the instructions that these two need: see tests/native.
-    static const Choice all[] = {{&kAvx512Bf16, true}, {&kAvx512, true}};
+    static const Choice all[] = {{kAmxBf16, true}, {&kAvx512Bf16, true}, {&kAvx512, true}};
 #elif defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    static const Choice all[] = {{&kAvx512Bf16, bf16},
+    static const Choice all[] = {{kAmxBf16, kAmxBf16 && bf16 && amx_is_there()},
+                                 {&kAvx512Bf16, bf16},
                                  {&kAvx512, avx512},
                                  {&kAvx2, avx2},
                                  {&kPortable, true},
@@ -40,8 +69,9 @@ const Choice *choices(int *count) {
 #else
     static const Choice all[] = {{&kPortable, true}, {&kPortableBf16, true}};
 #endif
-    *count = sizeof all / sizeof *all;
-    return all;
+    const int unbuilt = all[0].variant ? 0 : 1;
+    *count = static_cast<int>(sizeof all / sizeof *all) - unbuilt;
+    return all + unbuilt;
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ struct Lanes {
     using Vector = float32x4_t;
     using Operand = float32x4_t;
     using Activation = float;
+    using Tiles = NoTiles;
     static constexpr int kCount = 4, kHalves = 2, kRowsOfOne = 5, kRowsOfTwo = 2, kRowsOfFour = 0, kRowsDecoding = 10;
 
     static Vector set(float x) { return vdupq_n_f32(x); }

@@ -92,18 +92,23 @@ Multiply<L> routine(int rows, std::integer_sequence<int, Index...>) {
 
 // How many panels so many rows multiply at once, of those that there are. More panels are more sums that do not wait for
 // each other, as far as the registers suffice.
-template <class L>
+template <class L, class Reader>
 constexpr int panels_together(int row_count, int panel_count) {
+    if constexpr (in_tiles<L, Reader>) return tile_panels<L>(row_count, panel_count);
     if (panel_count >= 4 && row_count <= L::kRowsOfFour) return 4;
     return panel_count >= 2 && (row_count <= L::kRowsOfTwo || L::kRowsOfTwo >= L::kRowsOfOne) ? 2 : 1;
 }
 
-// Any number of rows, cut as evenly as the registers allow. `panels` holds, for each segment, `panel_count` (1, 2, or 4
-// of at most kRowsOfFour rows). So does `next`: what to ask for meanwhile. Null: nothing.
+// Any number of rows, cut as evenly as the registers allow. `panels` holds, for each segment, `panel_count`, which
+// panels_together has chosen. So does `next`: what to ask for meanwhile. Null: nothing.
 template <class L, class Reader>
 void multiply_rows(const void *const *panels, int panel_count, int segments, int pairs,
                    const typename L::Activation *rows, int row_stride, int row_count, float *out, int out_stride,
                    const void *const *next = nullptr) {
+    if constexpr (in_tiles<L, Reader>) {
+        multiply_in_tiles<L>(panels, panel_count, segments, pairs, rows, row_stride, row_count, out, out_stride, next);
+        return;
+    }
     const int limit = panel_count == 4 ? L::kRowsOfFour : panel_count == 2 ? L::kRowsOfTwo : L::kRowsOfOne;
     const int blocks = (row_count + limit - 1) / limit;
     // What is near already costs least to ask for.
@@ -132,7 +137,7 @@ void multiply_rows(const void *const *panels, int panel_count, int segments, int
 template <class L, class Reader>
 void multiply_two(const void *const panels[2], int pairs, const typename L::Activation *rows, int row_stride,
                   int row_count, float *out, int out_stride, const void *const *next = nullptr) {
-    const int together = panels_together<L>(row_count, 2);
+    const int together = panels_together<L, Reader>(row_count, 2);
     for (int p = 0; p < 2; p += together)
         multiply_rows<L, Reader>(panels + p, together, 1, pairs, rows, row_stride, row_count, out + p * kLane,
                                  out_stride, next ? next + p : nullptr);
@@ -206,6 +211,7 @@ void product_of(const Product &job, int first_row, int end_row, int first_pair, 
                        static_cast<ptrdiff_t>(first_row) * job.row_stride;
     const int row_count = end_row - first_row;
     const size_t size = Reader::bytes(job.pairs);
+    const TileUse<L> tiles;
     for (int pair = first_pair; pair < end_pair; ++pair) {
         const char *panel = static_cast<const char *>(job.panels) + 2 * pair * size, *after = panel + 2 * size;
         if (pair + 1 == end_pair && job.next) after = static_cast<const char *>(job.next);

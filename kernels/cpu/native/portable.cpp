@@ -13,6 +13,7 @@ using Ints = int32_t __attribute__((vector_size(64)));
 struct Portable {
     using Vector = Floats;
     using Operand = Floats;
+    using Tiles = NoTiles;
     static constexpr int kCount = 16, kHalves = 2, kRowsOfOne = 2, kRowsOfTwo = 2, kRowsOfFour = 0, kRowsDecoding = 1;
 
     static Vector set(float x) { return x - Floats{}; }

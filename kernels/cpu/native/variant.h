@@ -82,6 +82,11 @@ struct Piece {
     float *parts;  // null if these are all tiles; else written: [tile][head of the model], see PartialTile
 };
 
+// Of a variant whose processor has none: see tiles.h.
+struct NoTiles {
+    static constexpr int kRows = 0;
+};
+
 struct Variant {
     const char *name;
     int activation_bytes;
