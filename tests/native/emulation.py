@@ -1,4 +1,4 @@
-"""Builds the compiled step with AVX-512 emulated, once for all test processes, and says where that is possible."""
+"""Builds the compiled step with AVX-512 and AMX emulated, once for all test processes; says where that is possible."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from typing import Final
 from kernels.cpu import library
 from tests.made_once import made_once
 
-VARIANTS: Final = ("avx512", "avx512_bf16")
+VARIANTS: Final = ("avx512", "avx512_bf16", "amx_bf16")
 ROOT: Final = Path(__file__).resolve().parents[2]
 _HERE: Final = Path(__file__).parent
 _STEP: Final = ROOT / "kernels" / "cpu" / "native"
 INTRINSICS: Final = _HERE / "intrinsics.cpp"
+_TILES: Final = _HERE / "tiles.cpp"
 _OTHER_VARIANTS: Final = {"avx2", "neon", "portable"}
 _SOURCES: Final = tuple(sorted(path for path in _STEP.glob("*.cpp") if path.stem not in _OTHER_VARIANTS))
 _EMULATED: Final = (f"-I{_HERE}", "-DQUIRE_EMULATED_AVX512", "-mavx2", "-mfma")
@@ -56,13 +57,18 @@ def obstacle() -> str:
 
 
 def variant(name: str) -> library.Variant:
-    """Returns a variant of the compiled step whose AVX-512 is emulated."""
+    """Returns a variant of the compiled step whose AVX-512 and AMX are emulated."""
     return next(one for one in _step_library().variants if one.name == name)
 
 
 def intrinsics(*, emulated: bool) -> ctypes.CDLL:
     """Returns the functions of intrinsics.cpp, on the emulation or on the processor's own instructions."""
     return ctypes.CDLL(str(_built([INTRINSICS], _EMULATED if emulated else _REAL)))
+
+
+def tiles(*, emulated: bool) -> ctypes.CDLL:
+    """Returns the functions of tiles.cpp, on the emulation or on the processor's own instructions."""
+    return ctypes.CDLL(str(_built([_TILES], _EMULATED if emulated else (f"-I{_STEP}", *_REAL))))
 
 
 @functools.cache

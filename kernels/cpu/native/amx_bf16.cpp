@@ -11,7 +11,9 @@ namespace {
 
 #include "avx512.h"
 #include "avx512_bf16.h"
+#if !defined(QUIRE_EMULATED_AVX512)  // that build for tests brings its own: see tests/native
 #include "amx.h"
+#endif
 
 template <class L>
 struct Bf16Reader;

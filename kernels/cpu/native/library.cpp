@@ -27,7 +27,7 @@ struct Choice {
     bool runs;  // whether this processor has what it needs
 };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QUIRE_EMULATED_AVX512)
 // Whether the processor has AMX with bf16, the system saves its tiles, and lets this process use them.
 bool amx_is_there() {
     unsigned a, b, c, d;
@@ -50,7 +50,7 @@ bool amx_is_there() {
 // All variants, the fastest first.
 const Choice *choices(int *count) {
 #if defined(QUIRE_EMULATED_AVX512)
-    // A build for tests, in which functions stand for the instructions that these two need: see tests/native.
+    // A build for tests, in which functions stand for the instructions that these need: see tests/native.
     static const Choice all[] = {{kAmxBf16, true}, {&kAvx512Bf16, true}, {&kAvx512, true}};
 #elif defined(__x86_64__)
     __builtin_cpu_init();
