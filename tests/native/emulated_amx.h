@@ -50,9 +50,8 @@ struct Amx {
     static void multiply() {
         static_assert(Sums < 4 && is_activations(Activations) && is_weights(Weights), "these tiles do not fit");
         need_shape();
-        // The instruction never looks at MXCSR: to nearest, ties to even; denormals are zeros, before and after.
         const unsigned before = _mm_getcsr();
-        _mm_setcsr(_MM_MASK_MASK | _MM_ROUND_NEAREST | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
+        _mm_setcsr(kMxcsrOfBf16);
         add_products(tiles_[Sums], tiles_[Activations], tiles_[Weights], rows_, depth_);
         _mm_setcsr(before);
     }

@@ -188,24 +188,32 @@ EMULATED __m512bh _mm512_cvtne2ps_pbh(__m512 a, __m512 b) {
     halves.at[1] = _mm512_cvtneps_pbh(a);
     return halves.vector();
 }
-EMULATED __m256 without_denormals(__m256 x) {
-    const __m256 sign = _mm256_set1_ps(-0.0f), size = _mm256_andnot_ps(sign, x);
-    return _mm256_and_ps(x, _mm256_or_ps(sign, _mm256_cmp_ps(size, _mm256_set1_ps(0x1p-126f), _CMP_NLT_UQ)));
-}
-// x * y + z, rounded once. NaN becomes a quiet NaN; which of several it is is left open.
-EMULATED __m256 bf16_fma(__m256 x, __m256 y, __m256 z) {
-    return without_denormals(_mm256_fmadd_ps(without_denormals(x), without_denormals(y), without_denormals(z)));
-}
 EMULATED __m256 odd_floats(__m256i pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 EMULATED __m256 even_floats(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+// What MXCSR would say if their products looked at it. Which results are denormal the processor judges by how they
+// would be rounded if there were no smallest number: what is rounded already does not tell.
+constexpr unsigned kMxcsrOfBf16 = _MM_MASK_MASK | _MM_ROUND_NEAREST | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON;
 // The products of odd elements are added first and those of even ones to their sum, each with a rounding of its own.
+// NaN becomes a quiet NaN; which of several it is is left open. All is one statement: the compiler does not know that
+// the instructions depend on MXCSR.
 EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
-    const auto half = [](__m256 z, __m256i x, __m256i y) {
-        return bf16_fma(even_floats(x), even_floats(y), bf16_fma(odd_floats(x), odd_floats(y), z));
-    };
-    return each<__m512>(half, sum, a, b);
+    Pieces<__m256, __m512> out(sum);
+    const Pieces<__m256i, __m512bh> x(a), y(b);
+    const unsigned before = _mm_getcsr();
+    asm("vldmxcsr %[bf16]\n\t"
+        "vfmadd231ps %[odd_x0], %[odd_y0], %[low]\n\t"
+        "vfmadd231ps %[odd_x1], %[odd_y1], %[high]\n\t"
+        "vfmadd231ps %[even_x0], %[even_y0], %[low]\n\t"
+        "vfmadd231ps %[even_x1], %[even_y1], %[high]\n\t"
+        "vldmxcsr %[before]"
+        : [low] "+&x"(out.at[0]), [high] "+&x"(out.at[1])
+        : [odd_x0] "x"(odd_floats(x.at[0])), [odd_y0] "x"(odd_floats(y.at[0])), [odd_x1] "x"(odd_floats(x.at[1])),
+          [odd_y1] "x"(odd_floats(y.at[1])), [even_x0] "x"(even_floats(x.at[0])), [even_y0] "x"(even_floats(y.at[0])),
+          [even_x1] "x"(even_floats(x.at[1])), [even_y1] "x"(even_floats(y.at[1])), [bf16] "m"(kMxcsrOfBf16),
+          [before] "m"(before));
+    return out.vector();
 }
 
 #undef EMULATED

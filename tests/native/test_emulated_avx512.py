@@ -102,6 +102,11 @@ def test_the_second_operand_is_the_lower_half(instructions: ctypes.CDLL) -> None
         (0, (0x0080, 0x0080), (0x3F00, 0x3F00), 0),
         (0, (0x8080, 0), (0x3F00, 0), 0x80000000),
         (0, (0, 0x0080), (0, 0x3F80), SMALLEST),
+        # Which are denormal shows when they are rounded as if there were no smallest number: 2 ** -126 less 1/2, 3/4
+        # of 2 ** -150.
+        (SMALLEST, (0x9A00, 0), (0x1980, 0), SMALLEST),
+        (SMALLEST, (0x9A40, 0), (0x1980, 0), 0),
+        (SMALLEST, (0, 0x9A40), (0, 0x1980), 0),
         # NaN becomes quiet, wherever it stands.
         (LOUD_NAN, (0, 0), (0, 0), LOUD_NAN | 0x400000),
         (0, (0x7F81, 0), (0, 0), 0x7FC10000),
