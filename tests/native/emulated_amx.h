@@ -10,13 +10,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../../kernels/cpu/native/variant.h"
 #include "emulated_avx512.h"
 
 namespace quire {
 
-struct Amx {
-    static constexpr int kRows = 16;
-
+struct Amx : SomeTiles {
     static void shape(int rows, int depth) {
         if (rows == rows_ && depth == depth_) return;
         if (rows < 1 || rows > kRows || depth < 1 || depth > 16) fail("there is no such shape of tiles");

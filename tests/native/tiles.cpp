@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../../kernels/cpu/native/variant.h"
+
 namespace quire {
 namespace {
 

@@ -2,9 +2,7 @@
 //
 // Instructions are spelt out, because the numbers of tiles are parts of them, and the compiler's intrinsics want those as
 // tokens.
-struct Amx {
-    static constexpr int kRows = 16;
-
+struct Amx : SomeTiles {
     // Of all tiles, until `release`: `rows` of sums and activations, and weights of `depth` pairs of inputs.
     static void shape(int rows, int depth) {
         const int wanted = rows << 8 | depth;

@@ -17,6 +17,9 @@ template <class L>
 constexpr Variant variant_of(const char *name) {
     return {name,
             sizeof(typename L::Activation),
+            L::Tiles::kQueryRows,
+            L::Tiles::kProductRows,
+            L::Tiles::kProductBytes,
             &norm<L>,
             &embed<L>,
             &embed_panels<L>,

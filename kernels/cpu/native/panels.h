@@ -206,7 +206,7 @@ void finish(const Product &job, const float *tile, int first_row, int row_count,
 
 template <class L, class Reader>
 void product_of(const Product &job, int first_row, int end_row, int first_pair, int end_pair, char *scratch) {
-    alignas(64) float tile[kRowTile * kPair];
+    alignas(64) float tile[L::Tiles::kProductRows * kPair];
     const auto *rows = static_cast<const typename L::Activation *>(job.rows) +
                        static_cast<ptrdiff_t>(first_row) * job.row_stride;
     const int row_count = end_row - first_row;

@@ -8,7 +8,6 @@
 namespace quire {
 namespace {
 
-constexpr int kTileBytes = 192 * 1024;  // of a product's rows: they stay in the second-level cache
 constexpr int kRunsPerThread = 6;       // runs of panels: what a slower thread leaves is done by the others
 constexpr int kPiecesPerThread = 2;     // least pieces of attention
 constexpr int kFewestTiles = 4;         // of a span that is cut into tiles
@@ -44,7 +43,7 @@ Runner::Runner(const QuireModel &model, const Variant &variant, int thread_count
       vocab_stride_(up_to(model.vocab, kPair)),
       query_size_(model.heads * model.head_dim),
       group_(model.heads / model.kv_heads),
-      span_rows_(std::max(kQueryRows, group_)),
+      span_rows_(std::max(variant.query_rows, group_)),
       layer_size_(2 * model.kv_heads * (model.block_size / kLane) * run_bytes(cache_format(model), model.head_dim)),
       scratch_size_(up_to_line(
           std::max({variant.attention_scratch(span_rows_, 1, model.head_dim),
@@ -193,7 +192,7 @@ void Runner::add_pieces(const Span &span, int budget, float *parts) {
 }
 
 Runner::Cut Runner::cut(int rows, int inputs, int pairs) const {
-    const int fitting = std::clamp(kTileBytes / (inputs * variant_.activation_bytes), 12, kRowTile);
+    const int fitting = std::clamp(variant_.product_bytes / (inputs * variant_.activation_bytes), 12, variant_.product_rows);
     Cut cut{};
     cut.rows = rows;
     cut.inputs = inputs;

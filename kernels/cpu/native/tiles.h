@@ -57,7 +57,7 @@ void multiply_tile(const char *weights) {
 template <class L, int RowTiles, int Panels>
 void multiply_row_tiles(const void *const *panels, int segments, int pairs, int depth, const uint16_t *first,
                         const uint16_t *second, int row_stride, float *first_out, float *second_out, int out_stride,
-                        const void *const *next, ptrdiff_t next_from, ptrdiff_t next_step) {
+                        const void *const *next, int next_first, int next_count) {
     using T = typename L::Tiles;
     static_assert(RowTiles * Panels <= 4, "there are four tiles of sums");
     const ptrdiff_t stride = row_stride * static_cast<ptrdiff_t>(sizeof(uint16_t));
@@ -70,12 +70,11 @@ void multiply_row_tiles(const void *const *panels, int segments, int pairs, int 
         const char *weights[Panels], *ahead[Panels];
         for (int p = 0; p < Panels; ++p) {
             weights[p] = static_cast<const char *>(panels[segment * Panels + p]);
-            ahead[p] = static_cast<const char *>(next[segment * Panels + p]) + next_from;
+            ahead[p] = static_cast<const char *>(next[segment * Panels + p]) + next_first * 64;
         }
         for (int pair = 0; pair < pairs; pair += depth) {
-            if (next_step)
-                for (int p = 0; p < Panels; ++p)
-                    for (int i = 0; i < depth; ++i, ahead[p] += next_step) __builtin_prefetch(ahead[p], 0, 2);
+            for (int p = 0; p < Panels; ++p)
+                for (int i = 0; i < next_count; ++i) __builtin_prefetch(ahead[p] + i * 64, 0, 2);
             T::template load<4>(first, stride);
             if constexpr (RowTiles == 2) T::template load<5>(second, stride);
             multiply_tile<T, RowTiles, 0>(weights[0]);
@@ -84,7 +83,7 @@ void multiply_row_tiles(const void *const *panels, int segments, int pairs, int 
                 multiply_tile<T, RowTiles, 2>(weights[2]);
                 multiply_tile<T, RowTiles, 3>(weights[3]);
             }
-            for (int p = 0; p < Panels; ++p) weights[p] += depth * 64;
+            for (int p = 0; p < Panels; ++p) weights[p] += depth * 64, ahead[p] += depth * 64;
             first += 2 * depth;
             second += 2 * depth;
         }
@@ -110,7 +109,8 @@ void multiply_in_tiles(const void *const *panels, int panel_count, int segments,
     // and computes some of them again.
     const int tiles = (row_count + L::Tiles::kRows - 1) / L::Tiles::kRows, height = (row_count + tiles - 1) / tiles;
     const int blocks = (tiles + 1) / 2;
-    const ptrdiff_t step = next ? 64 / blocks : 0;
+    // Each block of rows asks for a part of what comes next.
+    const int asked = next ? (depth + blocks - 1) / blocks : 0;
     if (!next) next = panels;
     L::Tiles::shape(height, depth);
     const auto start_of = [&](int tile) {
@@ -122,7 +122,7 @@ void multiply_in_tiles(const void *const *panels, int panel_count, int segments,
         float *first_out = out + one * out_stride, *second_out = out + two * out_stride;
         const auto run = [&](auto routine) {
             routine(panels, segments, pairs, depth, first, second, row_stride, first_out, second_out, out_stride, next,
-                    block * step * pairs, step);
+                    block * asked, asked < depth - block * asked ? asked : depth - block * asked);
         };
         if (panel_count == 4)
             run(&multiply_row_tiles<L, 1, 4>);

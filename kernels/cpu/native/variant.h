@@ -11,8 +11,6 @@ constexpr int kLane = 16;       // outputs of a panel
 constexpr int kPair = 32;       // outputs of two panels: what a product is divided into
 constexpr int kTile = 256;      // positions that share a maximum in the softmax; a fixed grid from position 0
 constexpr int kUnitBytes = 128 * 1024;  // of keys, or values, read in one go: two fit into the second-level cache
-constexpr int kQueryRows = 24;  // rows (queries x heads of a group) that attend together, unless a group is larger
-constexpr int kRowTile = 96;    // most rows of a product in one go
 
 enum class Epilogue { kStore, kAdd, kSwiGLU };
 
@@ -82,14 +80,22 @@ struct Piece {
     float *parts;  // null if these are all tiles; else written: [tile][head of the model], see PartialTile
 };
 
-// Of a variant whose processor has none: see tiles.h.
+// What a variant's `Tiles` say: see tiles.h. Without them:
 struct NoTiles {
-    static constexpr int kRows = 0;
+    static constexpr int kRows = 0, kQueryRows = 24, kProductRows = 96, kProductBytes = 192 * 1024;
+};
+
+// With them there are more rows together: products are as fast as what feeds them, and such processors have more cache.
+struct SomeTiles {
+    static constexpr int kRows = 16, kQueryRows = 96, kProductRows = 256, kProductBytes = 1024 * 1024;
 };
 
 struct Variant {
     const char *name;
     int activation_bytes;
+    int query_rows;    // rows (queries x heads of a group) that attend together, unless a group is larger
+    int product_rows;  // most rows of a product in one go
+    int product_bytes;  // most bytes that those should have: they stay in the second-level cache
     // out [row][size] = rows of `in`, normalised to root mean square 1, times weight.
     void (*norm)(const float *in, const float *weight, float eps, int size, void *out);
     void (*embed)(const uint16_t *row, int size, float *out);
