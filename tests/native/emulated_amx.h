@@ -39,6 +39,11 @@ struct Amx : SomeTiles {
     }
 
     template <int Tile>
+    static void stream(const void *from, ptrdiff_t stride) {
+        load<Tile>(from, stride);
+    }
+
+    template <int Tile>
     static void store(void *to, ptrdiff_t stride) {
         need_shape();
         for (int row = 0; row < rows<Tile>(); ++row)
@@ -47,7 +52,7 @@ struct Amx : SomeTiles {
 
     template <int Sums, int Activations, int Weights>
     static void multiply() {
-        static_assert(Sums < 4 && is_activations(Activations) && is_weights(Weights), "these tiles do not fit");
+        static_assert(Sums < 6 && is_activations(Activations) && is_weights(Weights), "these tiles do not fit");
         need_shape();
         const unsigned before = _mm_getcsr();
         _mm_setcsr(kMxcsrOfBf16);
@@ -58,8 +63,8 @@ struct Amx : SomeTiles {
    private:
     using Bytes = char[16][64];
 
-    static constexpr bool is_activations(int tile) { return tile == 4 || tile == 5; }
-    static constexpr bool is_weights(int tile) { return tile == 6 || tile == 7; }
+    static constexpr bool is_activations(int tile) { return tile == 6; }
+    static constexpr bool is_weights(int tile) { return tile == 7; }
     template <int Tile>
     static int rows() {
         return is_weights(Tile) ? depth_ : rows_;

@@ -24,14 +24,15 @@ PROBE multiply(int rows, int depth, ptrdiff_t stride, char *sums, const char *ac
     Amx::load<1>(sums + tile, stride);
     Amx::load<2>(sums + 2 * tile, stride);
     Amx::load<3>(sums + 3 * tile, stride);
-    Amx::load<4>(activations, stride);
-    Amx::load<5>(activations + tile, stride);
-    Amx::load<6>(weights, 64);
-    Amx::load<7>(weights + 64 * depth, 64);
-    Amx::multiply<0, 4, 6>();
-    Amx::multiply<1, 4, 7>();
-    Amx::multiply<2, 5, 6>();
-    Amx::multiply<3, 5, 7>();
+    Amx::load<6>(activations, stride);
+    Amx::load<7>(weights, 64);
+    Amx::multiply<0, 6, 7>();
+    Amx::stream<7>(weights + 64 * depth, 64);
+    Amx::multiply<1, 6, 7>();
+    Amx::load<6>(activations + tile, stride);
+    Amx::multiply<3, 6, 7>();
+    Amx::stream<7>(weights, 64);
+    Amx::multiply<2, 6, 7>();
     Amx::store<0>(sums, stride);
     Amx::store<1>(sums + tile, stride);
     Amx::store<2>(sums + 2 * tile, stride);
@@ -55,7 +56,7 @@ PROBE forget(const char *from, char *reshaped, char *zeroed) {
 PROBE misuse() {
     Amx::shape(16, 16);
     Amx::release();
-    Amx::multiply<0, 4, 6>();
+    Amx::multiply<0, 6, 7>();
 }
 
 }  // namespace

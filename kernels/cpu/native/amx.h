@@ -9,7 +9,7 @@ struct Amx : SomeTiles {
         if (shape_ == wanted) return;
         alignas(64) uint8_t palette[64] = {1};  // the only palette that there is
         for (int tile = 0; tile < 8; ++tile) {
-            const bool weights = tile >= 6, activations = tile == 4 || tile == 5;
+            const bool weights = tile == 7, activations = tile == 6;
             palette[16 + 2 * tile] = static_cast<uint8_t>(activations ? 4 * depth : 64);  // bytes of a row
             palette[48 + tile] = static_cast<uint8_t>(weights ? depth : rows);
         }
@@ -31,6 +31,12 @@ struct Amx : SomeTiles {
     template <int Tile>
     static void load(const void *from, ptrdiff_t stride) {
         asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(Tile), "r"(from), "r"(stride) : "memory");
+    }
+
+    // Past the first-level cache, for what is read once.
+    template <int Tile>
+    static void stream(const void *from, ptrdiff_t stride) {
+        asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(Tile), "r"(from), "r"(stride) : "memory");
     }
 
     template <int Tile>

@@ -37,7 +37,14 @@ struct AttentionScratch {
                rounded(all * kTile * sizeof(A)) + rounded(r * head_dim * sizeof(float)) +
                rounded(all * head_dim * sizeof(float)) + 2 * rounded(all * sizeof(float)) +
                2 * rounded(all * sizeof(float)) + rounded(static_cast<size_t>(kLane) * head_dim * 2) +
-               rounded(kTile * sizeof(float));
+               rounded(kTile * sizeof(float)) + decoded_bytes(head_dim);
+    }
+
+    // Of what is multiplied at once, if it may have to be decoded: four panels of keys, or of values in a whole tile.
+    static size_t decoded_bytes(int head_dim) {
+        if (L::Tiles::kRows == 0) return 0;
+        const int inputs = head_dim > kTile ? head_dim : kTile;
+        return 4 * Bf16Reader<L>::bytes(inputs / 2);
     }
 
     AttentionScratch(void *memory, int rows, int heads, int head_dim) {
@@ -59,6 +66,7 @@ struct AttentionScratch {
         sum = reinterpret_cast<float *>(take(all * sizeof(float)));
         tail = reinterpret_cast<uint16_t *>(take(static_cast<size_t>(kLane) * head_dim * 2));
         scales = reinterpret_cast<float *>(take(kTile * sizeof(float)));
+        decoded = take(decoded_bytes(head_dim));
     }
 
     A *queries;                   // [head][row][head_dim]
@@ -70,6 +78,7 @@ struct AttentionScratch {
     float *most, *sum;            // [head][row]: m, l
     uint16_t *tail;               // bf16 values of the last, partly filled 16 positions of a head; the rest zero
     float *scales;                // [kTile]: of a head's values; zero past the end
+    char *decoded;                // panels in bf16
 };
 
 // Softmax of columns [low, high) of a row of scores, zero in the rest of [first, end). Returns m_t and l_t. Weights are
@@ -171,6 +180,9 @@ class UnitMemory {
 template <class L, class Cache>
 class PieceAttention {
     using Reader = typename Cache::Reader;
+    // Tiles multiply bf16 alone: what is stored otherwise is decoded first.
+    static constexpr bool kDecodes = L::Tiles::kRows > 0 && !in_tiles<L, Reader>;
+    using Factor = std::conditional_t<kDecodes, Bf16Reader<L>, Reader>;
     static constexpr bool kScaled = Cache::kPanel > 0;
     using A = typename L::Activation;
     using V = typename L::Vector;
@@ -323,7 +335,7 @@ class PieceAttention {
         const ptrdiff_t at = static_cast<ptrdiff_t>(head - piece_.first_head) * rows_;
         const void *panels[4], *ahead[4];
         for (int column = first; column < end;) {
-            const int count = panels_together<L, Reader>(rows_, (end - column) / kLane);
+            const int count = panels_together<L, Factor>(rows_, (end - column) / kLane);
             for (int p = 0; p < count; ++p) {
                 panels[p] = keys(head, base + column + p * kLane);
                 ahead[p] = memory.take(run_size_);
@@ -332,10 +344,25 @@ class PieceAttention {
                 if constexpr (kScaled) __builtin_prefetch(static_cast<const char *>(ahead[p]) + run_size_ - 64, 0, 2);
             }
             float *scores = scratch_.scores + at * kTile + column;
-            multiply_rows<L, Reader>(panels, count, 1, job_.head_dim / 2, scratch_.queries + at * job_.head_dim,
-                                     job_.head_dim, rows_, scores, kTile, ahead);
+            multiply(panels, count, 1, job_.head_dim / 2, scratch_.queries + at * job_.head_dim, job_.head_dim, scores,
+                     kTile, ahead);
             if constexpr (kScaled) scale_scores(panels, count, scores);
             column += count * kLane;
+        }
+    }
+
+    void multiply(const void *const *panels, int count, int segments, int pairs, const A *rows, int row_stride,
+                  float *out, int out_stride, const void *const *ahead) const {
+        if constexpr (kDecodes) {
+            const void *decoded[kTile / kLane * 4];
+            for (int i = 0; i < segments * count; ++i) {
+                char *to = scratch_.decoded + i * Factor::bytes(pairs);
+                decode<L, Reader>(panels[i], pairs, to, ahead[i]);
+                decoded[i] = to;
+            }
+            multiply_rows<L, Factor>(decoded, count, segments, pairs, rows, row_stride, rows_, out, out_stride);
+        } else {
+            multiply_rows<L, Reader>(panels, count, segments, pairs, rows, row_stride, rows_, out, out_stride, ahead);
         }
     }
 
@@ -359,14 +386,14 @@ class PieceAttention {
             starts[s] = partly ? copy_tail(head) : values(head, position);
         }
         for (int part = 0; part < parts;) {
-            const int count = panels_together<L, Reader>(rows_, parts - part);
+            const int count = panels_together<L, Factor>(rows_, parts - part);
             for (int i = 0; i < segments * count; ++i) {
                 panels[i] = starts[i / count] + (part + i % count) * Reader::bytes(kLane / 2);
                 ahead[i] = memory.take(run_size_ / parts);
                 if (!ahead[i]) ahead[i] = panels[i];
             }
-            multiply_rows<L, Reader>(panels, count, segments, kLane / 2, weights + first, kTile, rows_,
-                                     mixed + part * kLane, job_.head_dim, ahead);
+            multiply(panels, count, segments, kLane / 2, weights + first, kTile, mixed + part * kLane, job_.head_dim,
+                     ahead);
             part += count;
         }
     }

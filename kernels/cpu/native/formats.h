@@ -10,6 +10,7 @@
 // float: scale * quant is exact where an offset is added. A reader hands out the weights of one pair of inputs after the other, in groups of kGroup pairs.
 
 constexpr int kGroupInputs = 32;
+constexpr int kDecodedTogether = 2;  // pairs, where there are no groups: a line of bytes
 constexpr int kScaleBytes = kLane * static_cast<int>(sizeof(float));
 
 template <class L>
@@ -46,6 +47,7 @@ template <class L>
 struct ByteReader {
     static constexpr int kGroup = 0;  // no groups
     static constexpr int kPairBytes = 2 * kLane;
+    static constexpr int kGroupBytes = kDecodedTogether * kPairBytes;
     static constexpr size_t bytes(int pairs) { return static_cast<size_t>(pairs) * kPairBytes; }
 
     const int8_t *at;
@@ -108,14 +110,20 @@ struct EightBitReader {
     void next() { at += kPairBytes; }
 };
 
-// Writes a panel as L::Decoded reads it.
+// Writes a panel as L::Decoded reads it, and asks for the panel `next` meanwhile.
 template <class L, class Reader>
-void decode(const void *panel, int pairs, void *out) {
+void decode(const void *panel, int pairs, void *out, const void *next) {
     Reader reader;
     reader.start(panel);
+    constexpr int kTogether = Reader::kGroup ? Reader::kGroup : kDecodedTogether;
+    const auto *ahead = static_cast<const char *>(next);
     auto *to = static_cast<typename L::Activation *>(out);
     for (int pair = 0; pair < pairs; ++pair, to += 2 * kLane) {
-        if (pair % Reader::kGroup == 0) reader.open();
+        if (pair % kTogether == 0) {
+            reader.open();
+            for (int i = 0; i < Reader::kGroupBytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+            ahead += Reader::kGroupBytes;
+        }
         for (int v = 0; v < kLane / L::kCount; ++v) L::put_pair(to, v, reader.weight(v, 0), reader.weight(v, 1));
         reader.next();
     }

@@ -155,7 +155,7 @@ void multiply_decoded(const void *const panels[2], int pairs, const typename L::
     const void *decoded[2];
     for (int p = 0; p < 2; ++p) {
         decoded[p] = scratch + p * L::Decoded::bytes(pairs);
-        decode<L, Reader>(panels[p], pairs, scratch + p * L::Decoded::bytes(pairs));
+        decode<L, Reader>(panels[p], pairs, scratch + p * L::Decoded::bytes(pairs), next[p]);
     }
     multiply_two<L, typename L::Decoded>(decoded, pairs, rows, row_stride, row_count, out, out_stride);
 }

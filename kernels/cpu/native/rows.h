@@ -34,9 +34,9 @@ template <class L>
 float largest(typename L::Vector v) {
     alignas(64) float parts[L::kCount];
     L::store(parts, v);
-    float most = parts[0];
-    for (int i = 1; i < L::kCount; ++i) most = parts[i] > most ? parts[i] : most;
-    return most;
+    for (int width = L::kCount / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) parts[i] = parts[i] > parts[i + width] ? parts[i] : parts[i + width];
+    return parts[0];
 }
 
 // 1 / root mean square.

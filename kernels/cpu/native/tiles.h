@@ -9,9 +9,9 @@
 // of two rows as stride. Values of the cache come in runs of 16 positions, 8 rows of a panel: their tiles have half the
 // inputs. Tiles are named by numbers that the instructions contain:
 //
-//     0..3    sums: [0, 1] of the first rows and [2, 3] of the next 16, for two panels; or [0..3] for four panels
-//     4, 5    activations
-//     6, 7    weights
+//     0..5    sums: of up to three tiles of rows and two panels, or of one tile of rows and four panels
+//     6       activations
+//     7       weights
 //
 // Every row of sums is a function of its own activations and of where its inputs are cut into tiles. That is the same
 // for any number of rows, so here, too, a result never depends on company. Which is why a variant that has tiles takes
@@ -44,59 +44,69 @@ constexpr int tile_panels(int row_count, int panel_count) {
     return panel_count >= 2 ? 2 : 1;
 }
 
-// Panel P of the weights, with one or two tiles of activations.
-template <class T, int RowTiles, int P>
-void multiply_tile(const char *weights) {
-    constexpr int kWeights = 6 + P % 2;
-    T::template load<kWeights>(weights, 64);
-    T::template multiply<P, 4, kWeights>();
-    if constexpr (RowTiles == 2) T::template multiply<2 + P, 5, kWeights>();
+constexpr int kActivations = 6, kWeights = 7;
+
+template <class T, int... Sums>
+void zero_sums(std::integer_sequence<int, Sums...>) {
+    (T::template zero<Sums>(), ...);
 }
 
-// One or two tiles of rows, which begin at `first` and `second`. `depth` is the pairs of inputs of a tile.
-template <class L, int RowTiles, int Panels>
-void multiply_row_tiles(const void *const *panels, int segments, int pairs, int depth, const uint16_t *first,
-                        const uint16_t *second, int row_stride, float *first_out, float *second_out, int out_stride,
-                        const void *const *next, int next_first, int next_count) {
-    using T = typename L::Tiles;
-    static_assert(RowTiles * Panels <= 4, "there are four tiles of sums");
-    const ptrdiff_t stride = row_stride * static_cast<ptrdiff_t>(sizeof(uint16_t));
-    const ptrdiff_t out_bytes = out_stride * static_cast<ptrdiff_t>(sizeof(float));
-    T::template zero<0>();
-    if constexpr (Panels > 1) T::template zero<1>();
-    if constexpr (RowTiles == 2 || Panels > 2) T::template zero<2>();
-    if constexpr (RowTiles * Panels == 4) T::template zero<3>();
-    for (int segment = 0; segment < segments; ++segment) {
+template <class T, int Panels, int... Sums>
+void store_sums(float *const *out, ptrdiff_t stride, std::integer_sequence<int, Sums...>) {
+    (T::template store<Sums>(out[Sums / Panels] + Sums % Panels * kLane, stride), ...);
+}
+
+// All products of some tiles of rows with a tile of each panel. Rows go to and fro: the last of a panel are the first of
+// the next one and need not be loaded again. Weights that are needed once pass by the first-level cache.
+template <class T, int RowTiles, int Panels, bool Once, int Step = 0>
+void multiply_tiles(const uint16_t *const *rows, ptrdiff_t stride, const char *const *weights) {
+    constexpr int kPanel = Step / RowTiles, kAt = Step % RowTiles, kRow = kPanel % 2 ? RowTiles - 1 - kAt : kAt;
+    if constexpr (kAt == 0 && Once) T::template stream<kWeights>(weights[kPanel], 64);
+    if constexpr (kAt == 0 && !Once) T::template load<kWeights>(weights[kPanel], 64);
+    if constexpr (Step == 0 || kAt > 0) T::template load<kActivations>(rows[kRow], stride);
+    T::template multiply<kRow * Panels + kPanel, kActivations, kWeights>();
+    if constexpr (Step + 1 < RowTiles * Panels)
+        multiply_tiles<T, RowTiles, Panels, Once, Step + 1>(rows, stride, weights);
+}
+
+// What a block of rows is multiplied with, as in multiply_rows of panels.h.
+struct TileFactors {
+    const void *const *panels;
+    int segments, pairs, depth;  // `depth`: pairs of inputs of a tile
+    ptrdiff_t row_stride, out_stride;  // bytes
+    // What is asked for meanwhile, or null: of every `depth` lines from `ahead_first` on `ahead_count`.
+    const void *const *ahead;
+    int ahead_first, ahead_count;
+};
+
+// Up to three tiles of rows, which begin at `rows`.
+template <class T, int RowTiles, int Panels, bool Once>
+void multiply_block(const TileFactors &job, const uint16_t **rows, float *const *out) {
+    using Sums = std::make_integer_sequence<int, RowTiles * Panels>;
+    zero_sums<T>(Sums{});
+    for (int segment = 0; segment < job.segments; ++segment) {
         const char *weights[Panels], *ahead[Panels];
         for (int p = 0; p < Panels; ++p) {
-            weights[p] = static_cast<const char *>(panels[segment * Panels + p]);
-            ahead[p] = static_cast<const char *>(next[segment * Panels + p]) + next_first * 64;
+            weights[p] = static_cast<const char *>(job.panels[segment * Panels + p]);
+            ahead[p] = static_cast<const char *>(job.ahead[segment * Panels + p]) + job.ahead_first * 64;
         }
-        for (int pair = 0; pair < pairs; pair += depth) {
+        for (int pair = 0; pair < job.pairs; pair += job.depth) {
             for (int p = 0; p < Panels; ++p)
-                for (int i = 0; i < next_count; ++i) __builtin_prefetch(ahead[p] + i * 64, 0, 2);
-            T::template load<4>(first, stride);
-            if constexpr (RowTiles == 2) T::template load<5>(second, stride);
-            multiply_tile<T, RowTiles, 0>(weights[0]);
-            if constexpr (Panels > 1) multiply_tile<T, RowTiles, 1>(weights[1]);
-            if constexpr (Panels > 2) {
-                multiply_tile<T, RowTiles, 2>(weights[2]);
-                multiply_tile<T, RowTiles, 3>(weights[3]);
-            }
-            for (int p = 0; p < Panels; ++p) weights[p] += depth * 64, ahead[p] += depth * 64;
-            first += 2 * depth;
-            second += 2 * depth;
+                for (int i = 0; i < job.ahead_count; ++i) __builtin_prefetch(ahead[p] + i * 64, 0, 2);
+            multiply_tiles<T, RowTiles, Panels, Once>(rows, job.row_stride, weights);
+            for (int p = 0; p < Panels; ++p) weights[p] += job.depth * 64, ahead[p] += job.depth * 64;
+            for (int r = 0; r < RowTiles; ++r) rows[r] += 2 * job.depth;
         }
     }
-    T::template store<0>(first_out, out_bytes);
-    if constexpr (Panels > 1) T::template store<1>(first_out + kLane, out_bytes);
-    if constexpr (Panels > 2) {
-        T::template store<2>(first_out + 2 * kLane, out_bytes);
-        T::template store<3>(first_out + 3 * kLane, out_bytes);
-    }
-    if constexpr (RowTiles == 2) {
-        T::template store<2>(second_out, out_bytes);
-        if constexpr (Panels > 1) T::template store<3>(second_out + kLane, out_bytes);
+    store_sums<T, Panels>(out, job.out_stride, Sums{});
+}
+
+template <class T, int Panels, bool Once>
+void multiply_block(int row_tiles, const TileFactors &job, const uint16_t **rows, float *const *out) {
+    if (row_tiles == 1) return multiply_block<T, 1, Panels, Once>(job, rows, out);
+    if constexpr (Panels <= 2) {
+        if (row_tiles == 2) return multiply_block<T, 2, Panels, Once>(job, rows, out);
+        return multiply_block<T, 3, Panels, Once>(job, rows, out);
     }
 }
 
@@ -104,31 +114,34 @@ void multiply_row_tiles(const void *const *panels, int segments, int pairs, int 
 template <class L>
 void multiply_in_tiles(const void *const *panels, int panel_count, int segments, int pairs, const uint16_t *rows,
                        int row_stride, int row_count, float *out, int out_stride, const void *const *next) {
+    using T = typename L::Tiles;
     const int depth = pairs % 16 ? 8 : 16;
     // Tiles of one height: where the rows do not divide evenly, the last one begins among those of the tile before it,
     // and computes some of them again.
-    const int tiles = (row_count + L::Tiles::kRows - 1) / L::Tiles::kRows, height = (row_count + tiles - 1) / tiles;
-    const int blocks = (tiles + 1) / 2;
-    // Each block of rows asks for a part of what comes next.
-    const int asked = next ? (depth + blocks - 1) / blocks : 0;
-    if (!next) next = panels;
-    L::Tiles::shape(height, depth);
-    const auto start_of = [&](int tile) {
-        return static_cast<ptrdiff_t>(tile + 1 < tiles ? tile * height : row_count - height);
-    };
-    for (int block = 0; block < blocks; ++block) {
-        const ptrdiff_t one = start_of(2 * block), two = start_of(2 * block + 1 < tiles ? 2 * block + 1 : 2 * block);
-        const auto *first = rows + one * row_stride, *second = rows + two * row_stride;
-        float *first_out = out + one * out_stride, *second_out = out + two * out_stride;
-        const auto run = [&](auto routine) {
-            routine(panels, segments, pairs, depth, first, second, row_stride, first_out, second_out, out_stride, next,
-                    block * asked, asked < depth - block * asked ? asked : depth - block * asked);
-        };
+    const int tiles = (row_count + T::kRows - 1) / T::kRows, height = (row_count + tiles - 1) / tiles;
+    const int blocks = (tiles + 2) / 3, asked = next ? (depth + blocks - 1) / blocks : 0;
+    T::shape(height, depth);
+    TileFactors job{panels, segments, pairs, depth, row_stride * static_cast<ptrdiff_t>(sizeof(uint16_t)),
+                    out_stride * static_cast<ptrdiff_t>(sizeof(float)), next ? next : panels, 0, asked};
+    for (int block = 0, tile = 0; block < blocks; ++block) {
+        const int count = (tiles - tile) / (blocks - block);
+        const uint16_t *from[3];
+        float *to[3];
+        for (int r = 0; r < count; ++r, ++tile) {
+            const ptrdiff_t first = tile + 1 < tiles ? tile * height : row_count - height;
+            from[r] = rows + first * row_stride;
+            to[r] = out + first * out_stride;
+        }
+        // Each block asks for a part.
+        job.ahead_first = block * asked;
+        job.ahead_count = asked < depth - job.ahead_first ? asked : depth - job.ahead_first;
         if (panel_count == 4)
-            run(&multiply_row_tiles<L, 1, 4>);
+            multiply_block<T, 4, true>(count, job, from, to);
         else if (panel_count == 2)
-            run(one == two ? &multiply_row_tiles<L, 1, 2> : &multiply_row_tiles<L, 2, 2>);
+            blocks == 1 ? multiply_block<T, 2, true>(count, job, from, to)
+                        : multiply_block<T, 2, false>(count, job, from, to);
         else
-            run(one == two ? &multiply_row_tiles<L, 1, 1> : &multiply_row_tiles<L, 2, 1>);
+            blocks == 1 ? multiply_block<T, 1, true>(count, job, from, to)
+                        : multiply_block<T, 1, false>(count, job, from, to);
     }
 }
