@@ -6,6 +6,8 @@ Both are optional. Without a compiler, or with QUIRE_NATIVE=off, there is neithe
 `quire.native` and `kernels.cpu.library`.
 """
 
+from concurrent import futures
+import functools
 import os
 from pathlib import Path
 import platform
@@ -44,19 +46,22 @@ class BuildWithVariants(build_ext):
         if ext is not cpu_step:
             super().build_extension(ext)
             return
-        objects = []
-        x86 = platform.machine().lower() in {"x86_64", "amd64"}
-        for source in ext.sources:
-            flags = _VARIANT_FLAGS.get(Path(source).stem, []) if x86 else []
-            try:
-                objects += self.compile_with(ext, source, flags)
-            except CompileError:
-                without = _RECENT.get(Path(source).stem)
-                if without is None:
-                    raise
-                objects += self.compile_with(ext, source, without)
+        with futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            parts = list(pool.map(functools.partial(self.compile_variant, ext), ext.sources))
         path = self.get_ext_fullpath(ext.name)
+        objects = [name for part in parts for name in part]
         self.compiler.link_shared_object(objects, path, extra_postargs=["-pthread"], target_lang="c++")
+
+    def compile_variant(self, ext: Extension, source: str) -> list[str]:
+        """Compiles one file for its instruction set, or without it; returns what came of it. Raises CompileError."""
+        x86 = platform.machine().lower() in {"x86_64", "amd64"}
+        name = Path(source).stem
+        try:
+            return self.compile_with(ext, source, _VARIANT_FLAGS.get(name, []) if x86 else [])
+        except CompileError:
+            if name not in _RECENT:
+                raise
+        return self.compile_with(ext, source, _RECENT[name])
 
     def compile_with(self, ext: Extension, source: str, flags: list[str]) -> list[str]:
         """Compiles one file; returns what came of it. Raises CompileError."""

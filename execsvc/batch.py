@@ -118,25 +118,28 @@ def arrange(rows: SequenceRows, scheduled: list[tuple[Sequence, int]]) -> Arrang
 def build(rows: SequenceRows, scheduled: list[tuple[Sequence, int]], device: torch.device) -> Batch:
     """Returns the batch of `scheduled` (sequence, token count) pairs, which the caller has checked."""
     plan = arrange(rows, scheduled)
-    token_count, logit_count = len(plan.tokens), len(plan.logit_rows)
-    padding = (0, round_up(token_count, ROW_MULTIPLE) - token_count)
-    sampled_rows = np.zeros(round_up(logit_count, ROW_MULTIPLE), dtype=np.int64)
-    sampled_rows[:logit_count] = plan.logit_rows
     return Batch(
         sequences=plan.sequences,
         decode_count=plan.decode_count,
-        token_count=token_count,
-        tokens=torch.from_numpy(np.pad(plan.tokens, padding)).to(device),
-        positions=torch.from_numpy(np.pad(plan.positions, padding)).to(device),
+        token_count=len(plan.tokens),
+        tokens=_padded(plan.tokens).to(device),
+        positions=_padded(plan.positions).to(device),
         slots=torch.from_numpy(plan.slots).to(device),
         block_tables=rows.block_tables[plan.row_ids],
         context_lens=plan.context_lens,
         query_starts=plan.query_starts,
         sampled=plan.sampled,
         reported=plan.reported,
-        logit_count=logit_count,
-        sampled_rows=torch.from_numpy(sampled_rows).to(device),
+        logit_count=len(plan.logit_rows),
+        sampled_rows=_padded(plan.logit_rows).to(device),
     )
+
+
+def _padded(values: Ints) -> torch.Tensor:
+    """Returns `values` with zeros up to a multiple of ROW_MULTIPLE."""
+    padded = np.zeros(round_up(len(values), ROW_MULTIPLE), dtype=np.int64)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded)
 
 
 def _tokens(rows: SequenceRows, ordered: list[tuple[Sequence, int]], firsts: Ints, query_starts: Ints) -> Ints:

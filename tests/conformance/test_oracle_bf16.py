@@ -23,17 +23,17 @@ GAP = 0.01 if FLOAT_ACTIVATIONS else 0.15
 """Logits of the reference that are closer than this may change places: rounded keys and values move them by as much.
 
 Measured over all 1,280 tokens, with the file's own weights: 3 with AVX2 and AVX-512, the furthest with a gap of 0.0093;
-4 with AVX-512 BF16, the furthest with 0.060; 7 with AMX, the furthest with 0.108. In these half of the error (squared) is
-in the rounding of what the products read, most of it before gate and up, a quarter in that of the weights, a sixth in
-that of the keys.
+4 with AVX-512 BF16, the furthest with 0.060; 7 with AMX, the furthest with 0.108. In these half of the error (squared)
+is in the rounding of what the products read, most of it before gate and up, a quarter in that of the weights, a sixth
+in that of the keys.
 """
 DIFFERENT_SHARE, INT8_DIFFERENT_SHARE = 0.01, 0.02
 """Of the tokens."""
 INT8_GAP, INT8_LOGIT_TOLERANCE = 0.25, 0.5
 """The same with a cache of 8-bit integers.
 
-Measured over all 1,280 tokens: 9 differ with AVX2 (8 from those of a cache in bfloat16), 12 with AVX-512, 7 with AVX-512
-BF16, 15 with AMX, all by gaps of up to 0.21.
+Measured over all 1,280 tokens: 9 differ with AVX2 (8 from those of a cache in bfloat16), 12 with AVX-512, 7 with
+AVX-512 BF16, 15 with AMX, all by gaps of up to 0.21.
 All logits are off from those of a cache in bfloat16 by 1.29 at most, rms 0.13, 2 % of their own deviation.
 """
 LOGIT_TOLERANCE = 0.1 if FLOAT_ACTIVATIONS else 0.25
