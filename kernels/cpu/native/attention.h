@@ -240,7 +240,7 @@ class PieceAttention {
         UnitMemory keys_ahead(job_, run_size_, after);
         for (int head = keys.first_head; head < end_head; ++head) {
             score(head, base, first, end, values_ahead);
-            soften_rows(head, base, first, end);
+            soften_rows(head, base, first, end, values_ahead);
         }
         for (int head = keys.first_head; head < end_head; ++head) {
             const int at = (head - piece_.first_head) * rows_;
@@ -255,18 +255,21 @@ class PieceAttention {
                 continue;
             }
             mix(head, base, first, end, scratch_.mixed, keys_ahead);
-            for (int row = 0; row < rows_; ++row)
+            for (int row = 0; row < rows_; ++row) {
+                ask_for(keys_ahead, run_size_ / (job_.head_dim / kLane));
                 if (scratch_.tile_sum[at + row] != 0.0f)
                     fold<L>(scratch_.mixed + row * job_.head_dim, scratch_.tile_most[at + row],
                             scratch_.tile_sum[at + row], job_.head_dim, scratch_.total + (at + row) * job_.head_dim,
                             scratch_.most[at + row], scratch_.sum[at + row]);
+            }
         }
     }
 
-    void soften_rows(int head, int base, int first, int end) {
+    void soften_rows(int head, int base, int first, int end, UnitMemory &memory) {
         if constexpr (kScaled) gather_scales(head, base, first, end);
         const int first_position = span_.context - span_.count, at = (head - piece_.first_head) * rows_;
         for (int row = at; row < at + rows_; ++row) {
+            ask_for(memory, run_size_);
             const int position = first_position + (row - at) / group_;
             const int low = max_of(first, job_.window ? position + 1 - job_.window - base : 0);
             const int high = min_of(end, position + 1 - base);
@@ -278,6 +281,12 @@ class PieceAttention {
             else  // bits of zero are zero in float and in bf16
                 __builtin_memset(scratch_.weights + row * kTile + first, 0, (end - first) * sizeof(A));
         }
+    }
+
+    // While nothing is multiplied, memory would have nothing to do.
+    static void ask_for(UnitMemory &memory, size_t bytes) {
+        const auto *lines = static_cast<const char *>(memory.take(bytes));
+        for (size_t i = 0; lines && i < bytes; i += 64) __builtin_prefetch(lines + i, 0, 2);
     }
 
     // The panel of keys of 16 positions from `position` on; values lie `kv_heads` heads further.
