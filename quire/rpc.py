@@ -58,7 +58,9 @@ _CHANNEL: Final = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long an attempt may take until the server has answered: for distant servers, and busy ones. Attempts that are
+    # refused end at once, and the next one follows as the other two say.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 # A port in use is an error, not a shared port.

@@ -156,6 +156,40 @@ async def test_a_stream_that_is_cancelled_while_it_sends_is_closed() -> None:
         gc.enable()
 
 
+@contextlib.asynccontextmanager
+async def distant(address: str, seconds: float) -> AsyncIterator[str]:
+    """The address of a relay that takes its time to connect to `address`."""
+    pipes: list[asyncio.Task[None]] = []
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            writer.write(data)
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(seconds)
+        far_reader, far_writer = await asyncio.open_connection(*address.rsplit(":", 1))
+        pipes.extend(map(asyncio.create_task, (pipe(reader, far_writer), pipe(far_reader, writer))))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as relay:
+        yield f"127.0.0.1:{relay.sockets[0].getsockname()[1]}"
+    await asyncio.gather(*pipes)
+
+
+async def test_a_server_may_take_its_time_to_connect() -> None:
+    """Who is a continent away, or calls a busy machine, would hear that nothing answers."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    gateway_pb2_grpc.add_GenerationServiceServicer_to_server(Gateway(), server)  # type: ignore[abstract]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with distant(f"127.0.0.1:{port}", 0.4) as address:
+        async with open_channel(address) as opened:
+            request = gateway_pb2.CountTokensRequest(text="abc")
+            answer = await gateway_pb2_grpc.GenerationServiceStub(opened).CountTokens(request, timeout=20)
+        assert answer.token_count == 3
+        await server.stop(None)
+
+
 async def test_an_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> None:
     """A client of another version learns that the method is not there."""
     error = await failure_of(channel.unary_unary(SERVICE + "NoSuchMethod")(b""))
