@@ -182,7 +182,7 @@ class PieceAttention {
     using Reader = typename Cache::Reader;
     // Tiles multiply bf16 alone: what is stored otherwise is decoded first.
     static constexpr bool kDecodes = L::Tiles::kRows > 0 && !in_tiles<L, Reader>;
-    using Factor = std::conditional_t<kDecodes, Bf16Reader<L>, Reader>;
+    using Factor = std::conditional_t<kDecodes, typename L::Decoded, Reader>;
     static constexpr bool kScaled = Cache::kPanel > 0;
     using A = typename L::Activation;
     using V = typename L::Vector;
@@ -364,11 +364,7 @@ class PieceAttention {
                   float *out, int out_stride, const void *const *ahead) const {
         if constexpr (kDecodes) {
             const void *decoded[kTile / kLane * 4];
-            for (int i = 0; i < segments * count; ++i) {
-                char *to = scratch_.decoded + i * Factor::bytes(pairs);
-                decode<L, Reader>(panels[i], pairs, to, ahead[i]);
-                decoded[i] = to;
-            }
+            decode_panels<L, Reader>(panels, segments * count, pairs, scratch_.decoded, ahead, decoded);
             multiply_rows<L, Factor>(decoded, count, segments, pairs, rows, row_stride, rows_, out, out_stride);
         } else {
             multiply_rows<L, Reader>(panels, count, segments, pairs, rows, row_stride, rows_, out, out_stride, ahead);

@@ -129,6 +129,16 @@ void decode(const void *panel, int pairs, void *out, const void *next) {
     }
 }
 
+// Decodes panels to `to`, one after the other, and says where they are; `next` as many panels to ask for.
+template <class L, class Reader>
+void decode_panels(const void *const *panels, int count, int pairs, char *to, const void *const *next,
+                   const void **decoded) {
+    for (int i = 0; i < count; ++i, to += L::Decoded::bytes(pairs)) {
+        decode<L, Reader>(panels[i], pairs, to, next[i]);
+        decoded[i] = to;
+    }
+}
+
 // One output's weights, in float.
 template <class L, class Reader>
 void embed_row(const void *panels, int64_t index, int size, float *out) {

@@ -153,10 +153,7 @@ void multiply_decoded(const void *const panels[2], int pairs, const typename L::
         return;
     }
     const void *decoded[2];
-    for (int p = 0; p < 2; ++p) {
-        decoded[p] = scratch + p * L::Decoded::bytes(pairs);
-        decode<L, Reader>(panels[p], pairs, scratch + p * L::Decoded::bytes(pairs), next[p]);
-    }
+    decode_panels<L, Reader>(panels, 2, pairs, scratch, next, decoded);
     multiply_two<L, typename L::Decoded>(decoded, pairs, rows, row_stride, row_count, out, out_stride);
 }
 

@@ -74,7 +74,7 @@ struct TileFactors {
     const void *const *panels;
     int segments, pairs, depth;  // `depth`: pairs of inputs of a tile
     ptrdiff_t row_stride, out_stride;  // bytes
-    // What is asked for meanwhile, or null: of every `depth` lines from `ahead_first` on `ahead_count`.
+    // What is asked for meanwhile: of every `depth` lines from `ahead_first` on `ahead_count`, perhaps none.
     const void *const *ahead;
     int ahead_first, ahead_count;
 };

@@ -58,15 +58,21 @@ class Endless(Gateway):
 
 
 @contextlib.asynccontextmanager
-async def served(servicer: Gateway) -> AsyncIterator[grpc.aio.Channel]:
-    """A connection to a real server with our options and interceptor."""
+async def listening(servicer: Gateway) -> AsyncIterator[str]:
+    """The address of a real server with our options and interceptor."""
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ErrorInterceptor()])
     gateway_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with open_channel(f"127.0.0.1:{port}") as opened:
-        yield opened
+    yield f"127.0.0.1:{port}"
     await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def served(servicer: Gateway) -> AsyncIterator[grpc.aio.Channel]:
+    """A connection to such a server."""
+    async with listening(servicer) as address, open_channel(address) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -157,8 +163,8 @@ async def test_a_stream_that_is_cancelled_while_it_sends_is_closed() -> None:
 
 
 @contextlib.asynccontextmanager
-async def distant(address: str, seconds: float) -> AsyncIterator[str]:
-    """The address of a relay that takes its time to connect to `address`."""
+async def distant(servicer: Gateway, seconds: float) -> AsyncIterator[str]:
+    """The address of a relay that takes its time to connect to a server."""
     pipes: list[asyncio.Task[None]] = []
 
     async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -168,26 +174,21 @@ async def distant(address: str, seconds: float) -> AsyncIterator[str]:
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(seconds)
-        far_reader, far_writer = await asyncio.open_connection(*address.rsplit(":", 1))
+        far_reader, far_writer = await asyncio.open_connection(*near.rsplit(":", 1))
         pipes.extend(map(asyncio.create_task, (pipe(reader, far_writer), pipe(far_reader, writer))))
 
-    async with await asyncio.start_server(connected, "127.0.0.1", 0) as relay:
-        yield f"127.0.0.1:{relay.sockets[0].getsockname()[1]}"
-    await asyncio.gather(*pipes)
+    async with listening(servicer) as near:
+        async with await asyncio.start_server(connected, "127.0.0.1", 0) as relay:
+            yield f"127.0.0.1:{relay.sockets[0].getsockname()[1]}"
+        await asyncio.gather(*pipes)
 
 
 async def test_a_server_may_take_its_time_to_connect() -> None:
     """Who is a continent away, or calls a busy machine, would hear that nothing answers."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    gateway_pb2_grpc.add_GenerationServiceServicer_to_server(Gateway(), server)  # type: ignore[abstract]
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with distant(f"127.0.0.1:{port}", 0.4) as address:
-        async with open_channel(address) as opened:
-            request = gateway_pb2.CountTokensRequest(text="abc")
-            answer = await gateway_pb2_grpc.GenerationServiceStub(opened).CountTokens(request, timeout=20)
-        assert answer.token_count == 3
-        await server.stop(None)
+    async with distant(Gateway(), 0.4) as address, open_channel(address) as opened:  # type: ignore[abstract]
+        request = gateway_pb2.CountTokensRequest(text="abc")
+        answer = await gateway_pb2_grpc.GenerationServiceStub(opened).CountTokens(request, timeout=20)
+    assert answer.token_count == 3
 
 
 async def test_an_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> None:
